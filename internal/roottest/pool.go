@@ -1,0 +1,94 @@
+package roottest
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// mkfs holds the tool and its arguments for each type Pool knows.
+var mkfs = map[string][]string{
+	"ext4":  {"mkfs.ext4", "-q", "-F", "-m", "0"},
+	"xfs":   {"mkfs.xfs", "-q", "-f", "-m", "reflink=1"},
+	"btrfs": {"mkfs.btrfs", "-q", "-f"},
+}
+
+// Pool mounts a new file system of the given type ("ext4", "xfs" or "btrfs") and
+// returns its mount point. Size is that of the file behind it in bytes; xfs
+// wants 300 MiB, btrfs 128 MiB at least. It calls Require.
+//
+// The test's clean-up unmounts it, and fails the test when that does not succeed
+// within a few seconds or its loop device stays: somebody still uses the pool.
+func Pool(tb testing.TB, fsType string, size int64) string {
+	tb.Helper()
+	Require(tb)
+	tool, ok := mkfs[fsType]
+	if !ok {
+		tb.Fatalf("no pool of type %q", fsType)
+	}
+	dir := tb.TempDir()
+	image, mountPoint := filepath.Join(dir, "pool.img"), filepath.Join(dir, "pool")
+	if err := os.Mkdir(mountPoint, 0o755); err != nil {
+		tb.Fatal(err)
+	}
+	f, err := os.Create(image)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	err = f.Truncate(size)
+	if cerr := f.Close(); err != nil || cerr != nil {
+		tb.Fatal(err, cerr)
+	}
+	Run(tb, append(tool, image)...)
+	retry(tb, "mount", "-o", "loop", "-t", fsType, image, mountPoint)
+	tb.Cleanup(func() {
+		retry(tb, "umount", mountPoint)
+		deadline := time.Now().Add(settle)
+		for len(Loops(dir)) > 0 {
+			if time.Now().After(deadline) {
+				tb.Errorf("pool is unmounted but its loop device stays: %v", Loops(dir))
+				return
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+	})
+	return mountPoint
+}
+
+// Run runs a command, fails the test when it fails, and returns its output
+// (both streams).
+func Run(tb testing.TB, argv ...string) string {
+	tb.Helper()
+	out, err := command(argv)
+	if err != nil {
+		tb.Fatalf("%v: %v\n%s", argv, err, out)
+	}
+	return out
+}
+
+// retry is Run for commands that a stranger's short use of the same kernel
+// objects can make fail: another test's losetup, udev.
+func retry(tb testing.TB, argv ...string) {
+	tb.Helper()
+	deadline := time.Now().Add(settle)
+	for {
+		out, err := command(argv)
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			tb.Fatalf("%v: %v\n%s", argv, err, out)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+func command(argv []string) (string, error) {
+	cmd := exec.Command(argv[0], argv[1:]...)
+	// Words in errors must not depend on the machine's language.
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
