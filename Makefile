@@ -1,0 +1,102 @@
+# The commands of csi-loop's development; CI calls nothing else.
+# Targets that need root compile as you and ask sudo for the rest.
+
+GO       ?= go
+DOCKER   ?= docker
+IMAGE    ?= csi-loop
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+# What the tests run over, and flags for every go test.
+PKGS     ?= ./...
+TESTARGS ?=
+# What runs in the virtual machines; see test/vm.
+VM_KERNELS ?= 6.1,6.12
+VM_PKGS    ?= ./test/vm/guest $(wildcard ./pkg/loop ./pkg/mount ./pkg/image)
+VM_ARGS    ?=
+
+LDFLAGS  := -X main.version=$(VERSION)
+ROOT     := $(CURDIR)/hack/as-root
+USER     := $(CURDIR)/hack/as-user
+LINT     := bin/golangci-lint
+# Root tests share the kernel's loop devices and the machine's disk: one package at a time.
+ROOTTEST := CSI_LOOP_ROOT_TESTS=1 $(GO) test -exec $(ROOT) -count=1 -p 1 -timeout 15m $(TESTARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-unit test-root sanity test-vm bench bench-smoke check lint fmt generate image clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## compile bin/csi-loop, stamped with the version
+	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' -o bin/csi-loop ./cmd/csi-loop
+
+demo: ## show the whole life of a volume on this machine, in seconds (root)
+	@hack/deps root
+	@$(MAKE) --no-print-directory build
+	@$(ROOT) bin/csi-loop demo
+
+test: ## run every test: unit, root, sanity, and a virtual machine where this one lacks a capability
+	@hack/deps root
+	@if hack/has-capability sys_resource; then vm=; else vm=test-vm; fi; \
+	  MAKE='$(MAKE)' hack/steps test-unit test-root sanity $$vm
+
+test-unit: ## run the tests that need no root, with the race detector
+	@hack/deps unit
+	$(GO) test -exec $(USER) -race -timeout 5m $(TESTARGS) $(PKGS)
+
+test-root: ## run all tests but sanity as root, with the race detector, on this machine's kernel
+	@hack/deps root
+	$(ROOTTEST) -race -skip Sanity $(PKGS)
+
+sanity: ## run the CSI conformance tests against the driver on real loop devices (root)
+	@hack/deps root
+	$(ROOTTEST) -run Sanity $$($(GO) list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./pkg/driver/... ./test/... 2>/dev/null)
+
+test-vm: ## run the root tests on other kernels in virtual machines, needs no root
+	@hack/deps vm
+	$(GO) run ./test/vm -kernels $(VM_KERNELS) $(VM_ARGS) $(VM_PKGS)
+
+bench: ## measure each CSI call beside a floor of bare kernel calls (root)
+	@hack/deps root
+	$(GO) build -o bin/bench ./test/bench
+	$(ROOT) bin/bench $(BENCH_ARGS)
+
+bench-smoke: BENCH_ARGS = -smoke
+bench-smoke: bench ## the same with a few rounds only: does it still run
+
+check: ## everything CI checks without running a test: format, vet, lint, modules, generated files
+	@MAKE='$(MAKE)' hack/steps check-fmt check-vet lint check-mod check-generate
+
+.PHONY: check-fmt check-vet check-mod check-generate
+check-fmt: $(LINT)
+	$(LINT) fmt --diff
+
+check-vet:
+	$(GO) vet ./...
+	GOOS=darwin $(GO) vet ./...
+
+check-mod:
+	$(GO) mod tidy -diff
+	cd tools && $(GO) mod tidy -diff
+
+check-generate:
+	hack/check-unchanged $(GO) generate ./...
+
+lint: $(LINT) ## run golangci-lint
+	$(LINT) run ./...
+
+fmt: $(LINT) ## format the Go code
+	$(LINT) fmt
+
+generate: ## write the generated Go files
+	$(GO) generate ./...
+
+# The linter is built from source at the version in tools/go.mod: minutes once, then cached.
+$(LINT): tools/go.mod tools/go.sum
+	cd tools && $(GO) build -o ../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+	@touch $@
+
+image: ## build the container image with docker, or DOCKER=podman
+	$(DOCKER) build --build-arg VERSION=$(VERSION) -t $(IMAGE):$(VERSION) .
+
+clean: ## remove what was built
+	rm -rf bin
