@@ -1,0 +1,121 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/csi-loop/csi-loop/test/vm/plan"
+)
+
+// machine is one virtual machine and what it is made of.
+type machine struct {
+	kernel    kernel
+	initramfs string
+	disk      string
+	accel     string // tcg needs nothing of the host; kvm is 10 to 30 times faster
+	memoryMiB int
+	timeout   time.Duration
+}
+
+// result is how one job ended.
+type result struct {
+	status int
+	took   time.Duration
+}
+
+// boot runs the machine until it powers off and returns the results of the jobs
+// that ended. An error means that the guest did not get to the end: it
+// panicked, hung until the time-out, or could not prepare itself.
+func (m machine) boot(ctx context.Context, p plan.Plan, out io.Writer) ([]result, error) {
+	ctx, cancel := context.WithTimeout(ctx, m.timeout)
+	defer cancel()
+	console := filepath.Join(filepath.Dir(m.disk), "console.log")
+	cmd := exec.CommandContext(ctx, "qemu-system-x86_64",
+		"-machine", "q35", "-accel", m.accel, "-cpu", "max", "-smp", "2", "-m", strconv.Itoa(m.memoryMiB),
+		"-nodefaults", "-no-user-config", "-display", "none", "-nic", "none", "-no-reboot",
+		"-kernel", m.kernel.Image, "-initrd", m.initramfs,
+		// A panic ends qemu at once, and an oops is a panic: a test must not pass over one.
+		"-append", "console=ttyS0 panic=-1 oops=panic",
+		"-serial", "file:"+console, "-serial", "stdio",
+		"-drive", "file="+m.disk+",if=virtio,format=raw,cache=unsafe,discard=unmap",
+	)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	results, finished, err := follow(stdout, p, out)
+	if err != nil {
+		cancel() // nobody reads on, so the guest could not end by itself
+	}
+	waitErr := cmd.Wait()
+	if finished && err == nil {
+		return results, nil
+	}
+	switch {
+	case err != nil:
+	case ctx.Err() != nil:
+		err = fmt.Errorf("the guest did not finish in %v", m.timeout)
+	default:
+		err = errors.New("the guest ended before its last test did")
+	}
+	err = errors.Join(err, waitErr, context.Cause(ctx))
+	return results, fmt.Errorf("%w\n%s%s", err, stderr.String(), tail(console, 60))
+}
+
+// follow copies the tests' output to out and gathers the guest's reports until
+// the machine is off. finished says whether the guest ran everything.
+func follow(r io.Reader, p plan.Plan, out io.Writer) (results []result, finished bool, err error) {
+	lines := bufio.NewReader(r)
+	var started time.Time
+	for {
+		line, readErr := lines.ReadString('\n')
+		before, report, ok := plan.Parse(p.Token, strings.TrimRight(line, "\r\n"))
+		if before != "" || !ok && line != "" {
+			fmt.Fprintln(out, before)
+		}
+		if ok {
+			switch report.Event {
+			case plan.Started:
+				started = time.Now()
+				fmt.Fprintf(out, "== %s\n", p.Jobs[report.Number].Name)
+			case plan.Ended:
+				if report.Number != len(results) {
+					return results, false, fmt.Errorf("the guest reports job %d, expected %d", report.Number, len(results))
+				}
+				results = append(results, result{status: report.Status, took: time.Since(started)})
+			case plan.Finished:
+				finished = len(results) == len(p.Jobs)
+			case plan.Broken:
+				return results, false, fmt.Errorf("the guest could not start: %s", report.Text)
+			}
+		}
+		if readErr != nil {
+			return results, finished, nil // qemu is gone; its exit status tells the rest
+		}
+	}
+}
+
+// tail gives the last lines of the guest's console.
+func tail(path string, n int) string {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return ""
+	}
+	lines := strings.Split(strings.ReplaceAll(string(b), "\r", ""), "\n")
+	return strings.Join(lines[max(0, len(lines)-n):], "\n")
+}
