@@ -43,11 +43,11 @@ func main() {
 	flag.Parse()
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer stop()
 	h.packages, h.testFlags = splitArgs(flag.Args())
-	if err := h.main(ctx, strings.Split(*kernels, ",")); err != nil {
+	err := h.main(ctx, strings.Split(*kernels, ","))
+	stop()
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "vm:", err)
-		stop()
 		os.Exit(1)
 	}
 }

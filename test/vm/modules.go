@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"debug/elf"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -146,7 +147,7 @@ func dependencies(data []byte) (hard, soft []string, err error) {
 	}
 	section := f.Section(".modinfo")
 	if section == nil {
-		return nil, nil, fmt.Errorf("no .modinfo section: not a kernel module")
+		return nil, nil, errors.New("no .modinfo section: not a kernel module")
 	}
 	info, err := section.Data()
 	if err != nil {
@@ -170,7 +171,7 @@ func parseModinfo(info []byte) (hard, soft []string) {
 		case "softdep":
 			if names, ok := strings.CutPrefix(value, "pre:"); ok {
 				names, _, _ = strings.Cut(names, "post:")
-				for _, name := range strings.Fields(names) {
+				for name := range strings.FieldsSeq(names) {
 					soft = append(soft, strings.ReplaceAll(name, "-", "_"))
 				}
 			}

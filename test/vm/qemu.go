@@ -105,7 +105,7 @@ func follow(r io.Reader, p plan.Plan, out io.Writer) (results []result, finished
 			}
 		}
 		if readErr != nil {
-			return results, finished, nil // qemu is gone; its exit status tells the rest
+			return results, finished, nil //nolint:nilerr // qemu is gone; its exit status tells the rest
 		}
 	}
 }
