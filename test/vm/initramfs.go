@@ -13,21 +13,16 @@ import (
 	"github.com/csi-loop/csi-loop/test/vm/plan"
 )
 
-// tools are the programs of this machine that the guest gets, with the shared
-// libraries they need. Those marked optional may be missing here.
-var tools = []struct {
-	name     string
-	optional bool
-}{
-	{name: "mke2fs"}, {name: "mkfs.ext2"}, {name: "mkfs.ext3"}, {name: "mkfs.ext4"},
-	{name: "e2fsck"}, {name: "resize2fs"}, {name: "tune2fs"}, {name: "dumpe2fs"}, {name: "debugfs", optional: true},
-	{name: "mkfs.xfs"}, {name: "xfs_growfs"}, {name: "xfs_repair"}, {name: "xfs_db"}, {name: "xfs_io"}, {name: "xfs_admin"},
-	{name: "mkfs.btrfs"}, {name: "btrfs"}, {name: "btrfstune"},
-	{name: "losetup"}, {name: "mount"}, {name: "umount"}, {name: "blkid"}, {name: "blockdev"}, {name: "findmnt", optional: true},
-	{name: "fallocate"}, {name: "fstrim"}, {name: "fsfreeze"}, {name: "unshare"}, {name: "nsenter"}, {name: "setpriv", optional: true},
-	{name: "lsattr", optional: true}, {name: "chattr", optional: true}, {name: "filefrag", optional: true},
-	{name: "dmsetup", optional: true}, {name: "strace", optional: true},
-}
+// requiredTools and optionalTools are the programs of this machine that the
+// guest gets, with the shared libraries they need. The optional ones may be
+// missing here.
+const (
+	requiredTools = `mke2fs mkfs.ext2 mkfs.ext3 mkfs.ext4 e2fsck resize2fs tune2fs dumpe2fs
+		mkfs.xfs xfs_growfs xfs_repair xfs_db xfs_io xfs_admin
+		mkfs.btrfs btrfs btrfstune
+		losetup mount umount blkid blockdev fallocate fstrim fsfreeze unshare nsenter`
+	optionalTools = "debugfs findmnt setpriv lsattr chattr filefrag dmsetup strace"
+)
 
 // Names of busybox that would stand in for a real tool badly, or that the kernel
 // would call behind our back.
@@ -88,15 +83,21 @@ func (t *tree) copy(from, to string) error {
 
 // addTools adds the tools of this machine, their libraries and busybox for the rest.
 func (t *tree) addTools() error {
-	for _, tool := range tools {
-		path, err := lookTool(tool.name)
+	// Under the names they are found by: mke2fs behaves by the name it is called.
+	for tool := range strings.FieldsSeq(requiredTools) {
+		path, err := lookTool(tool)
 		if err != nil {
-			if tool.optional {
-				continue
-			}
 			return err
 		}
-		// Under the name it was found by: mke2fs behaves by the name it is called.
+		if err := t.program(path); err != nil {
+			return err
+		}
+	}
+	for tool := range strings.FieldsSeq(optionalTools) {
+		path, err := lookTool(tool)
+		if err != nil {
+			continue
+		}
 		if err := t.program(path); err != nil {
 			return err
 		}
