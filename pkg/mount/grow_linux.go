@@ -1,0 +1,186 @@
+package mount
+
+import (
+	"errors"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Ioctl numbers that x/sys does not have. The directions of _IOR and _IOW differ
+// between architectures, so they are made with its own encoding.
+const (
+	xfsFSGeometryV1 = iocRead | 112<<iocSizeShift | 'X'<<8 | 100
+	xfsGrowFSData   = iocWrite | 16<<iocSizeShift | 'X'<<8 | 110
+	extResizeFS     = iocWrite | 8<<iocSizeShift | 'f'<<8 | 16
+	btrfsResize     = iocWrite | 4096<<iocSizeShift | 0x94<<8 | 3
+	btrfsDevInfo    = iocRead | iocWrite | 4096<<iocSizeShift | 0x94<<8 | 30
+	iocSizeShift    = 16
+	// BLKGETSIZE64 is _IOR with the size of size_t, FS_IOC_SETFLAGS _IOW with the
+	// size of a long: their direction bits are this architecture's.
+	iocDirMask = 0xe0000000
+	iocRead    = unix.FS_IOC_GETFLAGS & iocDirMask
+	iocWrite   = unix.FS_IOC_SETFLAGS & iocDirMask
+)
+
+// xfsGeom is struct xfs_fsop_geom_v1.
+type xfsGeom struct {
+	blockSize, rtExtSize, agBlocks, agCount      uint32
+	logBlocks, sectSize, inodeSize, imaxPct      uint32
+	dataBlocks, rtBlocks, rtExtents, logStart    uint64
+	uuid                                         [16]byte
+	sunit, swidth, version, flags, logSect, rtSe uint32
+	dirBlock, _                                  uint32
+}
+
+type xfsGrow struct {
+	newBlocks  uint64
+	imaxPct, _ uint32
+}
+
+// btrfsDevInfoArgs is struct btrfs_ioctl_dev_info_args.
+type btrfsDevInfoArgs struct {
+	devID      uint64
+	uuid       [16]byte
+	bytesUsed  uint64
+	totalBytes uint64
+	fsid       [16]byte
+	_          [377 * 8]byte
+	path       [1024]byte
+}
+
+type btrfsVolArgs struct {
+	fd   int64
+	name [4088]byte
+}
+
+// The kernel copies as many bytes as the number says.
+var (
+	_ [112]byte  = [unsafe.Sizeof(xfsGeom{})]byte{}
+	_ [16]byte   = [unsafe.Sizeof(xfsGrow{})]byte{}
+	_ [4096]byte = [unsafe.Sizeof(btrfsDevInfoArgs{})]byte{}
+	_ [4096]byte = [unsafe.Sizeof(btrfsVolArgs{})]byte{}
+)
+
+func ioctl(fd int, request uint, arg unsafe.Pointer) (int, error) {
+	return noEINTR(func() (int, error) {
+		r, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), uintptr(request), uintptr(arg))
+		if errno != 0 {
+			return 0, errno
+		}
+		return int(r), nil
+	})
+}
+
+// withOpen opens path for reading and hands it to do.
+func withOpen(path string, flags int, do func(fd int) error) error {
+	fd, err := noEINTR(func() (int, error) {
+		return unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK|flags, 0)
+	})
+	if err != nil {
+		return err
+	}
+	defer closeFD(fd)
+	return do(fd)
+}
+
+// deviceSize returns the size of a block device in bytes.
+func deviceSize(path string) (int64, error) {
+	var size int64
+	err := withOpen(path, 0, func(fd int) error {
+		var n uint64
+		if _, err := ioctl(fd, unix.BLKGETSIZE64, unsafe.Pointer(&n)); err != nil {
+			if errors.Is(err, unix.ENOTTY) {
+				return unix.ENOTBLK
+			}
+			return err
+		}
+		size = int64(min(n, 1<<62))
+		return nil
+	})
+	return size, err
+}
+
+// claimable fails with EBUSY while a device is mounted or otherwise claimed.
+func claimable(path string) error {
+	return withOpen(path, unix.O_EXCL, func(int) error { return nil })
+}
+
+func xfsGeometryOf(fd int) (xfsGeom, error) {
+	var g xfsGeom
+	_, err := ioctl(fd, xfsFSGeometryV1, unsafe.Pointer(&g))
+	return g, err
+}
+
+// xfsSize asks a mounted XFS.
+func xfsSize(path string) (Superblock, error) {
+	var sb Superblock
+	err := withOpen(path, unix.O_NOFOLLOW, func(fd int) error {
+		g, err := xfsGeometryOf(fd)
+		sb = Superblock{
+			Type: "xfs", Size: int64(g.dataBlocks) * int64(g.blockSize), BlockSize: int(g.blockSize),
+			xfs: xfsGeometry{agBlocks: int64(g.agBlocks)},
+		}
+		return err
+	})
+	return sb, err
+}
+
+// growXFS keeps the share of inodes as it is.
+func growXFS(device, path string) error {
+	size, err := deviceSize(device)
+	if err != nil {
+		return err
+	}
+	return withOpen(path, unix.O_NOFOLLOW, func(fd int) error {
+		g, err := xfsGeometryOf(fd)
+		if err != nil || g.blockSize == 0 {
+			return err
+		}
+		arg := xfsGrow{newBlocks: uint64(size) / uint64(g.blockSize), imaxPct: g.imaxPct}
+		_, err = ioctl(fd, xfsGrowFSData, unsafe.Pointer(&arg))
+		return err
+	})
+}
+
+// growExt asks the ext4 driver, which serves ext2 and ext3 too.
+func growExt(device, path string, blockSize int) error {
+	size, err := deviceSize(device)
+	if err != nil {
+		return err
+	}
+	blocks := uint64(size) / uint64(blockSize)
+	return withOpen(path, unix.O_NOFOLLOW, func(fd int) error {
+		_, err := ioctl(fd, extResizeFS, unsafe.Pointer(&blocks))
+		return err
+	})
+}
+
+// btrfsSectorSize is the smallest unit that btrfs sizes are rounded to.
+const btrfsSectorSize = 4096
+
+// btrfsSize asks a mounted btrfs for what it uses of its only device.
+func btrfsSize(path string) (Superblock, error) {
+	var sb Superblock
+	err := withOpen(path, unix.O_NOFOLLOW, func(fd int) error {
+		info := btrfsDevInfoArgs{devID: 1}
+		_, err := ioctl(fd, btrfsDevInfo, unsafe.Pointer(&info))
+		sb = Superblock{Type: "btrfs", Size: int64(min(info.totalBytes, 1<<62)), BlockSize: btrfsSectorSize}
+		return err
+	})
+	return sb, err
+}
+
+// growBtrfs lets device 1 fill what it lies on. A positive answer says that a
+// balance or the like has the filesystem for itself.
+func growBtrfs(path string) error {
+	return withOpen(path, unix.O_NOFOLLOW, func(fd int) error {
+		var arg btrfsVolArgs
+		copy(arg.name[:], "1:max")
+		n, err := ioctl(fd, btrfsResize, unsafe.Pointer(&arg))
+		if err == nil && n > 0 {
+			return unix.EBUSY
+		}
+		return err
+	})
+}

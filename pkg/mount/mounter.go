@@ -1,0 +1,229 @@
+package mount
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Mounter does everything in this package that needs the kernel. Any number of
+// goroutines may use it; calls for one target run one after the other.
+type Mounter struct {
+	proc      string        // where /proc is
+	busyTime  time.Duration // how long an unmount insists
+	statmount bool          // ask statmount(2) before mountinfo
+	targets   locks
+}
+
+// Option changes how New sets up a Mounter.
+type Option func(*Mounter)
+
+// WithProc names the directory where proc is mounted. The default is "/proc".
+func WithProc(dir string) Option { return func(m *Mounter) { m.proc = dir } }
+
+// WithBusyTime bounds how long Unmount tries again before it answers ErrBusy.
+// The default, 100 ms, outlives the moment between fork and exec of a program
+// that this process starts, in which the child holds a copy of every descriptor;
+// it is not meant to wait for somebody to finish. 0 or less: one try.
+func WithBusyTime(d time.Duration) Option { return func(m *Mounter) { m.busyTime = d } }
+
+// withoutStatmount makes At behave as on a kernel before 6.8.
+func withoutStatmount() Option { return func(m *Mounter) { m.statmount = false } }
+
+// New returns a Mounter. It asks the kernel nothing.
+func New(options ...Option) *Mounter {
+	m := &Mounter{proc: "/proc", busyTime: 100 * time.Millisecond, statmount: true}
+	for _, o := range options {
+		o(m)
+	}
+	return m
+}
+
+// cleanPath returns path without "." and doubled slashes (a trailing slash would
+// make the kernel follow a link). It must be absolute and not the root.
+func cleanPath(op, path string) (string, error) {
+	fail := func(words string) error {
+		return &OpError{Op: op, Path: path, Err: syscall.EINVAL, Words: words}
+	}
+	switch {
+	case !filepath.IsAbs(path):
+		return "", fail("the path must be absolute")
+	case strings.IndexByte(path, 0) >= 0:
+		return "", fail("the path contains a zero byte")
+	}
+	clean := filepath.Clean(path)
+	if clean == "/" {
+		return "", fail("refusing the root directory")
+	}
+	return clean, nil
+}
+
+// List returns all mounts that this process can see, from one read of mountinfo,
+// in the kernel's order. A mount that is there before the call and after it is
+// never missing (Linux 5.8).
+func (m *Mounter) List() ([]Mount, error) {
+	text, err := os.ReadFile(filepath.Join(m.proc, "self", "mountinfo"))
+	if err != nil {
+		return nil, fmt.Errorf("list mounts: %w", err)
+	}
+	return parseMountinfo(text), nil
+}
+
+// At returns the uppermost mount at exactly path, which may be a directory or a
+// file. false with a nil error: nothing is mounted there, or there is no such
+// path, or it is a symbolic link. A mount whose filesystem is dead (its device
+// gone, EIO from every call) is found too, so that it can be unmounted.
+//
+// The cost does not depend on the number of mounts where the kernel has
+// statmount with all that is needed (6.13); before, mountinfo is read once, and
+// only if something is mounted there.
+func (m *Mounter) At(path string) (Mount, bool, error) {
+	path, err := cleanPath("look at", path)
+	if err != nil {
+		return Mount{}, false, err
+	}
+	return m.at(path)
+}
+
+// at is At for a clean path.
+func (m *Mounter) at(path string) (Mount, bool, error) {
+	p, err := look(path)
+	switch {
+	case err == nil && !p.mountRoot:
+		return Mount{}, false, nil
+	case err == nil:
+		return m.describe(path, p)
+	case isMissing(err):
+		return Mount{}, false, nil
+	case errors.Is(err, syscall.ENAMETOOLONG), errors.Is(err, syscall.ELOOP), errors.Is(err, errors.ErrUnsupported):
+		return Mount{}, false, &OpError{Op: "look at", Path: path, Err: err}
+	}
+	// EIO, ENOTCONN, ESTALE...: a dead filesystem. mountinfo lives.
+	found, ok, listErr := m.atByPath(path)
+	if listErr != nil || !ok {
+		return Mount{}, false, errors.Join(&OpError{Op: "look at", Path: path, Err: err}, listErr)
+	}
+	return found, true, nil
+}
+
+// describe returns the mount with the number that a look at path found.
+func (m *Mounter) describe(path string, p place) (Mount, bool, error) {
+	if m.statmount && p.uniqueID {
+		found, err := statmount(p.mountID)
+		if err == nil {
+			return found, true, nil
+		}
+		if !errors.Is(err, errNoStatmount) && !isMissing(err) {
+			return Mount{}, false, &OpError{Op: "describe mount", Path: path, Err: err}
+		}
+	}
+	number, err := mountNumber(path)
+	if err != nil {
+		return Mount{}, false, &OpError{Op: "describe mount", Path: path, Err: err}
+	}
+	mounts, err := m.List()
+	if err != nil {
+		return Mount{}, false, err
+	}
+	for _, found := range mounts {
+		if uint64(found.ID) == number { //nolint:gosec // kernel numbers are positive
+			return found, true, nil
+		}
+	}
+	// Unmounted meanwhile, or mounted outside this process' root.
+	return Mount{}, false, nil
+}
+
+// atByPath finds a mount by the path that mountinfo shows, which has no links.
+func (m *Mounter) atByPath(path string) (Mount, bool, error) {
+	mounts, err := m.List()
+	if err != nil {
+		return Mount{}, false, err
+	}
+	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
+	if err != nil {
+		dir = filepath.Dir(path)
+	}
+	found, ok := topAt(mounts, filepath.Join(dir, filepath.Base(path)))
+	return found, ok, nil
+}
+
+// OfDevice returns the mounts that show the block device with these numbers: its
+// filesystem, wherever and however often it is mounted, and binds of a node of
+// it. Empty and nil error: none in this mount namespace. A node that another
+// mount covers is not found.
+func (m *Mounter) OfDevice(major, minor uint32) ([]Mount, error) {
+	mounts, err := m.List()
+	if err != nil {
+		return nil, err
+	}
+	var out []Mount
+	for _, found := range mounts {
+		if found.Major == major && found.Minor == minor || shows(found, major, minor) {
+			out = append(out, found)
+		}
+	}
+	return out, nil
+}
+
+// shows finds the two kinds of mounts that mountinfo does not number by their
+// device. Only local filesystems are looked into: a dead server must not hang us.
+func shows(m Mount, major, minor uint32) bool {
+	is := func(p place, err error) bool {
+		a, b := devNumbers(p.rdev)
+		return err == nil && p.isBlock() && a == major && b == minor
+	}
+	if m.FSType == "btrfs" && strings.HasPrefix(m.Source, "/") && is(lookThrough(m.Source)) {
+		return true
+	}
+	return m.Root != "/" && mayHoldNodes(m) && is(look(m.Path))
+}
+
+func mayHoldNodes(m Mount) bool {
+	switch m.FSType {
+	case "devtmpfs", "tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs":
+		return true
+	}
+	return false
+}
+
+func isMissing(err error) bool {
+	return errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ENOTDIR)
+}
+
+// pause sleeps for about d, or until ctx ends.
+func pause(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d/2 + rand.N(d))
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// typeName is a word for what lies at a path, for error texts.
+func typeName(mode fs.FileMode) string {
+	switch {
+	case mode.IsDir():
+		return "a directory"
+	case mode.IsRegular():
+		return "a regular file"
+	case mode&fs.ModeSymlink != 0:
+		return "a symbolic link"
+	case mode&fs.ModeCharDevice != 0:
+		return "a character device"
+	case mode&fs.ModeDevice != 0:
+		return "a block device"
+	default:
+		return "neither a file nor a directory"
+	}
+}
