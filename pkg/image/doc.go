@@ -1,0 +1,46 @@
+// Package image keeps volumes as image files in pools, which are directories.
+//
+//	<pool>/pool.json                                  identity of the pool, 0600
+//	<pool>/volumes/<directory>/{volume.json,disk.img}
+//	<pool>/snapshots/                                 made, not used yet
+//	<pool>/.new-* .gone-*                             work in progress
+//
+// Invariants:
+//
+//  1. A volume exists if and only if volumes/<directory>/volume.json can be read.
+//     A record that cannot be read is never guessed at: that volume is refused,
+//     every other one is served.
+//  2. Create commits with one rename out of .new-*, Remove with one rename into
+//     .gone-*. Whatever a crash leaves has one of these prefixes and is gone after
+//     the next Open.
+//  3. When Create, Grow or Remove has returned nil its effect is on disk: it
+//     survives SIGKILL and power loss. When it has returned an error the pool and
+//     its accounting are as before. The one exception is an error of the very last
+//     directory sync, after the commit; then the effect is seen, and repeating the
+//     call is right.
+//  4. The image is synced before the record, the record before the rename, and
+//     volumes/ after it (fact 74). A record never promises what the image lacks:
+//     a grown image without a grown record is rolled forward at Open.
+//  5. A thick image has a block for every byte from before its record exists until
+//     it is removed; mkfs may not give any back (facts 48, 62), OpenImage refills.
+//     On btrfs it is NOCOW as well, or it is refused (fact 70).
+//  6. Only new files in .new-* are ever formatted. There is no probe for a
+//     filesystem, hence none that can be wrong.
+//  7. Free space, less the reserve, less what thin volumes may still write (divided
+//     by the overcommit ratio), less what calls under way will write, is what a new
+//     volume may have. Capacity, Create and Grow ask the same account, in constant
+//     time. Pools on one filesystem share it.
+//  8. A volume's name is never used as a path. Every file is opened beneath the
+//     pool's root descriptor, without following links and without leaving the
+//     filesystem; an image must be a regular file with one link (fact 73).
+//  9. One process per pool, one pool per directory, one directory per pool ID.
+//
+// Not for: files other programs write, directories on network filesystems (no
+// space can be promised there), images that are in use. Callers must not Remove an
+// image that is bound to a loop device: its space is not freed until unbound
+// (fact 37). The package knows nothing of loop devices, mounts or CSI.
+//
+// Lock order: a volume's lock (Pool.locks), then Pool.mu or ledger.mu. The latter
+// two are never held together, and nothing but statfs runs under them: no call
+// waits for another volume's I/O.
+package image

@@ -1,0 +1,120 @@
+package image
+
+import (
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"syscall"
+)
+
+// fileStat is what the package wants to know of a file.
+type fileStat struct {
+	Dev, Ino  uint64
+	Mode      fs.FileMode // permissions and kind: regular, directory or irregular
+	UID       uint32
+	Links     uint64
+	Size      int64
+	Allocated int64 // bytes of blocks, those past the end included
+}
+
+// space is a filesystem as its users see it.
+type space struct {
+	Size, Free int64 // bytes; free for those who are not root
+	Type       string
+	ReadOnly   bool
+}
+
+var errNotRegular = errors.New("not a regular file")
+
+// writeSynced makes a new file with the given content and syncs it.
+func writeSynced(dir *os.File, name string, content []byte) error {
+	f, err := createAt(dir, name)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(content)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
+}
+
+// replaceSynced makes name have the given content, or keep the old one, whatever
+// happens; temporary is a name in dir that nobody else uses.
+func replaceSynced(dir *os.File, name, temporary string, content []byte, kill func(string)) (renamed bool, err error) {
+	if err := unlinkAt(dir, temporary, false); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	if err := writeSynced(dir, temporary, content); err != nil {
+		return false, err
+	}
+	kill("record written")
+	if err := renameOver(dir, temporary, name); err != nil {
+		return false, err
+	}
+	kill("record renamed")
+	if err := dir.Sync(); err != nil {
+		return true, err
+	}
+	kill("record synced")
+	return true, nil
+}
+
+// readFile reads a whole small file of a pool.
+func readFile(dir *os.File, name string, limit int64) ([]byte, error) {
+	f, err := openAt(dir, name, false)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	st, err := statFile(f)
+	if err != nil {
+		return nil, err
+	}
+	if st.Links != 1 {
+		return nil, errors.New("it has more than one link")
+	}
+	return readSmall(f, limit)
+}
+
+// names lists a directory that is open already, from its beginning.
+func names(dir *os.File) ([]string, error) {
+	if _, err := dir.Seek(0, io.SeekStart); err != nil {
+		return nil, err
+	}
+	return dir.Readdirnames(-1)
+}
+
+// removeTree removes name and, if it is a directory, all that is in it. It does
+// not follow links and does not enter other filesystems: a mount point in there
+// is an error, and stays. That name does not exist is success.
+func removeTree(dir *os.File, name string) error {
+	err := unlinkAt(dir, name, false)
+	switch {
+	case err == nil || errors.Is(err, fs.ErrNotExist):
+		return nil
+	case errors.Is(err, syscall.EISDIR), errors.Is(err, syscall.EPERM):
+		// Linux says EISDIR, POSIX says EPERM.
+	default:
+		return err
+	}
+	sub, err := openDirAt(dir, name)
+	if err != nil {
+		return err
+	}
+	defer sub.Close()
+	content, err := names(sub)
+	if err != nil {
+		return err
+	}
+	for _, n := range content {
+		if err := removeTree(sub, n); err != nil {
+			return err
+		}
+	}
+	if err := unlinkAt(dir, name, true); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}

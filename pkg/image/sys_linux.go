@@ -1,0 +1,388 @@
+package image
+
+import (
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"io/fs"
+	"os"
+	"os/exec"
+	"runtime"
+	"strconv"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// beneath is how files of a pool are opened: no "..", no link of any kind on
+	// the way, no other filesystem (fact 73 tells what this does not stop).
+	beneath = unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS | unix.RESOLVE_NO_XDEV
+	// beneathMounts is the same for directories of the operator's, which may hold
+	// mount points.
+	beneathMounts = beneath &^ unix.RESOLVE_NO_XDEV
+
+	noCow = 0x00800000 // FS_NOCOW_FL
+)
+
+// ioctl numbers that x/sys does not have. The direction bits differ between
+// architectures and are taken from numbers that it has.
+var (
+	directionRead = uint(unix.FS_IOC_GETFLAGS) &^ 0x1fffffff
+	directionBoth = directionRead | uint(unix.FS_IOC_SETFLAGS)&^0x1fffffff
+
+	fsIocGetFSUUID   = directionRead | 17<<16 | 0x15<<8
+	ext4IocGetFSUUID = directionRead | 8<<16 | 'f'<<8 | 44
+	xfsIocGeometryV1 = directionRead | 112<<16 | 'X'<<8 | 100
+	btrfsIocFSInfo   = directionRead | 1024<<16 | 0x94<<8 | 31
+	fsIocFiemap      = directionBoth | 32<<16 | 'f'<<8 | 11
+)
+
+func ignoringEINTR(f func() error) error {
+	for {
+		if err := f(); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
+
+func openat2(dir *os.File, name string, flags uint64, mode uint32, resolve uint64) (*os.File, error) {
+	how := unix.OpenHow{Flags: flags | unix.O_CLOEXEC, Mode: uint64(mode), Resolve: resolve}
+	for range 64 {
+		fd, err := unix.Openat2(int(dir.Fd()), name, &how)
+		runtime.KeepAlive(dir)
+		switch {
+		case err == nil:
+			return os.NewFile(uintptr(fd), dir.Name()+"/"+name), nil
+		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
+			// EAGAIN: something was renamed on the way and the kernel cannot
+			// tell whether the path still is beneath.
+			continue
+		}
+		return nil, err
+	}
+	return nil, unix.EAGAIN
+}
+
+func openPath(path string) (*os.File, error) {
+	return os.OpenFile(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+}
+
+func openDirAt(dir *os.File, name string) (*os.File, error) {
+	return openat2(dir, name, unix.O_RDONLY|unix.O_DIRECTORY, 0, beneath)
+}
+
+func createAt(dir *os.File, name string) (*os.File, error) {
+	return openat2(dir, name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, 0o600, beneath)
+}
+
+// openAt opens an existing file of a pool; the caller has to look at what it got.
+// O_NONBLOCK: a FIFO in its place must not make us wait.
+func openAt(dir *os.File, name string, write bool) (*os.File, error) {
+	return openExisting(dir, name, write, beneath)
+}
+
+// openMapped is openAt for the operator's directories.
+func openMapped(dir *os.File, name string, write bool) (*os.File, error) {
+	return openExisting(dir, name, write, beneathMounts)
+}
+
+// openExisting looks before it opens, because opening a device node can do things.
+// The file it looked at is the file it opens.
+func openExisting(dir *os.File, name string, write bool, resolve uint64) (*os.File, error) {
+	path, err := openat2(dir, name, unix.O_PATH, 0, resolve)
+	if err != nil {
+		return nil, err
+	}
+	defer path.Close()
+	st, err := statFile(path)
+	if err != nil {
+		return nil, err
+	}
+	if !st.Mode.IsRegular() {
+		return nil, errNotRegular
+	}
+	flags := unix.O_RDONLY
+	if write {
+		flags = unix.O_RDWR
+	}
+	var fd int
+	err = ignoringEINTR(func() (err error) {
+		fd, err = unix.Open(procPath(path), flags|unix.O_CLOEXEC|unix.O_NOCTTY, 0)
+		return err
+	})
+	runtime.KeepAlive(path)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), path.Name()), nil
+}
+
+// procPath names an open file for a system call that wants a path. A link of our
+// own process in /proc cannot be redirected by anybody.
+func procPath(f *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) }
+
+func mkdirAt(dir *os.File, name string) error {
+	err := unix.Mkdirat(int(dir.Fd()), name, 0o700)
+	runtime.KeepAlive(dir)
+	return err
+}
+
+// renameNew fails with EEXIST rather than replace.
+func renameNew(from *os.File, name string, to *os.File, newName string) error {
+	err := unix.Renameat2(int(from.Fd()), name, int(to.Fd()), newName, unix.RENAME_NOREPLACE)
+	runtime.KeepAlive(from)
+	runtime.KeepAlive(to)
+	return err
+}
+
+func renameOver(dir *os.File, name, newName string) error {
+	err := unix.Renameat(int(dir.Fd()), name, int(dir.Fd()), newName)
+	runtime.KeepAlive(dir)
+	return err
+}
+
+func unlinkAt(dir *os.File, name string, isDir bool) error {
+	flags := 0
+	if isDir {
+		flags = unix.AT_REMOVEDIR
+	}
+	err := unix.Unlinkat(int(dir.Fd()), name, flags)
+	runtime.KeepAlive(dir)
+	return err
+}
+
+func fileStatOf(st *unix.Stat_t) fileStat {
+	mode := fs.FileMode(st.Mode & 0o777)
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFREG:
+	case unix.S_IFDIR:
+		mode |= fs.ModeDir
+	default:
+		mode |= fs.ModeIrregular
+	}
+	return fileStat{
+		Dev: uint64(st.Dev), Ino: st.Ino, Mode: mode, UID: st.Uid, Links: uint64(st.Nlink),
+		Size: st.Size, Allocated: st.Blocks * 512,
+	}
+}
+
+func statFile(f *os.File) (fileStat, error) {
+	var st unix.Stat_t
+	err := unix.Fstat(int(f.Fd()), &st)
+	runtime.KeepAlive(f)
+	return fileStatOf(&st), err
+}
+
+// statAt does not follow a link that is the last component.
+func statAt(dir *os.File, name string) (fileStat, error) {
+	var st unix.Stat_t
+	err := unix.Fstatat(int(dir.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	runtime.KeepAlive(dir)
+	return fileStatOf(&st), err
+}
+
+// isMountPoint tells whether something is mounted exactly at path (kernel 5.8).
+func isMountPoint(path string) (bool, error) {
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, path, 0, 0, &st); err != nil {
+		return false, err
+	}
+	if st.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT == 0 {
+		return false, unix.EOPNOTSUPP
+	}
+	return st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0, nil
+}
+
+// allocate gives the range blocks. Those it already has stay as they are.
+func allocate(f *os.File, offset, length int64, keepSize bool) error {
+	var mode uint32
+	if keepSize {
+		mode = unix.FALLOC_FL_KEEP_SIZE
+	}
+	err := ignoringEINTR(func() error { return unix.Fallocate(int(f.Fd()), mode, offset, length) })
+	runtime.KeepAlive(f)
+	return err
+}
+
+// lockDir takes the exclusive lock on a directory, which ends with the last
+// descriptor of this open file; EWOULDBLOCK if another open file has it.
+func lockDir(f *os.File) error {
+	err := ignoringEINTR(func() error { return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) })
+	runtime.KeepAlive(f)
+	return err
+}
+
+func spaceOf(f *os.File) (space, error) {
+	var st unix.Statfs_t
+	err := ignoringEINTR(func() error { return unix.Fstatfs(int(f.Fd()), &st) })
+	runtime.KeepAlive(f)
+	if err != nil {
+		return space{}, err
+	}
+	unit := int64(st.Frsize)
+	if unit == 0 {
+		unit = int64(st.Bsize)
+	}
+	return space{
+		Size: int64(st.Blocks) * unit, Free: int64(st.Bavail) * unit,
+		Type: filesystemName(int64(st.Type) & 0xffffffff), ReadOnly: int64(st.Flags)&unix.ST_RDONLY != 0,
+	}, nil
+}
+
+func filesystemName(magic int64) string {
+	switch magic {
+	case unix.EXT4_SUPER_MAGIC:
+		return "ext4" // ext2 and ext3 have the same number
+	case unix.XFS_SUPER_MAGIC:
+		return "xfs"
+	case unix.BTRFS_SUPER_MAGIC:
+		return "btrfs"
+	case unix.TMPFS_MAGIC:
+		return "tmpfs"
+	case unix.OVERLAYFS_SUPER_MAGIC:
+		return "overlay"
+	case unix.F2FS_SUPER_MAGIC:
+		return "f2fs"
+	case unix.BCACHEFS_SUPER_MAGIC:
+		return "bcachefs"
+	case 0x2fc12fc1:
+		return "zfs"
+	case unix.NFS_SUPER_MAGIC:
+		return "nfs"
+	case unix.SMB_SUPER_MAGIC, unix.SMB2_SUPER_MAGIC, unix.CIFS_SUPER_MAGIC:
+		return "cifs"
+	case unix.CEPH_SUPER_MAGIC:
+		return "ceph"
+	case unix.FUSE_SUPER_MAGIC:
+		return "fuse"
+	case unix.ECRYPTFS_SUPER_MAGIC:
+		return "ecryptfs"
+	case unix.NILFS_SUPER_MAGIC:
+		return "nilfs2"
+	}
+	return "0x" + strconv.FormatInt(magic, 16)
+}
+
+func ioctl(f *os.File, request uint, arg unsafe.Pointer) error {
+	err := ignoringEINTR(func() error {
+		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), uintptr(request), uintptr(arg)); errno != 0 {
+			return errno
+		}
+		return nil
+	})
+	runtime.KeepAlive(f)
+	return err
+}
+
+// filesystemUUID asks the filesystem itself, in its text form. FS_IOC_GETFSUUID
+// is from kernel 6.9, the one of ext4 from 6.0; XFS and btrfs always had one.
+func filesystemUUID(f *os.File, fsType string) (string, error) {
+	var general [17]byte // length, UUID
+	err := ioctl(f, fsIocGetFSUUID, unsafe.Pointer(&general))
+	if err == nil && general[0] == 16 {
+		return formatUUID(general[1:]), nil
+	}
+	switch fsType {
+	case "xfs":
+		var geometry [112]byte
+		err = ioctl(f, xfsIocGeometryV1, unsafe.Pointer(&geometry))
+		if err == nil {
+			return formatUUID(geometry[64:80]), nil
+		}
+	case "btrfs":
+		var info [1024]byte
+		err = ioctl(f, btrfsIocFSInfo, unsafe.Pointer(&info))
+		if err == nil {
+			return formatUUID(info[16:32]), nil
+		}
+	case "ext4":
+		var buf [24]byte // length, flags, UUID
+		binary.NativeEndian.PutUint32(buf[:], 16)
+		err = ioctl(f, ext4IocGetFSUUID, unsafe.Pointer(&buf))
+		if err == nil {
+			return formatUUID(buf[8:]), nil
+		}
+	}
+	if err == nil {
+		err = unix.EOPNOTSUPP
+	}
+	return "", err
+}
+
+func formatUUID(b []byte) string {
+	s := hex.EncodeToString(b)
+	return s[:8] + "-" + s[8:12] + "-" + s[12:16] + "-" + s[16:20] + "-" + s[20:32]
+}
+
+// setNoCow marks a directory, whose new files inherit the mark.
+func setNoCow(dir *os.File) error {
+	flags, err := inodeFlags(dir)
+	if err != nil {
+		return err
+	}
+	err = ignoringEINTR(func() error {
+		return unix.IoctlSetPointerInt(int(dir.Fd()), unix.FS_IOC_SETFLAGS, int(flags|noCow))
+	})
+	runtime.KeepAlive(dir)
+	return err
+}
+
+func isNoCow(f *os.File) (bool, error) {
+	flags, err := inodeFlags(f)
+	return flags&noCow != 0, err
+}
+
+func inodeFlags(f *os.File) (uint32, error) {
+	flags, err := unix.IoctlGetUint32(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+	runtime.KeepAlive(f)
+	return flags, err
+}
+
+type fiemapExtent struct {
+	logical, physical, length uint64
+	_                         [2]uint64
+	flags                     uint32
+	_                         [3]uint32
+}
+
+type fiemap struct {
+	start, length        uint64
+	flags, mapped, count uint32
+	_                    uint32
+	extents              [128]fiemapExtent
+}
+
+// firstHole returns the first byte below size that has no block, or size.
+// EOPNOTSUPP when the filesystem cannot tell (tmpfs).
+func firstHole(f *os.File, size int64) (int64, error) {
+	const last = 1 // FIEMAP_EXTENT_LAST
+	var next uint64
+	for next < uint64(size) {
+		m := fiemap{start: next, length: uint64(size) - next}
+		m.count = uint32(len(m.extents))
+		if err := ioctl(f, fsIocFiemap, unsafe.Pointer(&m)); err != nil {
+			return 0, err
+		}
+		for _, e := range m.extents[:m.mapped] {
+			if e.logical > next {
+				return int64(next), nil
+			}
+			next = max(next, e.logical+e.length)
+			if e.flags&last != 0 {
+				return min(int64(next), size), nil
+			}
+		}
+		if m.mapped == 0 {
+			break
+		}
+	}
+	return min(int64(next), size), nil
+}
+
+// inDirectory makes cmd run in an open directory: the child enters it through
+// its own /proc/self, before its descriptors are closed.
+func inDirectory(cmd *exec.Cmd, dir *os.File) { cmd.Dir = procPath(dir) }
+
+func effectiveUID() uint32 { return uint32(syscall.Geteuid()) }
