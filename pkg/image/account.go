@@ -1,0 +1,273 @@
+package image
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"sync"
+)
+
+// overhead is kept back for what a volume takes beside its image (directory,
+// record, extent tree), so that a volume as large as Capacity says does fit.
+func overhead(size int64) int64 { return 0 }
+
+// Usage is the state of a pool. All values are bytes but Volumes.
+type Usage struct {
+	Size     int64 // of the filesystem, others' files included
+	Free     int64 // of the filesystem, before any promise is kept back
+	Reserved int64 // kept free for others, by configuration
+	Pending  int64 // promised to calls under way, on this filesystem
+
+	Volumes         int
+	Thick           int64 // sum of the sizes of thick volumes
+	ThinProvisioned int64 // sum of the sizes of thin volumes
+	ThinAllocated   int64 // what they have got, as last seen
+}
+
+// charge is what the account knows of one volume.
+type charge struct {
+	size      int64
+	allocated int64 // at most size
+	thick     bool
+	// Snapshots will add here the bytes shared with them (fact 69).
+}
+
+// unwritten is what the volume may still take from the pool. A thick volume that
+// lost blocks (fact 48) keeps its claim to them.
+func (c charge) unwritten() int64 { return max(0, c.size-c.allocated) }
+
+// ledger is the free space of one filesystem, shared by the accounts of all pools
+// on it: what one promised, another must not give away.
+type ledger struct {
+	mu       sync.Mutex
+	pending  int64         // guarded by mu: reservations not yet visible in statfs
+	promised int64         // guarded by mu: sum of all accounts' promises
+	settled  chan struct{} // guarded by mu: closed when pending shrinks
+}
+
+func newLedger() *ledger { return &ledger{settled: make(chan struct{})} }
+
+// account is the share of one pool. Every change is O(1).
+type account struct {
+	ledger     *ledger
+	statfs     func() (space, error)
+	reserve    Reserve
+	overcommit float64 // >= 1
+
+	// All below is guarded by ledger.mu.
+	charges       map[string]charge // by directory
+	thick         int64             // sum of sizes
+	thin          int64
+	thinUnwritten int64
+	thickMissing  int64 // blocks that thick volumes should have and do not
+}
+
+func newAccount(l *ledger, statfs func() (space, error), r Reserve, overcommit float64) *account {
+	return &account{ledger: l, statfs: statfs, reserve: r, overcommit: overcommit, charges: map[string]charge{}}
+}
+
+// promise is what must stay free for the pool's own volumes.
+// Precondition: ledger.mu is held.
+func (a *account) promise() int64 {
+	return a.thickMissing + divide(a.thinUnwritten, a.overcommit)
+}
+
+// divide rounds up.
+func divide(n int64, ratio float64) int64 {
+	if ratio == 1 {
+		return n // exact, also above 2^53
+	}
+	return int64(math.Ceil(float64(n) / ratio))
+}
+
+// free is what a new volume may take now; it may be negative.
+// Precondition: ledger.mu is held.
+func (a *account) free() (int64, error) {
+	s, err := a.statfs()
+	if err != nil {
+		return 0, err
+	}
+	free := s.Free - a.reserve.of(s.Size) - a.ledger.promised - a.ledger.pending
+	return free - overhead(s.Size), nil
+}
+
+// reservation is space that is spoken for and not yet to be seen in statfs.
+type reservation struct {
+	account *account
+	bytes   int64 // guarded by ledger.mu; 0 when released
+}
+
+// need is the free space that a volume of that size takes.
+func (a *account) need(alloc Allocation, size int64) int64 {
+	if alloc == Thin {
+		return divide(size, a.overcommit)
+	}
+	return size
+}
+
+// take reserves space for size more bytes, or returns ErrNoSpace. While other
+// calls allocate, their space counts twice (as reserved, and as used); a refusal
+// that might be due to this waits for them, so that it is never wrong.
+func (a *account) take(ctx context.Context, alloc Allocation, size int64) (*reservation, error) {
+	need := a.need(alloc, size)
+	for {
+		r, wait, err := a.tryTake(need)
+		if r != nil || err != nil {
+			return r, err
+		}
+		select {
+		case <-wait:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+func (a *account) tryTake(need int64) (*reservation, <-chan struct{}, error) {
+	l := a.ledger
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	free, err := a.free()
+	switch {
+	case err != nil:
+		return nil, nil, opError("look at the free space of", "the pool", err)
+	case need <= free:
+		l.pending += need
+		return &reservation{account: a, bytes: need}, nil, nil
+	case l.pending > 0 && need <= free+l.pending:
+		return nil, l.settled, nil
+	}
+	return nil, nil, fmt.Errorf("%w: %d bytes needed, %d free", ErrNoSpace, need, max(0, free))
+}
+
+// release gives the reservation up; again is harmless. To be called as soon as
+// the space is used, or will not be.
+func (r *reservation) release() {
+	l := r.account.ledger
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	r.settle()
+}
+
+// Precondition: ledger.mu is held.
+func (r *reservation) settle() {
+	if r == nil || r.bytes == 0 {
+		return
+	}
+	l := r.account.ledger
+	l.pending -= r.bytes
+	r.bytes = 0
+	close(l.settled)
+	l.settled = make(chan struct{})
+}
+
+// put records a volume's charge in place of its old one, and releases r (which
+// may be nil) in the same moment, so that its space is never free in between.
+func (a *account) put(dir string, c charge, r *reservation) {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	a.set(dir, &c)
+	r.settle()
+}
+
+// drop forgets a volume. Its blocks are free when statfs says so.
+func (a *account) drop(dir string) {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	a.set(dir, nil)
+}
+
+// seen records how many bytes of blocks a volume was found to have.
+func (a *account) seen(dir string, allocated int64) {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	if c, ok := a.charges[dir]; ok {
+		c.allocated = allocated
+		a.set(dir, &c)
+	}
+}
+
+// set is the only place that changes the sums.
+// Precondition: ledger.mu is held.
+func (a *account) set(dir string, c *charge) {
+	before := a.promise()
+	if old, ok := a.charges[dir]; ok {
+		a.add(old, -1)
+		delete(a.charges, dir)
+	}
+	if c != nil {
+		c.allocated = min(c.allocated, c.size)
+		a.charges[dir] = *c
+		a.add(*c, 1)
+	}
+	a.ledger.promised += a.promise() - before
+}
+
+// Precondition: ledger.mu is held.
+func (a *account) add(c charge, sign int64) {
+	if c.thick {
+		a.thick += sign * c.size
+		a.thickMissing += sign * c.unwritten()
+		return
+	}
+	a.thin += sign * c.size
+	a.thinUnwritten += sign * c.unwritten()
+}
+
+// capacity is the largest volume that take would accept now, whole MiB, never
+// negative; 0 when the filesystem does not answer.
+func (a *account) capacity(alloc Allocation) int64 {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	free, err := a.free()
+	if err != nil || free <= 0 {
+		return 0
+	}
+	size := free
+	if alloc == Thin {
+		size = int64(min(float64(free)*a.overcommit, math.MaxInt64/2))
+	}
+	size -= size % MiB
+	for size > 0 && a.need(alloc, size) > free { // rounding, and above 2^53
+		size -= MiB
+	}
+	return size
+}
+
+func (a *account) usage() (Usage, error) {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	s, err := a.statfs()
+	return Usage{
+		Size:            s.Size,
+		Free:            s.Free,
+		Reserved:        a.reserve.of(s.Size),
+		Pending:         a.ledger.pending,
+		Volumes:         len(a.charges),
+		Thick:           a.thick,
+		ThinProvisioned: a.thin,
+		ThinAllocated:   a.thin - a.thinUnwritten,
+	}, err
+}
+
+// leave takes the account's promises out of the ledger.
+func (a *account) leave() {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	a.ledger.promised -= a.promise()
+	a.charges = map[string]charge{}
+	a.thick, a.thin, a.thinUnwritten, a.thickMissing = 0, 0, 0, 0
+}
+
+// thinDirs lists the volumes whose allocation changes by being written to.
+func (a *account) thinDirs() []string {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	var dirs []string
+	for dir, c := range a.charges {
+		if !c.thick {
+			dirs = append(dirs, dir)
+		}
+	}
+	return dirs
+}

@@ -1,0 +1,284 @@
+package image
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+)
+
+// crashChild in the environment makes this test binary run the scenario and kill
+// itself: "<kill point's ordinal> <pool directory>".
+const crashChild = "CSI_LOOP_IMAGE_CRASH_CHILD"
+
+// step is one call of the scenario.
+type step struct {
+	verb string
+	spec Spec // of Create; name and size of Grow
+}
+
+// scenario takes every path that changes a pool.
+func scenario() []step {
+	filesystem := ""
+	if _, err := newTools(toolDirs()).find(context.Background(), "ext4"); err == nil {
+		filesystem = "ext4"
+	}
+	return []step{
+		{"create", Spec{Name: "thick", Size: 4 * MiB}},
+		{"create", Spec{Name: "thin", Size: 4 * MiB, Allocation: Thin}},
+		{"create", Spec{Name: "made/of fs", Size: 8 * MiB, Filesystem: filesystem}},
+		{"grow", Spec{Name: "thick", Size: 7 * MiB}},
+		{"grow", Spec{Name: "thin", Size: 64 * MiB}},
+		{"remove", Spec{Name: "made/of fs"}},
+		{"create", Spec{Name: "made/of fs", Size: 9 * MiB, Filesystem: filesystem}},
+		{"remove", Spec{Name: "thin"}},
+	}
+}
+
+var pattern = bytes.Repeat([]byte("acknowledged data "), 1000)
+
+func (s step) run(p *Pool) error {
+	id := VolumeID(p.ID(), DirName(s.spec.Name))
+	switch s.verb {
+	case "create":
+		if _, err := p.Create(ctx, s.spec); err != nil {
+			return err
+		}
+		f, err := p.OpenImage(ctx, id, false)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if _, err := f.WriteAt(pattern, 3*MiB); err != nil {
+			return err
+		}
+		return f.Sync()
+	case "grow":
+		_, err := p.Grow(ctx, id, s.spec.Size)
+		return err
+	}
+	return p.Remove(ctx, id)
+}
+
+// after is the set of volumes and sizes when n steps are done.
+func after(steps []step, n int) map[string]int64 {
+	state := map[string]int64{}
+	for _, s := range steps[:n] {
+		if s.verb == "remove" {
+			delete(state, s.spec.Name)
+			continue
+		}
+		state[s.spec.Name] = s.spec.Size
+	}
+	return state
+}
+
+// verifyCrash opens the pool after a crash in step number done, and runs the rest.
+func verifyCrash(t *testing.T, dir string, steps []step, done int) {
+	t.Helper()
+	s, p, err := tryOpen(dir)
+	if err != nil {
+		t.Fatalf("after %d steps: %v", done, err)
+	}
+	defer s.Close()
+	wantClean(t, dir)
+	if len(p.Damaged()) > 0 || len(p.Health()) > 0 {
+		t.Fatalf("after %d steps: %v %v", done, p.Damaged(), p.Health())
+	}
+	got := map[string]int64{}
+	for _, v := range s.List() {
+		got[v.Name] = v.Size
+	}
+	before, next := after(steps, done), after(steps, min(done+1, len(steps)))
+	if fmt.Sprint(got) != fmt.Sprint(before) && fmt.Sprint(got) != fmt.Sprint(next) {
+		t.Fatalf("after %d steps the pool has %v, neither %v nor %v", done, got, before, next)
+	}
+	for name := range before {
+		if next[name] == 0 {
+			continue // being removed
+		}
+		wantPattern(t, p, name)
+	}
+	wantAccount(t, s, p)
+	wantBlocks(t, p)
+	for i, rest := range steps[done:] {
+		if err := rest.run(p); err != nil {
+			t.Fatalf("step %d again: %v", done+i, err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s, p, err = tryOpen(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	wantClean(t, dir)
+	if n := len(s.List()); n != len(after(steps, len(steps))) {
+		t.Fatalf("%d volumes at the end", n)
+	}
+	wantAccount(t, s, p)
+}
+
+func wantPattern(t *testing.T, p *Pool, name string) {
+	t.Helper()
+	f, err := p.OpenImage(ctx, VolumeID(p.ID(), DirName(name)), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	b := make([]byte, len(pattern))
+	if _, err := f.ReadAt(b, 3*MiB); err != nil || !bytes.Equal(b, pattern) {
+		t.Fatalf("%s lost acknowledged data: %v", name, err)
+	}
+}
+
+// wantBlocks: a crashed Grow must not leave blocks past the end.
+func wantBlocks(t *testing.T, p *Pool) {
+	t.Helper()
+	for _, v := range p.list() {
+		_, dir, _ := p.store.Lookup(v.ID)
+		st, err := statAt(p.volumes, dir+"/"+imageFile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st.Allocated > v.Size+MiB+v.Size/256 {
+			t.Fatalf("%s of %d bytes has %d bytes of blocks", v.ID, v.Size, st.Allocated)
+		}
+	}
+}
+
+var errCrash = errors.New("crash")
+
+// TestCrashByPanic stops at every kill point in turn, within this process.
+func TestCrashByPanic(t *testing.T) {
+	steps := scenario()
+	points := 0
+	for n := int64(1); ; n++ {
+		dir := poolDir(t)
+		var count atomic.Int64
+		var armed atomic.Bool
+		s, p, err := tryOpen(dir, withKill(func(point string) {
+			if !armed.Load() || count.Add(1) < n {
+				return
+			}
+			if strings.HasPrefix(point, "remove: unlink") {
+				runtime.Goexit() // not on the caller's goroutine; the next point panics
+			}
+			panic(errCrash)
+		}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		armed.Store(true)
+		done, crashed := runUntilCrash(t, p, steps)
+		armed.Store(false)
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		verifyCrash(t, dir, steps, done)
+		if !crashed {
+			break
+		}
+		points++
+	}
+	if points < 30 {
+		t.Errorf("only %d kill points were met", points)
+	}
+}
+
+func runUntilCrash(t *testing.T, p *Pool, steps []step) (done int, crashed bool) {
+	t.Helper()
+	defer func() {
+		if r := recover(); r != nil {
+			if r != errCrash { //nolint:errorlint // a recovered value
+				panic(r)
+			}
+			crashed = true
+		}
+	}()
+	for _, s := range steps {
+		if err := s.run(p); err != nil {
+			t.Fatal(err)
+		}
+		done++
+	}
+	return done, false
+}
+
+// TestCrashByKill is the same with SIGKILL and a real process, from the making of
+// the pool on.
+func TestCrashByKill(t *testing.T) { crashByKill(t, poolDir) }
+
+func crashByKill(t *testing.T, newDir func(testing.TB) string) {
+	t.Helper()
+	steps := scenario()
+	killed := 0
+	for n := 1; ; n++ {
+		dir := filepath.Join(newDir(t), strconv.Itoa(n))
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d %s", crashChild, n, dir))
+		var out, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &stderr
+		err := cmd.Run()
+		done := strings.Count(out.String(), "done\n")
+		var exit *exec.ExitError
+		switch {
+		case err == nil:
+		case errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL:
+			killed++
+		default:
+			t.Fatalf("child %d: %v: %s", n, err, stderr.String())
+		}
+		verifyCrash(t, dir, steps, done)
+		if err == nil {
+			break
+		}
+	}
+	if killed < 30 {
+		t.Errorf("only %d kill points were met", killed)
+	}
+}
+
+func runCrashChild() int {
+	ordinal, dir, _ := strings.Cut(os.Getenv(crashChild), " ")
+	n, err := strconv.ParseInt(ordinal, 10, 64)
+	if err != nil {
+		return 2
+	}
+	var count atomic.Int64
+	s, p, err := tryOpen(dir, withKill(func(string) {
+		if count.Add(1) == n {
+			_ = syscall.Kill(syscall.Getpid(), syscall.SIGKILL)
+			select {} // dead any moment
+		}
+	}))
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	for _, step := range scenario() {
+		if err := step.run(p); err != nil {
+			fmt.Fprintln(os.Stderr, step, err)
+			return 1
+		}
+		fmt.Println("done")
+	}
+	if err := s.Close(); err != nil {
+		return 1
+	}
+	return 0
+}

@@ -1,0 +1,267 @@
+package image
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+
+	"k8s.io/klog/v2"
+)
+
+// chunk bounds one fallocate, so that ctx is looked at now and then.
+const chunk = 4 << 30
+
+// Create makes a volume, or finds it made. An equal volume of that name is
+// success; a different one is ErrIncompatible, whose message names the field. The
+// other errors: *SpecError, ErrSize, ErrNoSpace, ErrUnsupported, ErrDamaged (the
+// name's record cannot be read), ErrPool, and ctx's. After an error there is
+// nothing of the volume.
+func (p *Pool) Create(ctx context.Context, spec Spec) (Volume, error) {
+	s, err := spec.normalise()
+	if err != nil {
+		return Volume{}, err
+	}
+	dir := DirName(s.Name)
+	leave, err := p.enter(ctx, dir)
+	if err != nil {
+		return Volume{}, err
+	}
+	defer leave()
+	r, err := p.get(dir)
+	switch {
+	case err == nil:
+		if err := equal(r, s); err != nil {
+			return Volume{}, fmt.Errorf("volume %s: %w", VolumeID(p.ID(), dir), err)
+		}
+		return p.volume(dir, r), nil
+	case !errors.Is(err, ErrNotFound):
+		return Volume{}, err
+	}
+	r, err = p.create(ctx, dir, s)
+	if err != nil {
+		return Volume{}, fmt.Errorf("create %s: %w", VolumeID(p.ID(), dir), err)
+	}
+	return p.volume(dir, r), nil
+}
+
+// create takes the space, and gives it back when the volume does not come to be.
+// Precondition: the lock of dir is held and it has no volume.
+func (p *Pool) create(ctx context.Context, dir string, s Spec) (record, error) {
+	if err := p.admit(ctx, s); err != nil {
+		return record{}, err
+	}
+	space, err := p.account.take(ctx, s.Allocation, s.Size)
+	if err != nil {
+		return record{}, err
+	}
+	defer space.release()
+	r := newRecord(s, p.store.now())
+	allocated, err := p.build(ctx, dir, r, space)
+	if err != nil {
+		return record{}, err
+	}
+	p.remember(dir, r)
+	p.account.put(dir, r.charge(allocated), space)
+	return r, nil
+}
+
+// admit refuses what cannot work before anything is touched.
+func (p *Pool) admit(ctx context.Context, s Spec) error {
+	if least := MinimumSize(s.Filesystem); s.Size < least {
+		return fmt.Errorf("%w: %s needs at least %d bytes, asked for %d", ErrSize, s.Filesystem, least, s.Size)
+	}
+	if s.Allocation == Thick && !promisesSpace(p.fsType) {
+		return fmt.Errorf("%w: no thick volumes on %s, which cannot promise space", ErrUnsupported, p.fsType)
+	}
+	if s.Filesystem != "" {
+		if _, err := p.store.tools.find(ctx, s.Filesystem); err != nil {
+			return err
+		}
+	}
+	return p.present()
+}
+
+// build makes the volume in .new-*, and commits it by a rename. space is released
+// once the image has its blocks.
+func (p *Pool) build(ctx context.Context, dir string, r record, space *reservation) (allocated int64, err error) {
+	work := newPrefix + dir + "-" + rand.Text()[:8]
+	if err := mkdirAt(p.root, work); err != nil {
+		return 0, opError("make", work, err)
+	}
+	// Not run when a crash test panics: a crash does not clean up.
+	defer func() {
+		if err != nil {
+			p.discard(work)
+		}
+	}()
+	d, err := openDirAt(p.root, work)
+	if err != nil {
+		return 0, opError("open", work, err)
+	}
+	defer d.Close()
+	allocated, err = p.fill(ctx, d, r, space)
+	if err != nil {
+		return 0, err
+	}
+	b, err := r.encode()
+	if err != nil {
+		return 0, err
+	}
+	if err := writeSynced(d, recordFile, b); err != nil {
+		return 0, opError("write", recordFile, err)
+	}
+	p.store.kill("create: record synced")
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
+	if err := renameNew(p.root, work, p.volumes, dir); err != nil {
+		return 0, opError("commit", dir, err)
+	}
+	p.store.kill("create: renamed")
+	if err := p.volumes.Sync(); err != nil {
+		// Nobody was told of the volume, so it may go. If it does not, only the
+		// next Open can tell whether it exists.
+		if back := renameNew(p.volumes, dir, p.root, work); back != nil {
+			err = errors.Join(err, back)
+			p.refuse(dir, fmt.Errorf("%w: its creation was not synced; restart csi-loop: %w", ErrDamaged, err))
+		}
+		return 0, opError("sync", volumesDir, err)
+	}
+	p.store.kill("create: committed")
+	return allocated, nil
+}
+
+// discard removes what is not a volume yet, or no more.
+func (p *Pool) discard(name string) {
+	if err := removeTree(p.root, name); err != nil {
+		p.leftBehind(name, err)
+	}
+}
+
+// fill makes and syncs the image, and returns the bytes of blocks it has.
+func (p *Pool) fill(ctx context.Context, d *os.File, r record, space *reservation) (int64, error) {
+	if p.noCow {
+		if err := setNoCow(d); err != nil && r.Allocation == Thick {
+			return 0, fmt.Errorf("%w: thick volumes on btrfs must be NOCOW: %w", ErrUnsupported, opError("chattr +C", d.Name(), err))
+		}
+	}
+	f, err := createAt(d, imageFile)
+	if err != nil {
+		return 0, opError("make", imageFile, err)
+	}
+	defer f.Close()
+	if p.noCow && r.Allocation == Thick {
+		if on, err := isNoCow(f); err != nil || !on {
+			return 0, errors.Join(fmt.Errorf("%w: btrfs did not make the image NOCOW, so it cannot be thick", ErrUnsupported), err)
+		}
+	}
+	p.store.kill("create: made")
+	if err := p.size(ctx, f, r); err != nil {
+		return 0, err
+	}
+	p.store.kill("create: allocated")
+	if r.Allocation == Thick {
+		space.release()
+	}
+	if r.Filesystem != "" {
+		if err := p.store.tools.format(ctx, d, r.spec()); err != nil {
+			return 0, err
+		}
+		p.store.kill("create: formatted")
+		if err := p.verify(f, r); err != nil {
+			return 0, err
+		}
+	}
+	if err := f.Sync(); err != nil {
+		return 0, opError("sync", imageFile, err)
+	}
+	p.store.kill("create: image synced")
+	st, err := statFile(f)
+	return st.Allocated, opError("look at", imageFile, err)
+}
+
+// size gives a new image its length and, if thick, its blocks.
+func (p *Pool) size(ctx context.Context, f *os.File, r record) error {
+	if r.Allocation == Thick {
+		return allocateRange(ctx, f, 0, r.Size, false)
+	}
+	return opError("extend", imageFile, f.Truncate(r.Size))
+}
+
+// allocateRange gives [from, to) blocks. With keepSize the file's length stays,
+// which then tells what is in use and what is only prepared.
+func allocateRange(ctx context.Context, f *os.File, from, to int64, keepSize bool) error {
+	for at := from; at < to; at += chunk {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := allocate(f, at, min(chunk, to-at), keepSize); err != nil {
+			return opError("allocate", imageFile, err)
+		}
+	}
+	return nil
+}
+
+// verify makes sure that mkfs left the image its size and, if thick, its blocks.
+// mkfs was told not to discard; tools that zero by punching holes (mke2fs on a
+// file) are the reason for the second allocation.
+func (p *Pool) verify(f *os.File, r record) error {
+	st, err := statFile(f)
+	if err != nil {
+		return opError("look at", imageFile, err)
+	}
+	if st.Size != r.Size {
+		return fmt.Errorf("mkfs.%s changed the image's size from %d to %d", r.Filesystem, r.Size, st.Size)
+	}
+	if r.Allocation != Thick {
+		return nil
+	}
+	if err := allocate(f, 0, r.Size, false); err != nil {
+		return opError("allocate again", imageFile, err)
+	}
+	return p.verifyWhole(f, r.Size)
+}
+
+// verifyWhole returns ErrUnsupported if an allocated image has a hole.
+func (p *Pool) verifyWhole(f *os.File, size int64) error {
+	hole, err := firstHole(f, size)
+	if err == nil && hole < size {
+		return fmt.Errorf("%w: %s left a hole at byte %d of an allocated image", ErrUnsupported, p.fsType, hole)
+	}
+	if err == nil {
+		return nil
+	}
+	// The filesystem cannot list extents; its count of blocks must do.
+	st, err := statFile(f)
+	if err != nil {
+		return opError("look at", imageFile, err)
+	}
+	if st.Allocated < size {
+		return fmt.Errorf("%w: %s gave an allocated image only %d of %d bytes", ErrUnsupported, p.fsType, st.Allocated, size)
+	}
+	return nil
+}
+
+// present tells whether the pool's directory still is what was opened: not
+// unmounted, not covered, not moved away.
+func (p *Pool) present() error {
+	at, err := os.Stat(p.Path())
+	if err != nil {
+		return poolError(p.config, "it is gone: %w", err)
+	}
+	opened, err := p.root.Stat()
+	if err != nil {
+		return poolError(p.config, "%w", err)
+	}
+	if !os.SameFile(at, opened) {
+		return poolError(p.config, "another directory is in its place; restart csi-loop when the right disk is mounted")
+	}
+	return nil
+}
+
+// log is the caller's logger, with the pool.
+func (p *Pool) log(ctx context.Context) klog.Logger {
+	return klog.FromContext(ctx).WithValues("pool", p.Name())
+}

@@ -1,0 +1,186 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strings"
+)
+
+// ProblemKind grades a problem, worst last.
+type ProblemKind int
+
+// The kinds of problems, as CSI has them.
+const (
+	Degraded     ProblemKind = iota + 1 // works, but not as it should
+	Inaccessible                        // does not work; the data may be well
+	DataLoss                            // data is gone
+)
+
+func (k ProblemKind) String() string {
+	switch k {
+	case Degraded:
+		return "Degraded"
+	case Inaccessible:
+		return "Inaccessible"
+	case DataLoss:
+		return "DataLoss"
+	}
+	return fmt.Sprintf("ProblemKind(%d)", int(k))
+}
+
+// Problem is something that an operator should look at.
+type Problem struct {
+	Kind    ProblemKind
+	Reason  string // one CamelCase word, stable
+	Message string // for people
+}
+
+// Check looks at the pool now, in constant time, and returns ErrPool when it
+// cannot be used. What it finds is what Health returns until the next look.
+func (p *Pool) Check(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := p.store.enter(); err != nil {
+		return err
+	}
+	defer p.store.leave()
+	return p.check()
+}
+
+// Precondition: the store is open.
+func (p *Pool) check() error {
+	err := p.present()
+	p.note(err != nil, Inaccessible, "PoolMissing", "%v", err)
+	s, statErr := spaceOf(p.root)
+	if statErr != nil {
+		statErr = poolError(p.config, "%w", statErr)
+	} else if s.ReadOnly {
+		statErr = poolError(p.config, "its filesystem became read-only")
+	}
+	p.note(statErr != nil, Inaccessible, "PoolFilesystem", "%v", statErr)
+	if statErr == nil {
+		promised, reserved := p.promises(s)
+		p.note(s.Free < promised, Degraded, "ThinPromisesUncovered",
+			"%d bytes are free, thin volumes were promised %d: writes to them may fail", s.Free, promised)
+		p.note(s.Free < reserved, Degraded, "ReserveUsed", "%d bytes are free, %d should be left to others", s.Free, reserved)
+	}
+	return errors.Join(err, statErr)
+}
+
+func (p *Pool) promises(s space) (promised, reserved int64) {
+	p.account.ledger.mu.Lock()
+	defer p.account.ledger.mu.Unlock()
+	return p.account.ledger.promised, p.account.reserve.of(s.Size)
+}
+
+// note sets or clears the problem with that reason.
+func (p *Pool) note(is bool, kind ProblemKind, reason, format string, args ...any) {
+	if is {
+		p.problem(Problem{Kind: kind, Reason: reason, Message: fmt.Sprintf(format, args...)})
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.problems, reason)
+}
+
+func (p *Pool) problem(problem Problem) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.problems[problem.Reason] = problem
+}
+
+// Health returns the pool's problems as last seen, worst first. Constant time but
+// for volumes whose records cannot be read, each of which is one.
+func (p *Pool) Health() []Problem {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var all []Problem
+	for _, problem := range p.problems {
+		all = append(all, problem)
+	}
+	for _, err := range p.damaged {
+		all = append(all, Problem{Kind: Degraded, Reason: "VolumeRefused", Message: err.Error()})
+	}
+	sortProblems(all)
+	return all
+}
+
+func sortProblems(all []Problem) {
+	slices.SortFunc(all, func(a, b Problem) int {
+		if a.Kind != b.Kind {
+			return int(b.Kind - a.Kind)
+		}
+		return strings.Compare(a.Reason+a.Message, b.Reason+b.Message)
+	})
+}
+
+// VolumeHealth looks at one volume and its pool, and returns what is wrong with
+// it, worst first. It reads no data. A volume that does not exist is an
+// Inaccessible one.
+func (p *Pool) VolumeHealth(ctx context.Context, id string) []Problem {
+	var all []Problem
+	add := func(kind ProblemKind, reason string, err error) {
+		all = append(all, Problem{Kind: kind, Reason: reason, Message: err.Error()})
+	}
+	dir, ok := p.dirOf(id)
+	if !ok {
+		add(Inaccessible, "NotFound", fmt.Errorf("%w: %q", ErrNotFound, id))
+		return all
+	}
+	leave, err := p.enter(ctx, dir)
+	if err != nil {
+		add(Inaccessible, "NotChecked", err)
+		return all
+	}
+	defer leave()
+	r, err := p.get(dir)
+	switch {
+	case errors.Is(err, ErrNotFound):
+		add(Inaccessible, "NotFound", err)
+		return all
+	case err != nil:
+		add(Inaccessible, "RecordUnreadable", err)
+		return all
+	}
+	if err := p.check(); err != nil {
+		add(Inaccessible, "PoolInaccessible", err)
+	}
+	all = append(all, p.imageHealth(dir, r)...)
+	sortProblems(all)
+	return all
+}
+
+func (p *Pool) imageHealth(dir string, r record) []Problem {
+	st, err := statAt(p.volumes, dir+"/"+imageFile)
+	problem := Problem{}
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		problem = Problem{DataLoss, "ImageMissing", "its image does not exist"}
+	case err != nil:
+		problem = Problem{Inaccessible, "ImageUnreadable", err.Error()}
+	case st.Mode.IsRegular() && st.Size < r.Size:
+		problem = Problem{DataLoss, "ImageTruncated", p.checkImage(r, st).Error()}
+	case p.checkImage(r, st) != nil:
+		problem = Problem{Inaccessible, "ImageForeign", p.checkImage(r, st).Error()}
+	case r.Allocation == Thick && st.Allocated < r.Size:
+		problem = Problem{Degraded, "NotFullyAllocated", fmt.Sprintf(
+			"%d of its %d bytes have blocks; the next attach allocates the rest", st.Allocated, r.Size)}
+	case r.Allocation == Thin && p.thinUncovered():
+		problem = Problem{Degraded, "PoolNearlyFull", "the pool has less free space than its thin volumes were promised"}
+	default:
+		return nil
+	}
+	return []Problem{problem}
+}
+
+func (p *Pool) thinUncovered() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_, uncovered := p.problems["ThinPromisesUncovered"]
+	return uncovered
+}

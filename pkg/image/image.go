@@ -1,0 +1,77 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+)
+
+// OpenImage opens a volume's image, for reading or for reading and writing. What
+// it returns is a regular file with one link, inside the pool, and exactly as large
+// as recorded. A thick image that is opened for writing has all its blocks (lost
+// ones are replaced; ErrNoSpace when the pool is full). Otherwise ErrDamaged with
+// the reason, or ErrNotFound.
+func (p *Pool) OpenImage(ctx context.Context, id string, readOnly bool) (*os.File, error) {
+	dir, ok := p.dirOf(id)
+	if !ok {
+		return nil, fmt.Errorf("%w: %q", ErrNotFound, id)
+	}
+	leave, err := p.enter(ctx, dir)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	r, err := p.get(dir)
+	if err != nil {
+		return nil, err
+	}
+	d, f, err := p.openVolume(dir, r, !readOnly)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", id, err)
+	}
+	defer d.Close()
+	if r.Allocation == Thick && !readOnly {
+		if err := allocate(f, 0, r.Size, false); err != nil {
+			return nil, errors.Join(fmt.Errorf("open %s: %w", id, opError("allocate again", imageFile, err)), f.Close())
+		}
+	}
+	p.refreshOne(dir)
+	return f, nil
+}
+
+// openVolume opens a volume's directory and its image, and looks whether the
+// image is what the record says.
+func (p *Pool) openVolume(dir string, r record, write bool) (d, f *os.File, err error) {
+	damaged := func(err error) error {
+		return fmt.Errorf("%w: %s/%s/%s/%s: %w", ErrDamaged, p.Path(), volumesDir, dir, imageFile, err)
+	}
+	d, err = openDirAt(p.volumes, dir)
+	if err != nil {
+		return nil, nil, damaged(err)
+	}
+	f, err = openAt(d, imageFile, write)
+	if err != nil {
+		return nil, nil, errors.Join(damaged(err), d.Close())
+	}
+	st, err := statFile(f)
+	if err == nil {
+		err = p.checkImage(r, st)
+	}
+	if err != nil {
+		return nil, nil, errors.Join(damaged(err), f.Close(), d.Close())
+	}
+	return d, f, nil
+}
+
+func (p *Pool) checkImage(r record, st fileStat) error {
+	switch {
+	case !st.Mode.IsRegular():
+		return errNotRegular
+	case st.Links != 1:
+		return fmt.Errorf("it has %d links; somebody else's file, or shared with somebody", st.Links)
+	case st.Size != r.Size:
+		return fmt.Errorf("it has %d bytes, its record says %d", st.Size, r.Size)
+	}
+	return nil
+}

@@ -1,0 +1,158 @@
+package image
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"k8s.io/klog/v2"
+
+	"github.com/csi-loop/csi-loop/internal/roottest"
+)
+
+func TestMain(m *testing.M) {
+	klog.SetLogger(klog.Logger{}) // most of what is logged here is wanted
+	if os.Getenv(crashChild) != "" {
+		os.Exit(runCrashChild())
+	}
+	roottest.Main(m)
+}
+
+// poolDir is an empty directory that a pool accepts whatever the umask is.
+func poolDir(tb testing.TB) string {
+	tb.Helper()
+	dir := filepath.Join(tb.TempDir(), "pool")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		tb.Fatal(err)
+	}
+	return dir
+}
+
+func tryOpen(dir string, options ...Option) (*Store, *Pool, error) {
+	s, err := Open(context.Background(), []Config{{Name: "default", Path: dir}}, append([]Option{WithRefresh(0)}, options...)...)
+	if err != nil {
+		return nil, nil, err
+	}
+	return s, s.pools[0], nil
+}
+
+// openPool opens one pool and closes it when the test ends.
+func openPool(tb testing.TB, dir string, options ...Option) (*Store, *Pool) {
+	tb.Helper()
+	s, p, err := tryOpen(dir, options...)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			tb.Error(err)
+		}
+	})
+	return s, p
+}
+
+func create(tb testing.TB, p *Pool, s Spec) Volume {
+	tb.Helper()
+	v, err := p.Create(context.Background(), s)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return v
+}
+
+func wantError(tb testing.TB, err, want error, words ...string) {
+	tb.Helper()
+	if !errors.Is(err, want) {
+		tb.Fatalf("error is %v, want %v", err, want)
+	}
+	for _, w := range words {
+		if !strings.Contains(err.Error(), w) {
+			tb.Fatalf("error %q does not say %q", err, w)
+		}
+	}
+}
+
+// leftovers lists what is in the pool's directory and should not be there.
+func leftovers(tb testing.TB, dir string) []string {
+	tb.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	var left []string
+	for _, e := range entries {
+		switch e.Name() {
+		case identityFile, volumesDir, snapshotsDir, "lost+found":
+		default:
+			left = append(left, e.Name())
+		}
+	}
+	return left
+}
+
+func wantClean(tb testing.TB, dir string) {
+	tb.Helper()
+	if left := leftovers(tb, dir); len(left) > 0 {
+		tb.Fatalf("left in the pool: %v", left)
+	}
+}
+
+// wantAccount compares the account's sums with those made from what is on disk.
+func wantAccount(tb testing.TB, s *Store, p *Pool) {
+	tb.Helper()
+	p.refresh(context.Background())
+	var thick, thin, unwritten, missing int64
+	for _, v := range p.list() {
+		_, dir, _ := s.Lookup(v.ID)
+		st, err := statAt(p.volumes, dir+"/"+imageFile)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		if st.Size != v.Size {
+			tb.Fatalf("%s: image has %d bytes, record %d", v.ID, st.Size, v.Size)
+		}
+		if v.Allocation == Thick {
+			thick += v.Size
+			missing += max(0, v.Size-st.Allocated)
+		} else {
+			thin += v.Size
+			unwritten += max(0, v.Size-st.Allocated)
+		}
+	}
+	a := p.account
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	if a.thick != thick || a.thin != thin || a.thinUnwritten != unwritten || a.thickMissing != missing {
+		tb.Fatalf("account has %d thick (%d missing), %d thin (%d unwritten); disk has %d (%d), %d (%d)",
+			a.thick, a.thickMissing, a.thin, a.thinUnwritten, thick, missing, thin, unwritten)
+	}
+	if a.ledger.pending != 0 {
+		tb.Fatalf("%d bytes are still reserved", a.ledger.pending)
+	}
+	if want := a.promise(); a.ledger.promised != want {
+		tb.Fatalf("ledger has %d promised, its only account %d", a.ledger.promised, want)
+	}
+}
+
+// fill writes n random bytes at an offset of a volume's image, synced.
+func fill(tb testing.TB, p *Pool, id string, offset int64, n int) []byte {
+	tb.Helper()
+	f, err := p.OpenImage(context.Background(), id, false)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer f.Close()
+	b := make([]byte, n)
+	_, _ = rand.Read(b)
+	if _, err := f.WriteAt(b, offset); err != nil {
+		tb.Fatal(err)
+	}
+	if err := f.Sync(); err != nil {
+		tb.Fatal(err)
+	}
+	return b
+}

@@ -1,0 +1,95 @@
+package image
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// Dirs are the directories whose files may be mapped as volumes. It holds nothing
+// open, so that their disks can be unmounted.
+type Dirs struct{ dirs []string }
+
+// OpenDirs checks the directories that the operator allows: absolute paths of
+// directories that exist, none of them /, none of them in or around one of the
+// given pools, whose images are nobody's to map. The error wraps ErrNotAllowed.
+func OpenDirs(dirs []string, pools ...*Pool) (*Dirs, error) {
+	d := &Dirs{}
+	for _, dir := range dirs {
+		if !filepath.IsAbs(dir) || filepath.Clean(dir) == "/" {
+			return nil, fmt.Errorf("%w: directory %q must be absolute, and not /", ErrNotAllowed, dir)
+		}
+		resolved, err := filepath.EvalSymlinks(dir)
+		if err != nil {
+			return nil, fmt.Errorf("%w: directory %q: %w", ErrNotAllowed, dir, err)
+		}
+		if st, err := os.Stat(resolved); err != nil || !st.IsDir() {
+			return nil, fmt.Errorf("%w: %q is not a directory", ErrNotAllowed, dir)
+		}
+		for _, p := range pools {
+			pool, err := filepath.EvalSymlinks(p.Path())
+			if err != nil {
+				return nil, fmt.Errorf("%w: pool %q: %w", ErrNotAllowed, p.Name(), err)
+			}
+			if within(resolved, pool) || within(pool, resolved) {
+				return nil, fmt.Errorf("%w: directory %q overlaps pool %q", ErrNotAllowed, dir, p.Name())
+			}
+		}
+		d.dirs = append(d.dirs, filepath.Clean(dir))
+	}
+	return d, nil
+}
+
+func within(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
+
+// Open opens a file by its absolute path, which must be plain (no "..", "." or
+// empty component) and lie in an allowed directory, with no link on the way below
+// that. What it returns is a regular file with one link (fact 73). Everything else
+// is ErrNotAllowed; a path that does not exist is that and fs.ErrNotExist.
+func (d *Dirs) Open(path string, readOnly bool) (*os.File, error) {
+	dir, rest, err := d.split(path)
+	if err != nil {
+		return nil, err
+	}
+	refused := func(err error) error { return fmt.Errorf("%w: %q: %w", ErrNotAllowed, path, err) }
+	base, err := openPath(dir)
+	if err != nil {
+		return nil, refused(err)
+	}
+	defer base.Close()
+	f, err := openMapped(base, rest, !readOnly)
+	if err != nil {
+		return nil, refused(err)
+	}
+	st, err := statFile(f)
+	switch {
+	case err != nil:
+	case !st.Mode.IsRegular():
+		err = errNotRegular
+	case st.Links != 1:
+		err = fmt.Errorf("it has %d links, so it may be a file from outside", st.Links)
+	}
+	if err != nil {
+		return nil, errors.Join(refused(err), f.Close())
+	}
+	return f, nil
+}
+
+// split finds the allowed directory of a path; the longest, if they nest.
+func (d *Dirs) split(path string) (dir, rest string, err error) {
+	if !filepath.IsAbs(path) || filepath.Clean(path) != path || strings.ContainsRune(path, 0) {
+		return "", "", fmt.Errorf("%w: %q is not a plain absolute path", ErrNotAllowed, path)
+	}
+	for _, allowed := range d.dirs {
+		if r, ok := strings.CutPrefix(path, allowed+"/"); ok && fs.ValidPath(r) && len(allowed) > len(dir) {
+			dir, rest = allowed, r
+		}
+	}
+	if dir == "" {
+		return "", "", fmt.Errorf("%w: %q is in none of the allowed directories (%s)", ErrNotAllowed, path, strings.Join(d.dirs, ", "))
+	}
+	return dir, rest, nil
+}

@@ -1,0 +1,364 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	"k8s.io/klog/v2"
+)
+
+const (
+	newPrefix    = ".new-"
+	gonePrefix   = ".gone-"
+	volumesDir   = "volumes"
+	snapshotsDir = "snapshots"
+)
+
+// Option changes how Open works.
+type Option func(*Store)
+
+// WithRefresh sets how often the allocation of thin volumes and the health of the
+// pools are looked at; 30 s unless given, 0 for never.
+func WithRefresh(interval time.Duration) Option { return func(s *Store) { s.refresh = interval } }
+
+// WithToolDirs sets where the mkfs programs are looked for, instead of PATH and
+// the sbin directories.
+func WithToolDirs(dirs ...string) Option { return func(s *Store) { s.tools = newTools(dirs) } }
+
+// withKill is for crash tests: f is called after every step that a crash may
+// follow.
+func withKill(f func(point string)) Option { return func(s *Store) { s.kill = f } }
+
+// Open opens every pool, or none. It makes a pool in a directory that is empty,
+// finishes what a crash interrupted, and reads all records. The error wraps
+// ErrPool and says which pool is refused and what to do.
+//
+// ctx bounds the call, and gives its logger to the work in the background, which
+// goes on until Close.
+func Open(ctx context.Context, configs []Config, options ...Option) (_ *Store, err error) {
+	s := &Store{
+		byID: map[string]*Pool{}, byName: map[string]*Pool{}, tools: newTools(toolDirs()),
+		now: time.Now, kill: func(string) {}, refresh: 30 * time.Second,
+	}
+	for _, o := range options {
+		o(s)
+	}
+	if err := validateConfigs(configs); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	logger := klog.FromContext(ctx)
+	ledgers := map[string]*ledger{}
+	for _, c := range configs {
+		p := &Pool{
+			config: c, store: s, logger: logger.WithValues("pool", c.Name),
+			records: map[string]record{}, damaged: map[string]error{}, problems: map[string]Problem{},
+		}
+		s.pools = append(s.pools, p)
+		if err := p.open(ctx, ledgers); err != nil {
+			return nil, err
+		}
+		s.byID[p.ID()], s.byName[c.Name] = p, p
+	}
+	s.start(logger)
+	return s, nil
+}
+
+func (s *Store) start(logger klog.Logger) {
+	if s.refresh <= 0 {
+		return
+	}
+	ctx, stop := context.WithCancel(klog.NewContext(context.Background(), logger))
+	s.stop = stop
+	s.loops.Go(func() {
+		t := time.NewTicker(s.refresh)
+		defer t.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-t.C:
+			}
+			for _, p := range s.pools {
+				p.refresh(ctx)
+				// What is wrong is kept for Health.
+				_ = p.check()
+			}
+		}
+	})
+}
+
+// refresh looks how many blocks the thin volumes have by now. Between two looks
+// the account believes that they may still take what they took meanwhile: too
+// little is given away, not too much.
+func (p *Pool) refresh(ctx context.Context) {
+	for _, dir := range p.account.thinDirs() {
+		if ctx.Err() != nil {
+			return
+		}
+		p.refreshOne(dir)
+	}
+}
+
+func (p *Pool) refreshOne(dir string) {
+	// Its blocks are not worth an error: OpenImage and VolumeHealth report what
+	// is wrong with an image.
+	if st, err := statAt(p.volumes, dir+"/"+imageFile); err == nil && st.Mode.IsRegular() {
+		p.account.seen(dir, st.Allocated)
+	}
+}
+
+func (p *Pool) open(ctx context.Context, ledgers map[string]*ledger) error {
+	root, uuid, err := openRoot(p.config)
+	if err != nil {
+		return err
+	}
+	p.root = root
+	if p.rootStat, err = statFile(root); err != nil {
+		return poolError(p.config, "%w", err)
+	}
+	for _, other := range p.store.byName {
+		if other.rootStat.Dev == p.rootStat.Dev && other.rootStat.Ino == p.rootStat.Ino {
+			return poolError(p.config, "it is the same directory as pool %q", other.Name())
+		}
+	}
+	if err := lockDir(root); err != nil {
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return poolError(p.config, "it is in use by another csi-loop process; stop that one first")
+		}
+		return poolError(p.config, "lock: %w", err)
+	}
+	if err := p.openIdentity(ctx); err != nil {
+		return err
+	}
+	if other, ok := p.store.byID[p.ID()]; ok {
+		return poolError(p.config, "it has the same ID %s as pool %q at %s: one is a copy of the other; remove the copy, or its pool.json and volumes",
+			p.ID(), other.Name(), other.Path())
+	}
+	return p.openContent(ctx, uuid, ledgers)
+}
+
+func (p *Pool) openContent(ctx context.Context, uuid string, ledgers map[string]*ledger) error {
+	s, err := spaceOf(p.root)
+	if err != nil {
+		return poolError(p.config, "%w", err)
+	}
+	p.fsType, p.noCow = s.Type, s.Type == "btrfs"
+	// Not st_dev: each subvolume of a btrfs has its own.
+	key := uuid
+	if key == "" {
+		key = fmt.Sprintf("device %d", p.rootStat.Dev)
+	}
+	if ledgers[key] == nil {
+		ledgers[key] = newLedger()
+	}
+	p.account = newAccount(ledgers[key], func() (space, error) { return spaceOf(p.root) },
+		p.config.Reserve, max(1, p.config.Overcommit))
+	for _, name := range []string{volumesDir, snapshotsDir} {
+		if err := p.ensureDir(name); err != nil {
+			return poolError(p.config, "%s: %w", name, err)
+		}
+	}
+	if p.volumes, err = openDirAt(p.root, volumesDir); err != nil {
+		return poolError(p.config, "%s: %w", volumesDir, err)
+	}
+	if err := p.sweep(); err != nil {
+		return err
+	}
+	if err := p.load(ctx); err != nil {
+		return err
+	}
+	// A rename that a killed process did not get to sync may have been found; it
+	// must not be acknowledged and then lost.
+	if err := errors.Join(p.volumes.Sync(), p.root.Sync()); err != nil {
+		return poolError(p.config, "sync: %w", err)
+	}
+	return nil
+}
+
+func (p *Pool) ensureDir(name string) error {
+	if err := mkdirAt(p.root, name); err != nil {
+		if errors.Is(err, fs.ErrExist) {
+			return nil // openDirAt refuses what is not a directory
+		}
+		return err
+	}
+	return p.root.Sync()
+}
+
+// openIdentity reads pool.json, or makes it in an empty directory.
+func (p *Pool) openIdentity(ctx context.Context) error {
+	b, err := readFile(p.root, identityFile, maxIdentitySize)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		if err := p.makeIdentity(ctx); err != nil {
+			return err
+		}
+	case err != nil:
+		return poolError(p.config, "%s: %w", identityFile, err)
+	default:
+		if p.identity, err = parseIdentity(b); err != nil {
+			return poolError(p.config, "%s: %w", identityFile, err)
+		}
+	}
+	if want := p.config.Expect.PoolID; want != "" && want != p.ID() {
+		return poolError(p.config, "it is pool %s, expected %s; is the right disk mounted?", p.ID(), want)
+	}
+	return nil
+}
+
+func (p *Pool) makeIdentity(ctx context.Context) error {
+	if p.config.Expect.Existing || p.config.Expect.PoolID != "" {
+		return poolError(p.config, "there is no %s, and an existing pool is expected; is its disk mounted?", identityFile)
+	}
+	content, err := names(p.root)
+	if err != nil {
+		return poolError(p.config, "%w", err)
+	}
+	for _, n := range content {
+		if n == "lost+found" || n == newPrefix+identityFile {
+			continue
+		}
+		return poolError(p.config, "it has no %s but is not empty (%s); use an empty directory, or restore the file", identityFile, n)
+	}
+	i, err := newIdentity(p.store.now())
+	if err != nil {
+		return poolError(p.config, "make a key: %w", err)
+	}
+	b, err := i.encode()
+	if err != nil {
+		return poolError(p.config, "%w", err)
+	}
+	klog.FromContext(ctx).Info("Making a new pool", "pool", p.Name(), "path", p.Path(), "poolID", i.ID)
+	if _, err := replaceSynced(p.root, identityFile, newPrefix+identityFile, b, p.store.kill); err != nil {
+		return poolError(p.config, "%s: %w", identityFile, opError("write", identityFile, err))
+	}
+	p.identity = i
+	return nil
+}
+
+// sweep removes what a crash left. What cannot be removed is a problem of the
+// pool's health, not a reason to refuse its volumes.
+func (p *Pool) sweep() error {
+	content, err := names(p.root)
+	if err != nil {
+		return poolError(p.config, "%w", err)
+	}
+	for _, n := range content {
+		if !strings.HasPrefix(n, newPrefix) && !strings.HasPrefix(n, gonePrefix) {
+			continue
+		}
+		p.logger.Info("Removing what an interrupted call left", "path", p.Path()+"/"+n)
+		if err := removeTree(p.root, n); err != nil {
+			p.leftBehind(n, err)
+		}
+	}
+	return nil
+}
+
+func (p *Pool) leftBehind(name string, err error) {
+	p.logger.Error(err, "Cannot remove; trying again at the next start", "path", p.Path()+"/"+name)
+	p.problem(Problem{
+		Kind: Degraded, Reason: "CannotRemove",
+		Message: fmt.Sprintf("%s/%s cannot be removed and keeps its space: %v", p.Path(), name, err),
+	})
+}
+
+// load reads every record. Only a directory listing that fails is an error.
+func (p *Pool) load(ctx context.Context) error {
+	content, err := names(p.volumes)
+	if err != nil {
+		return poolError(p.config, "%w", err)
+	}
+	for _, dir := range content {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		r, allocated, err := p.loadOne(dir)
+		if err != nil {
+			err = fmt.Errorf("%w: %s/%s/%s: %w", ErrDamaged, p.Path(), volumesDir, dir, err)
+			p.logger.Error(err, "Refusing a volume", "volume", VolumeID(p.ID(), dir))
+			p.damaged[dir] = err
+			continue
+		}
+		p.records[dir] = r
+		p.account.put(dir, r.charge(allocated), nil)
+	}
+	return nil
+}
+
+func (p *Pool) loadOne(dir string) (r record, allocated int64, err error) {
+	if !validDir(dir) {
+		return r, 0, errors.New("not a name that csi-loop gives")
+	}
+	d, err := openDirAt(p.volumes, dir)
+	if err != nil {
+		return r, 0, err
+	}
+	defer d.Close()
+	b, err := readFile(d, recordFile, maxRecordSize)
+	if err == nil {
+		r, err = parseRecord(b, dir)
+	}
+	if err != nil {
+		return r, 0, fmt.Errorf("%s: %w", recordFile, err)
+	}
+	// The rest of a replacement that a crash interrupted.
+	if err := removeTree(d, recordNew); err != nil {
+		return r, 0, err
+	}
+	st, err := statAt(d, imageFile)
+	if err != nil || !st.Mode.IsRegular() {
+		// The volume exists and has lost its data: OpenImage and VolumeHealth say so.
+		return r, 0, nil //nolint:nilerr // see above
+	}
+	return p.settle(d, dir, r, st)
+}
+
+// settle finishes a Grow that a crash interrupted: blocks past the end are given
+// back, or, when the image has its new size already, the record follows.
+func (p *Pool) settle(d *os.File, dir string, r record, st fileStat) (record, int64, error) {
+	const metadata = MiB // what an extent tree may take on top
+	switch {
+	case st.Size == r.Size && st.Allocated > r.Size+r.Size/256+metadata:
+		if err := p.truncate(d, r.Size); err != nil {
+			return r, 0, err
+		}
+		if after, err := statAt(d, imageFile); err == nil {
+			st = after
+		}
+	case st.Size > r.Size && st.Size%MiB == 0:
+		p.logger.Info("Completing an interrupted growth", "volume", VolumeID(p.ID(), dir), "from", r.Size, "to", st.Size)
+		r.Size = st.Size
+		if _, err := p.replaceRecord(d, r); err != nil {
+			return r, 0, err
+		}
+	}
+	return r, st.Allocated, nil
+}
+
+func (p *Pool) truncate(d *os.File, size int64) error {
+	f, err := openAt(d, imageFile, true)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Truncate(size), f.Sync(), f.Close())
+}
+
+func (p *Pool) replaceRecord(d *os.File, r record) (renamed bool, err error) {
+	b, err := r.encode()
+	if err != nil {
+		return false, err
+	}
+	return replaceSynced(d, recordFile, recordNew, b, p.store.kill)
+}

@@ -1,0 +1,79 @@
+package image
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"io/fs"
+	"time"
+)
+
+// patience is how long Remove waits for the blocks to be free: long enough for
+// all but the largest files.
+const patience = time.Second
+
+// Remove makes the volume not exist; an ID that is unknown here is success. When
+// it returns nil the removal is on disk. The blocks are free by then, or, for large
+// images, soon after: Usage tells the truth, and Close waits for it. Errors:
+// ErrDamaged for a volume whose record cannot be read, ErrPool, ctx's.
+//
+// Precondition: nothing uses the image (fact 37).
+func (p *Pool) Remove(ctx context.Context, id string) error {
+	dir, ok := p.dirOf(id)
+	if !ok {
+		return nil
+	}
+	leave, err := p.enter(ctx, dir)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	r, err := p.get(dir)
+	switch {
+	case errors.Is(err, ErrNotFound):
+		return nil
+	case err != nil:
+		return err
+	}
+	p.log(ctx).Info("Removing a volume, as asked", "volume", id, "size", r.Size)
+	gone := gonePrefix + dir + "-" + rand.Text()[:8]
+	err = renameNew(p.volumes, dir, p.root, gone)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // removed by hand: then only forget it
+		return opError("remove", dir, err)
+	}
+	p.store.kill("remove: renamed")
+	if err := p.volumes.Sync(); err != nil {
+		if renameNew(p.root, gone, p.volumes, dir) != nil {
+			p.forget(dir)
+			p.account.drop(dir)
+		}
+		return opError("sync", volumesDir, err)
+	}
+	p.store.kill("remove: committed")
+	p.forget(dir)
+	p.account.drop(dir)
+	p.unlink(ctx, gone)
+	return nil
+}
+
+// unlink frees the blocks of a removed volume, which takes long for large images,
+// so it goes on without the caller after a while.
+// Precondition: the store was entered.
+func (p *Pool) unlink(ctx context.Context, gone string) {
+	done := make(chan struct{})
+	p.store.work.Add(1) // cannot meet Wait: the caller's own share is still held
+	go func() {
+		defer p.store.work.Done()
+		defer close(done)
+		p.store.kill("remove: unlinking")
+		p.discard(gone)
+		p.store.kill("remove: unlinked")
+	}()
+	t := time.NewTimer(patience)
+	defer t.Stop()
+	select {
+	case <-done:
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
