@@ -1,0 +1,182 @@
+package loop
+
+import (
+	"context"
+	"errors"
+	"os"
+	"slices"
+	"syscall"
+)
+
+// Find returns every bound device that shows some of the file, by number. An image
+// that nobody else has open costs three system calls, otherwise each bound device
+// is looked at.
+//
+// State is Rundown for an autoclear device that nobody has mounted and that this
+// manager does not hold. To learn that, each autoclear device over the file is
+// opened with O_EXCL for an instant.
+func (m *Manager) Find(ctx context.Context, backing *os.File) ([]Info, error) {
+	st, err := m.kernel.Stat(backing)
+	if err != nil {
+		return nil, opError("stat image", -1, err)
+	}
+	if marked, err := m.kernel.Marked(backing, false); err == nil && !marked {
+		if sole, err := m.kernel.Sole(backing); err == nil && sole {
+			return nil, nil
+		}
+	}
+	return m.scan(ctx, st.ID)
+}
+
+// FindAll returns every bound device on the machine, by number, in one pass.
+// Devices of others are among them. State is Bound for each: whether an autoclear
+// device is mounted is not looked at, because looking could make somebody else's
+// mount fail; Inspect does, for one device.
+func (m *Manager) FindAll(ctx context.Context) ([]Info, error) {
+	return m.each(ctx, func(n int) (Info, error) {
+		h, path, err := m.open(n, forReading)
+		if err != nil {
+			return Info{}, err
+		}
+		defer h.Close()
+		return m.describe(n, path, h)
+	})
+}
+
+// Inspect returns what a device is. ErrNotExist if there is none with the number,
+// ErrNotBound if it is Unbound or finishing its run-down. Both come with the Info's
+// Number and State filled in as far as they are known.
+func (m *Manager) Inspect(ctx context.Context, number int) (Info, error) {
+	if err := ctx.Err(); err != nil {
+		return Info{}, err
+	}
+	h, path, err := m.open(number, forReading)
+	if err != nil {
+		if errors.Is(err, syscall.ENXIO) {
+			// Bound to the eye, closed to all (fact 27).
+			return Info{Ref: Ref{Number: number}, State: Rundown}, opError("inspect", number, ErrNotBound)
+		}
+		return Info{}, err
+	}
+	defer h.Close()
+	info, err := m.describe(number, path, h)
+	if err != nil {
+		return Info{Ref: info.Ref, Path: path}, err
+	}
+	info.State = m.stateOf(info)
+	return info, nil
+}
+
+// scan looks at each bound device and returns those over the image, with State.
+func (m *Manager) scan(ctx context.Context, image FileID) ([]Info, error) {
+	found, err := m.each(ctx, func(n int) (Info, error) {
+		h, path, err := m.open(n, forReading)
+		if err != nil {
+			return Info{}, err
+		}
+		defer h.Close()
+		// The rest costs more than this one call, and is wanted of few devices.
+		st, err := h.Status()
+		if err != nil {
+			return Info{}, opError("get status", n, err)
+		}
+		if st.Image != image {
+			return Info{}, ErrNotBound
+		}
+		return m.describe(n, path, h)
+	})
+	for i := range found {
+		found[i].State = m.stateOf(found[i])
+	}
+	return found, err
+}
+
+// each calls look for every number whose device shows signs of being bound. Devices
+// that turn out not to be, or that are running down or gone, are left out.
+func (m *Manager) each(ctx context.Context, look func(number int) (Info, error)) ([]Info, error) {
+	numbers, err := m.kernel.Numbers()
+	if err != nil {
+		return nil, opError("list", -1, err)
+	}
+	slices.Sort(numbers)
+	var found []Info
+	for _, n := range numbers {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		// An opener is in the way of whoever wants to remove the device, so the idle
+		// ones are not opened.
+		if _, err := m.kernel.Attr(n, attrBackingFile); absent(err) {
+			continue
+		}
+		info, err := look(n)
+		switch {
+		case err == nil:
+			found = append(found, info)
+		case errors.Is(err, ErrNotBound), errors.Is(err, ErrNotExist),
+			errors.Is(err, syscall.ENXIO),  // running down (fact 27)
+			errors.Is(err, syscall.ENODEV): // removed between two steps
+		default:
+			return nil, err
+		}
+	}
+	return found, nil
+}
+
+// absent tells whether an attribute is not there. ENODEV is the answer when the
+// device or the attribute goes away between open and read.
+func absent(err error) bool {
+	return errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ENODEV)
+}
+
+// describe reads all there is to know from an open device, except whether somebody
+// claims it: State is Bound. While h is open the binding cannot be replaced, so all
+// of it is about one binding. ErrNotBound, with the Ref, if there is none.
+func (m *Manager) describe(number int, path string, h handle) (Info, error) {
+	seq, err := h.DiskSeq()
+	if err != nil {
+		return Info{}, opError("get diskseq", number, err)
+	}
+	info := Info{Ref: Ref{Number: number, DiskSeq: seq}, State: Bound, Path: path}
+	st, err := h.Status()
+	if errors.Is(err, syscall.ENXIO) {
+		return info, opError("get status", number, ErrNotBound)
+	} else if err != nil {
+		return info, opError("get status", number, err)
+	}
+	info.Image, info.Tag = st.Image, st.Tag
+	info.Offset, info.SizeLimit = int64(st.Offset), int64(st.SizeLimit) //nolint:gosec // the kernel keeps both below 2^63 (fact 4)
+	info.ReadOnly = st.Flags&flagReadOnly != 0
+	info.DirectIO = st.Flags&flagDirectIO != 0
+	info.Autoclear = st.Flags&flagAutoclear != 0
+	if info.Size, info.BlockSize, err = h.Geometry(); err != nil {
+		return info, opError("get size", number, err)
+	}
+	discard, err := m.kernel.Attr(number, attrDiscard)
+	if err != nil {
+		return info, opError("read "+attrDiscard, number, err)
+	}
+	info.Discard = discard != "0"
+	// For people; a device that is unbound right now has none.
+	info.BackingPath, _ = m.kernel.Attr(number, attrBackingFile)
+	return info, nil
+}
+
+// stateOf tells Bound from Rundown for a device that was bound when info was read.
+// After LOOP_CLR_FD of a device in use the kernel shows the autoclear flag, as on
+// one that was bound with it: what tells them apart is whether anybody relies on
+// the device, by a claim (a mount) or as a Device of ours.
+func (m *Manager) stateOf(info Info) State {
+	if !info.Autoclear || m.heldCount(info.Ref) > 0 {
+		return Bound
+	}
+	h, _, err := m.open(info.Number, forClaim)
+	if err != nil {
+		if errors.Is(err, syscall.EBUSY) {
+			return Bound // claimed
+		}
+		return Rundown // ENXIO: on its way out. Anything else: not known to be relied on.
+	}
+	_ = h.Close()
+	return Rundown
+}

@@ -1,0 +1,5 @@
+package loop
+
+const childVariable = "X"
+
+func child() int { return 0 }
