@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -64,6 +65,9 @@ func (m machine) boot(ctx context.Context, p plan.Plan, out io.Writer) ([]result
 	}
 	waitErr := cmd.Wait()
 	if finished && err == nil {
+		if slices.ContainsFunc(results, func(r result) bool { return r.status != 0 }) {
+			fmt.Fprintf(out, "== the guest's last kernel messages\n%s\n", tail(console, 40))
+		}
 		return results, nil
 	}
 	switch {
