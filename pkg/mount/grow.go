@@ -28,7 +28,8 @@ type GrowSpec struct {
 // ErrPermission: ext filesystems grow online only with CAP_SYS_RESOURCE in the
 // initial user namespace, CAP_SYS_ADMIN is not enough (fact 40). ErrBusy: it is
 // mounted although Path is empty, or another resize or balance is running.
-// *ForeignError: the mount at Path is not of this device and type.
+// *ForeignError: the mount at Path is not of this device and type. ErrUnsupported
+// too: a btrfs would still be under 256 MiB, to which the kernel does not resize.
 func (m *Mounter) Grow(ctx context.Context, spec GrowSpec) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -164,6 +165,10 @@ func explainGrow(err error, spec GrowSpec) error {
 		out.Words = "needs CAP_SYS_ADMIN"
 	case errors.Is(err, syscall.EROFS):
 		out.Words = "it is mounted read-only"
+	case errors.Is(err, syscall.EINVAL) && spec.FSType == "btrfs":
+		// btrfs_ioctl_resize refuses a new size under 256 MiB, even a greater one.
+		out.Err = errors.Join(err, ErrUnsupported)
+		out.Words = "btrfs resizes only to 256 MiB or more"
 	case errors.Is(err, syscall.ENOTTY), errors.Is(err, syscall.EOPNOTSUPP):
 		// ENOTTY: the old ext2 driver. EOPNOTSUPP: features that stand against it.
 		out.Err = errors.Join(err, ErrUnsupported)

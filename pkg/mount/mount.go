@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 )
 
@@ -125,6 +126,9 @@ func explain(err error, spec Spec, target string) error {
 		out.Words = "the device is read-only, so the mount has to be too"
 	case errors.Is(c.err, syscall.EBUSY):
 		out.Words = "the device is claimed, or mounted elsewhere with another read-only setting"
+	case errors.Is(c.err, syscall.EINVAL) && len(spec.Options) > 0:
+		out.Words = "no intact " + spec.FSType + " there, one with features that this kernel lacks, or options that do not fit it (" +
+			shorten(strings.Join(spec.Options, ",")) + "); its log has the details"
 	case errors.Is(c.err, syscall.EINVAL), errors.Is(c.err, syscall.EIO):
 		out.Words = "no intact " + spec.FSType + " there, or one with features that this kernel lacks; its log has the details"
 	case errors.Is(c.err, syscall.EPERM):
@@ -229,7 +233,7 @@ func attachAt(fd, at int, target string, readOnly bool) error {
 	if err := attachMount(fd, at); err != nil {
 		out := &OpError{Op: "attach mount", Path: target, Err: err}
 		if errors.Is(err, syscall.ENOENT) {
-			out.Words = "the target was removed meanwhile"
+			out.Words = "the target, or the directory to show, was removed"
 		}
 		return out
 	}
