@@ -10,7 +10,7 @@ PKGS     ?= ./...
 TESTARGS ?=
 # What runs in the virtual machines; see test/vm.
 VM_KERNELS ?= 6.1,6.12
-VM_PKGS    ?= ./test/vm/guest $(wildcard ./pkg/loop ./pkg/mount ./pkg/image)
+VM_PKGS    ?= ./test/vm/guest ./pkg/loop ./pkg/mount ./pkg/image ./pkg/driver ./test/sanity
 VM_ARGS    ?=
 
 LDFLAGS  := -X main.version=$(VERSION)
@@ -49,7 +49,7 @@ test-root: ## run all tests but sanity as root, with the race detector, on this 
 
 sanity: ## run the CSI conformance tests against the driver on real loop devices (root)
 	@hack/deps root
-	$(ROOTTEST) -run Sanity $$($(GO) list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./pkg/driver/... ./test/... 2>/dev/null)
+	$(ROOTTEST) -run Sanity -v ./test/sanity
 
 test-vm: ## run the root tests on other kernels in virtual machines, needs no root
 	@hack/deps vm
