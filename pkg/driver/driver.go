@@ -1,0 +1,229 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/mount"
+)
+
+// DefaultName is the name the driver registers with.
+const DefaultName = "csi-loop.io"
+
+// topologySuffix follows the driver's name in the topology key:
+// topology.csi-loop.io/node.
+const topologySuffix = "/node"
+
+// Config is what the driver must be told. Every field without a default named
+// here is required.
+type Config struct {
+	Name    string // domain-like, at most 63 bytes; default DefaultName
+	Version string
+	// NodeID is this node's name, and the value of its topology segment: 1 to 63
+	// bytes, letters, digits, '-', '_' and '.', a letter or digit at both ends.
+	NodeID string
+	// StateDir holds the stage records; it should be on a tmpfs, so that a
+	// reboot empties it. One process at a time uses it.
+	StateDir string
+	// DefaultPool is used when a request names no pool.
+	DefaultPool string
+	// EphemeralMaxSize bounds inline ephemeral volumes, in bytes; 0 refuses them.
+	EphemeralMaxSize int64
+}
+
+// attached is an attached loop device that keeps the binding alive until Close.
+type attached interface {
+	Info() loop.Info
+	Reused() bool // bound before this Attach
+	Close() error
+}
+
+// loopDevices attaches and detaches; *loop.Manager does, through loopAdapter.
+type loopDevices interface {
+	Attach(ctx context.Context, backing *os.File, m loop.Mapping) (attached, error)
+	Hold(ctx context.Context, ref loop.Ref) (attached, error)
+	Detach(ctx context.Context, ref loop.Ref) error
+	WaitUnbound(ctx context.Context, ref loop.Ref) error
+	Grow(ctx context.Context, ref loop.Ref) (int64, error)
+}
+
+// loopTable tells what is bound to what; *loop.Manager does.
+type loopTable interface {
+	Find(ctx context.Context, backing *os.File) ([]loop.Info, error)
+	FindAll(ctx context.Context) ([]loop.Info, error)
+	Inspect(ctx context.Context, number int) (loop.Info, error)
+	Limit() int
+}
+
+// mounter changes mounts; *mount.Mounter does.
+type mounter interface {
+	Mount(ctx context.Context, s mount.Spec) error
+	Bind(ctx context.Context, s mount.BindSpec) error
+	Unmount(ctx context.Context, target string) error
+	Remove(ctx context.Context, target string) error
+	Grow(ctx context.Context, s mount.GrowSpec) error
+	Check(ctx context.Context, fsType, device string) error
+}
+
+// mountTable tells what is mounted where; *mount.Mounter does.
+type mountTable interface {
+	At(path string) (mount.Mount, bool, error)
+	List() ([]mount.Mount, error)
+	Stats(path string) (mount.Stats, error)
+}
+
+// Driver is the CSI driver of one node: all services, over one set of pools.
+type Driver struct {
+	cfg    Config
+	images *image.Store
+	dirs   *image.Dirs // allowed directories of mapped volumes
+	loops  loopDevices
+	table  loopTable
+	mounts mounter
+	mtab   mountTable
+
+	locks volumeLocks
+	state *nodeState
+	// stateLock keeps a second process off the state directory.
+	stateLock *os.File
+
+	mu   sync.Mutex
+	held map[loop.Ref]attached // devices of staged raw block volumes; guarded by mu
+
+	ready sync.Once
+	up    chan struct{} // closed when Reconcile is done
+}
+
+var (
+	validName   = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$`)
+	validNodeID = regexp.MustCompile(`^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$`)
+)
+
+// New makes the driver. It changes nothing yet; call Reconcile before serving.
+func New(cfg Config, images *image.Store, dirs *image.Dirs, loops *loop.Manager, mounts *mount.Mounter) (*Driver, error) {
+	return newDriver(cfg, images, dirs, loopAdapter{loops}, loops, mounts, mounts)
+}
+
+func newDriver(cfg Config, images *image.Store, dirs *image.Dirs, loops loopDevices, table loopTable, mounts mounter, mtab mountTable) (*Driver, error) {
+	if cfg.Name == "" {
+		cfg.Name = DefaultName
+	}
+	if len(cfg.Name) > 63 || !validName.MatchString(cfg.Name) {
+		return nil, fmt.Errorf("driver name %q: need at most 63 lower-case letters, digits, '-' and '.', with a letter or digit at both ends", cfg.Name)
+	}
+	if len(cfg.NodeID) > 63 || !validNodeID.MatchString(cfg.NodeID) {
+		return nil, fmt.Errorf("node ID %q: it is a topology value and needs 1 to 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends", cfg.NodeID)
+	}
+	if _, ok := images.Pool(cfg.DefaultPool); !ok {
+		return nil, fmt.Errorf("default pool %q is not one of the pools", cfg.DefaultPool)
+	}
+	dir := filepath.Join(cfg.StateDir, cfg.NodeID)
+	state, err := openNodeState(dir)
+	if err != nil {
+		return nil, err
+	}
+	lock, err := lockDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	return &Driver{
+		cfg: cfg, images: images, dirs: dirs, loops: loops, table: table, mounts: mounts, mtab: mtab,
+		state: state, stateLock: lock,
+		held: make(map[loop.Ref]attached), up: make(chan struct{}),
+	}, nil
+}
+
+// Close lets go of the held devices, which stay bound for the next start, and
+// of the state directory. It must be called after the last request has ended.
+func (d *Driver) Close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var errs []error
+	for ref, dev := range d.held {
+		errs = append(errs, dev.Close())
+		delete(d.held, ref)
+	}
+	return errors.Join(append(errs, d.stateLock.Close())...)
+}
+
+// hold keeps dev until letGo.
+func (d *Driver) hold(dev attached) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	ref := dev.Info().Ref
+	if old, ok := d.held[ref]; ok && old != dev {
+		_ = old.Close() // the new descriptor keeps the device bound
+	}
+	d.held[ref] = dev
+}
+
+// letGo closes the held device of ref, if there is one.
+func (d *Driver) letGo(ref loop.Ref) error {
+	d.mu.Lock()
+	dev, ok := d.held[ref]
+	delete(d.held, ref)
+	d.mu.Unlock()
+	if !ok {
+		return nil
+	}
+	return dev.Close()
+}
+
+// holds says whether the device of ref is held.
+func (d *Driver) holds(ref loop.Ref) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	_, ok := d.held[ref]
+	return ok
+}
+
+// topologyKey is the key of the one topology segment.
+func (d *Driver) topologyKey() string { return "topology." + d.cfg.Name + topologySuffix }
+
+// lockVolume takes the lock of a volume ID or of the directory its name leads
+// to, so that CreateVolume (which knows a name) and the others (which know an
+// ID) exclude each other.
+func (d *Driver) lockVolume(id, method string) (func(), error) {
+	if _, dir, ok := d.images.Lookup(id); ok {
+		id = dir
+	}
+	return d.locks.lock(id, method)
+}
+
+// loopAdapter narrows the concrete device of package loop to the interface.
+type loopAdapter struct{ *loop.Manager }
+
+func (a loopAdapter) Attach(ctx context.Context, backing *os.File, m loop.Mapping) (attached, error) {
+	dev, err := a.Manager.Attach(ctx, backing, m)
+	if err != nil {
+		return nil, err // not a nil *loop.Device inside the interface
+	}
+	return dev, nil
+}
+
+func (a loopAdapter) Hold(ctx context.Context, ref loop.Ref) (attached, error) {
+	dev, err := a.Manager.Hold(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	return dev, nil
+}
+
+// forEach runs f for every item, at most eight at a time, and returns the first error.
+func forEach[T any](ctx context.Context, items []T, f func(context.Context, T) error) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(8)
+	for _, item := range items {
+		g.Go(func() error { return f(ctx, item) })
+	}
+	return g.Wait()
+}

@@ -1,0 +1,172 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"k8s.io/klog/v2"
+
+	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/loop"
+)
+
+// Inline ephemeral volumes: NodePublishVolume makes the volume and mounts it at
+// the target, NodeUnpublishVolume removes both. There is no staging. Their
+// attributes come from whoever writes a pod, so the size is bounded by the
+// operator, and mkfs options are not among them.
+
+// parseEphemeral checks the attributes of an inline ephemeral volume.
+func (d *Driver) parseEphemeral(context map[string]string, a access) (params, int64, error) {
+	if d.cfg.EphemeralMaxSize == 0 {
+		return params{}, 0, preconditionf("inline ephemeral volumes are switched off on this node: set --ephemeral-max-size to allow them")
+	}
+	if a.block {
+		return params{}, 0, invalidf("an inline ephemeral volume cannot be a raw block device")
+	}
+	p := params{allocation: image.Thick, directIO: "auto", blockSize: 4096}
+	size := min(int64(defaultSize), d.cfg.EphemeralMaxSize&^(sizeUnit-1))
+	for _, key := range slices.Sorted(maps.Keys(context)) {
+		if strings.HasPrefix(key, kubernetesPrefix) {
+			continue
+		}
+		var err error
+		switch key {
+		case paramSize:
+			size, err = parseBytes(key, context[key])
+		case paramPool, paramAllocation, paramDirectIO:
+			err = p.set(key, context[key])
+		default:
+			err = invalidf("attribute %q is not known; an inline ephemeral volume has %s, %s, %s and %s", key, paramSize, paramPool, paramAllocation, paramDirectIO)
+		}
+		if err != nil {
+			return p, 0, err
+		}
+	}
+	if size < 1 || size > d.cfg.EphemeralMaxSize {
+		return p, 0, outOfRangef("attribute %q: %d bytes are not between 1 and %d, which this node allows", paramSize, size, d.cfg.EphemeralMaxSize)
+	}
+	return p, roundUp(size), nil
+}
+
+// publishEphemeral makes, attaches and mounts an inline ephemeral volume.
+func (d *Driver) publishEphemeral(ctx context.Context, req *csi.NodePublishVolumeRequest, a access) error {
+	id, target := req.GetVolumeId(), req.GetTargetPath()
+	p, size, err := d.parseEphemeral(req.GetVolumeContext(), a)
+	if err != nil {
+		return err
+	}
+	if err := checkName(id); err != nil {
+		return err
+	}
+	pool, ok := d.images.Pool(d.poolName(p.pool))
+	if !ok {
+		return invalidf("attribute %q: there is no pool %q on node %q", paramPool, p.pool, d.cfg.NodeID)
+	}
+	want := stageRecord{
+		VolumeID: id, StagingPath: target, FSType: or(a.fsType, defaultFilesystem), Flags: a.flags,
+		Mode: a.mode.String(), ReadOnly: req.GetReadonly() || a.readOnly(), Ephemeral: true,
+	}
+	if done, err := d.alreadyPublishedEphemeral(ctx, want); err != nil || done {
+		return err
+	}
+	if have, ok := d.images.Find(id); ok && have.Ephemeral == nil {
+		return existsf("a volume with the name %q exists and is not an inline ephemeral one", id)
+	}
+	v, err := pool.Create(ctx, image.Spec{
+		Name: id, Size: size, Allocation: p.allocation, Filesystem: want.FSType, BlockSize: p.blockSize,
+		DirectIO: p.directIO, Ephemeral: &image.Ephemeral{Target: target},
+	})
+	if err != nil {
+		return err
+	}
+	klog.FromContext(ctx).Info("Created inline ephemeral volume", "volume", v.ID, "target", target, "size", v.Size)
+	if err := d.stageFilesystem(ctx, d.poolSource(v), want); err != nil {
+		undo, cancel := undoContext(ctx)
+		defer cancel()
+		return errors.Join(err, d.mounts.Remove(undo, target), pool.Remove(undo, v.ID))
+	}
+	return nil
+}
+
+// alreadyPublishedEphemeral compares a repeated call with what is there.
+func (d *Driver) alreadyPublishedEphemeral(ctx context.Context, want stageRecord) (bool, error) {
+	have, ok := d.state.get(want.VolumeID)
+	if !ok {
+		return false, nil
+	}
+	if !have.Ephemeral {
+		return false, existsf("the volume is staged and not an inline ephemeral one")
+	}
+	live, err := d.stagingAlive(ctx, have)
+	if err != nil || !live {
+		return false, err
+	}
+	switch {
+	case have.StagingPath != want.StagingPath:
+		return false, preconditionf("the inline ephemeral volume is published at %q already", have.StagingPath)
+	case have.FSType != want.FSType, have.Mode != want.Mode, have.ReadOnly != want.ReadOnly, !slices.Equal(have.Flags, want.Flags):
+		return false, existsf("the volume is published there as %s, the request asks for %s", have.describe(), want.describe())
+	}
+	return true, nil
+}
+
+// removeEphemeral ends an inline ephemeral volume after its target is gone:
+// waits for the device, removes image and record. An ID that is not one's, and
+// one that is gone already, are success.
+func (d *Driver) removeEphemeral(ctx context.Context, id, target string, ref loop.Ref) error {
+	if ref != (loop.Ref{}) {
+		if err := d.loops.WaitUnbound(ctx, ref); err != nil {
+			return err
+		}
+	}
+	v, ok := d.images.Find(id)
+	if !ok || v.Ephemeral == nil || v.Ephemeral.Target != target {
+		return d.dropEphemeral(id)
+	}
+	pool, ok := d.images.Pool(v.Pool)
+	if !ok {
+		return fmt.Errorf("pool %q: %w", v.Pool, image.ErrNotFound)
+	}
+	if err := d.unattached(ctx, pool, v.ID); err != nil {
+		return err
+	}
+	klog.FromContext(ctx).Info("Removing inline ephemeral volume", "volume", v.ID, "target", target)
+	if err := pool.Remove(ctx, v.ID); err != nil {
+		return err
+	}
+	return d.dropEphemeral(id)
+}
+
+// dropEphemeral forgets the record of an inline ephemeral volume.
+func (d *Driver) dropEphemeral(id string) error {
+	if r, ok := d.state.get(id); !ok || !r.Ephemeral {
+		return nil
+	}
+	return d.state.drop(id)
+}
+
+// sweepEphemeral removes at start-up the inline ephemeral volumes whose pod is
+// gone: nothing is mounted at the target and the pod's directory above it does
+// not exist. After a reboot the pod, and with it the directory, is still there,
+// and its volume is published again with its data.
+func (d *Driver) sweepEphemeral(ctx context.Context) error {
+	var errs []error
+	for _, v := range d.images.List() {
+		if v.Ephemeral == nil {
+			continue
+		}
+		if _, err := os.Stat(filepath.Dir(v.Ephemeral.Target)); !errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		klog.FromContext(ctx).Info("Inline ephemeral volume is left over: its pod is gone", "volume", v.ID, "target", v.Ephemeral.Target)
+		errs = append(errs, d.removeEphemeral(ctx, v.Name, v.Ephemeral.Target, loop.Ref{}))
+	}
+	return errors.Join(errs...)
+}

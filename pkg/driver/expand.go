@@ -1,0 +1,130 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"k8s.io/klog/v2"
+
+	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/mount"
+)
+
+// NodeExpandVolume shows the grown image to the loop device, and grows the
+// filesystem on it while it is mounted. An image that is still smaller than
+// asked for is grown first, so the call is complete by itself.
+func (s *nodeServer) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRequest) (*csi.NodeExpandVolumeResponse, error) {
+	d, id, path := s.d, req.GetVolumeId(), req.GetVolumePath()
+	switch {
+	case id == "":
+		return nil, invalidf("volume_id is missing")
+	case path == "":
+		return nil, invalidf("volume_path is missing")
+	}
+	c, err := parseCapacity(req.GetCapacityRange())
+	if err != nil {
+		return nil, err
+	}
+	unlock, err := d.lockVolume(id, "NodeExpandVolume")
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	size, err := d.nodeExpand(ctx, id, path, c)
+	if err != nil {
+		return nil, fmt.Errorf("expand volume %q at %q: %w", id, path, err)
+	}
+	return &csi.NodeExpandVolumeResponse{CapacityBytes: size}, nil
+}
+
+func (d *Driver) nodeExpand(ctx context.Context, id, path string, c capacity) (int64, error) {
+	r, ok := d.state.get(id)
+	switch {
+	case ok && r.Mapped != nil:
+		return 0, invalidf("a mapped volume has the size of its range and cannot be expanded")
+	case ok && r.Ephemeral:
+		return 0, invalidf("an inline ephemeral volume cannot be expanded")
+	}
+	v, err := d.images.Get(id)
+	if err != nil {
+		return 0, err
+	}
+	if !ok {
+		return 0, notFoundf("the volume is not staged on this node")
+	}
+	if err := d.isAt(ctx, r, path); err != nil {
+		return 0, err
+	}
+	if v, err = d.growImage(ctx, v, c); err != nil {
+		return 0, err
+	}
+	for _, ref := range []loop.Ref{r.Device, r.ReadDevice} {
+		if ref == (loop.Ref{}) {
+			continue
+		}
+		size, err := d.loops.Grow(ctx, ref)
+		if err != nil {
+			return 0, err
+		}
+		if size != v.Size {
+			return 0, abortedf("/dev/loop%d has %d bytes, its image %d", ref.Number, size, v.Size)
+		}
+	}
+	if r.Block {
+		return v.Size, nil
+	}
+	if r.ReadOnly {
+		return 0, preconditionf("the volume is mounted read-only; it grows when it is staged for writing")
+	}
+	info, err := d.table.Inspect(ctx, r.Device.Number)
+	if err != nil {
+		return 0, err
+	}
+	if err := d.mounts.Grow(ctx, mount.GrowSpec{FSType: r.FSType, Device: info.Path, Path: r.StagingPath}); err != nil {
+		return 0, err
+	}
+	klog.FromContext(ctx).Info("Grew filesystem", "volume", id, "device", info.Path, "filesystem", r.FSType, "size", v.Size)
+	return v.Size, nil
+}
+
+// isAt checks that the volume is at path: its staging path or a target.
+func (d *Driver) isAt(ctx context.Context, r stageRecord, path string) error {
+	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+		return notFoundf("%q does not exist", path)
+	}
+	if err := checkPath("volume_path", path); err != nil {
+		return err
+	}
+	live, err := d.stagingAlive(ctx, r)
+	if err != nil {
+		return err
+	}
+	if live && r.Block && path == r.StagingPath {
+		return nil // nothing is mounted at the staging path of a raw block volume
+	}
+	there, err := d.publishedAt(r, path)
+	if err != nil {
+		return err
+	}
+	if !live || !there {
+		return notFoundf("the volume is not at %q", path)
+	}
+	return nil
+}
+
+// growAtStage grows a filesystem that is smaller than its device. The volume is
+// usable either way, so a failure is told and does not fail the staging;
+// NodeExpandVolume reports it to whoever asked for the growth, and the volume's
+// health shows it.
+func (d *Driver) growAtStage(ctx context.Context, spec mount.Spec) {
+	err := d.mounts.Grow(ctx, mount.GrowSpec{FSType: spec.FSType, Device: spec.Source, Path: spec.Target})
+	if err != nil {
+		klog.FromContext(ctx).Error(err, "Filesystem is smaller than its device and could not be grown", "device", spec.Source, "path", spec.Target)
+		return
+	}
+	klog.FromContext(ctx).Info("Grew filesystem to its device", "device", spec.Source, "path", spec.Target)
+}

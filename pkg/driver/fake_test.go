@@ -1,0 +1,364 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/mount"
+)
+
+// fakeKernel behaves like loop devices and mounts for tests without root: a
+// binding lives as long as something has it open (autoclear) or until it is
+// cleared, a mount keeps its device open, and numbers are reused while disk
+// sequence numbers are not.
+type fakeKernel struct {
+	mu      sync.Mutex
+	seq     uint64
+	devices map[int]*fakeDevice // guarded by mu
+	mounts  []mount.Mount       // guarded by mu; later ones cover earlier ones
+	// fail makes the named step ("attach", "mount", "bind", "unmount", ...) fail
+	// once with the error.
+	fail map[string]error // guarded by mu
+}
+
+type fakeDevice struct {
+	info    loop.Info
+	openers int // our descriptors
+	cleared bool
+	path    string // image, read anew for Grow
+	limit   int64
+}
+
+func newFakeKernel() *fakeKernel {
+	return &fakeKernel{devices: make(map[int]*fakeDevice), fail: make(map[string]error)}
+}
+
+func (k *fakeKernel) failOnce(step string, err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.fail[step] = err
+}
+
+func (k *fakeKernel) failing(step string) error {
+	err := k.fail[step]
+	delete(k.fail, step)
+	return err
+}
+
+// used counts what keeps a device open. Precondition: k.mu is held.
+func (k *fakeKernel) used(n int) int {
+	users := k.devices[n].openers
+	for _, m := range k.mounts {
+		if m.Source == k.devices[n].info.Path {
+			users++ // a filesystem; a bind-mounted node is no opener (fact 36)
+		}
+	}
+	return users
+}
+
+// settle unbinds what nobody uses and was to go. Precondition: k.mu is held.
+func (k *fakeKernel) settle() {
+	for n, d := range k.devices {
+		if (d.info.Autoclear || d.cleared) && k.used(n) == 0 {
+			delete(k.devices, n)
+		}
+	}
+}
+
+type fakeAttached struct {
+	k      *fakeKernel
+	info   loop.Info
+	reused bool
+	once   sync.Once
+}
+
+func (a *fakeAttached) Info() loop.Info { return a.info }
+func (a *fakeAttached) Reused() bool    { return a.reused }
+func (a *fakeAttached) Close() error {
+	a.once.Do(func() {
+		a.k.mu.Lock()
+		defer a.k.mu.Unlock()
+		if d, ok := a.k.devices[a.info.Number]; ok && d.info.Ref == a.info.Ref {
+			d.openers--
+		}
+		a.k.settle()
+	})
+	return nil
+}
+
+func (k *fakeKernel) Attach(_ context.Context, backing *os.File, m loop.Mapping) (attached, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.failing("attach"); err != nil {
+		return nil, err
+	}
+	st, err := backing.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if err := m.Validate(st.Size()); err != nil {
+		return nil, err
+	}
+	id, err := loop.FileIDOf(backing)
+	if err != nil {
+		return nil, err
+	}
+	for n, d := range k.devices {
+		same := d.info.Offset == m.Offset && d.limit == m.SizeLimit && d.info.ReadOnly == m.ReadOnly
+		switch {
+		case d.info.Image != id:
+		case d.cleared || d.info.Autoclear && k.used(n) == 0:
+			return nil, fmt.Errorf("loop%d: %w", n, loop.ErrBusy)
+		case same:
+			d.openers++
+			return &fakeAttached{k: k, info: d.info, reused: true}, nil
+		case !m.ReadOnly && !d.info.ReadOnly:
+			return nil, &loop.ConflictError{Ref: d.info.Ref}
+		}
+	}
+	n := 0
+	for k.devices[n] != nil {
+		n++
+	}
+	k.seq++
+	size := st.Size() - m.Offset
+	if m.SizeLimit > 0 {
+		size = min(size, m.SizeLimit)
+	}
+	info := loop.Info{
+		Ref: loop.Ref{Number: n, DiskSeq: k.seq}, State: loop.Bound, Path: fmt.Sprintf("/dev/loop%d", n), Image: id,
+		Offset: m.Offset, SizeLimit: m.SizeLimit, Size: size, BlockSize: m.BlockSize, ReadOnly: m.ReadOnly,
+		Autoclear: m.Autoclear, Discard: m.Discard, Tag: m.Tag,
+	}
+	k.devices[n] = &fakeDevice{info: info, openers: 1, path: backing.Name(), limit: m.SizeLimit}
+	return &fakeAttached{k: k, info: info}, nil
+}
+
+func (k *fakeKernel) Hold(_ context.Context, ref loop.Ref) (attached, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	d, ok := k.devices[ref.Number]
+	if !ok || d.info.Ref != ref {
+		return nil, loop.ErrNotBound
+	}
+	d.openers++
+	return &fakeAttached{k: k, info: d.info, reused: true}, nil
+}
+
+func (k *fakeKernel) Detach(_ context.Context, ref loop.Ref) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.failing("detach"); err != nil {
+		return err
+	}
+	d, ok := k.devices[ref.Number]
+	if !ok || d.info.Ref != ref {
+		return nil
+	}
+	d.cleared = true
+	k.settle()
+	if k.devices[ref.Number] != nil {
+		return fmt.Errorf("loop%d: %w", ref.Number, loop.ErrBusy)
+	}
+	return nil
+}
+
+func (k *fakeKernel) WaitUnbound(_ context.Context, ref loop.Ref) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.settle()
+	if d, ok := k.devices[ref.Number]; ok && d.info.Ref == ref {
+		return fmt.Errorf("loop%d: %w", ref.Number, loop.ErrBusy)
+	}
+	return nil
+}
+
+func (k *fakeKernel) Grow(_ context.Context, ref loop.Ref) (int64, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	d, ok := k.devices[ref.Number]
+	if !ok || d.info.Ref != ref {
+		return 0, loop.ErrNotBound
+	}
+	st, err := os.Stat(d.path)
+	if err != nil {
+		return 0, err
+	}
+	d.info.Size = st.Size() - d.info.Offset
+	return d.info.Size, nil
+}
+
+func (k *fakeKernel) Find(_ context.Context, backing *os.File) ([]loop.Info, error) {
+	id, err := loop.FileIDOf(backing)
+	if err != nil {
+		return nil, err
+	}
+	all, err := k.FindAll(context.Background())
+	return slices.DeleteFunc(all, func(i loop.Info) bool { return i.Image != id }), err
+}
+
+func (k *fakeKernel) FindAll(context.Context) ([]loop.Info, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var all []loop.Info
+	for _, n := range slices.Sorted(maps.Keys(k.devices)) {
+		all = append(all, k.devices[n].info)
+	}
+	return all, nil
+}
+
+func (k *fakeKernel) Inspect(_ context.Context, n int) (loop.Info, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	d, ok := k.devices[n]
+	if !ok {
+		return loop.Info{}, loop.ErrNotBound
+	}
+	return d.info, nil
+}
+
+func (k *fakeKernel) Limit() int { return 16 }
+
+// top finds the uppermost mount at a path. Precondition: k.mu is held.
+func (k *fakeKernel) top(path string) (mount.Mount, bool) {
+	path = filepath.Clean(path)
+	for _, m := range slices.Backward(k.mounts) {
+		if m.Path == path {
+			return m, true
+		}
+	}
+	return mount.Mount{}, false
+}
+
+func (k *fakeKernel) Mount(_ context.Context, s mount.Spec) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.failing("mount"); err != nil {
+		return err
+	}
+	if _, err := mount.ParseOptions(s.FSType, s.Options); err != nil {
+		return err
+	}
+	if m, ok := k.top(s.Target); ok {
+		if m.Source == s.Source {
+			return nil
+		}
+		return &mount.ForeignError{}
+	}
+	if err := os.MkdirAll(s.Target, 0o750); err != nil {
+		return err
+	}
+	k.mounts = append(k.mounts, mount.Mount{
+		Path: filepath.Clean(s.Target), Root: "/", FSType: s.FSType, Source: s.Source,
+		ReadOnly: s.ReadOnly || slices.Contains(s.Options, "ro"),
+	})
+	return nil
+}
+
+func (k *fakeKernel) Bind(_ context.Context, s mount.BindSpec) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.failing("bind"); err != nil {
+		return err
+	}
+	m := mount.Mount{Path: filepath.Clean(s.Target), Root: s.Source, FSType: "devtmpfs", Source: "devtmpfs"}
+	if from, ok := k.top(s.Source); ok {
+		m = from
+		m.Path = filepath.Clean(s.Target)
+	}
+	m.ReadOnly = m.ReadOnly || s.ReadOnly
+	if have, ok := k.top(s.Target); ok {
+		if have.Source == m.Source && have.Root == m.Root && have.ReadOnly == m.ReadOnly {
+			return nil
+		}
+		return &mount.ForeignError{}
+	}
+	if m.FSType == "devtmpfs" {
+		f, err := os.Create(s.Target)
+		if err != nil {
+			return err
+		}
+		_ = f.Close()
+	} else if err := os.MkdirAll(s.Target, 0o750); err != nil {
+		return err
+	}
+	k.mounts = append(k.mounts, m)
+	return nil
+}
+
+func (k *fakeKernel) Unmount(_ context.Context, target string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.failing("unmount"); err != nil {
+		return err
+	}
+	target = filepath.Clean(target)
+	k.mounts = slices.DeleteFunc(k.mounts, func(m mount.Mount) bool { return m.Path == target })
+	k.settle()
+	return nil
+}
+
+func (k *fakeKernel) Remove(ctx context.Context, target string) error {
+	if err := k.Unmount(ctx, target); err != nil {
+		return err
+	}
+	if err := os.Remove(target); err != nil && !os.IsNotExist(err) {
+		return err
+	}
+	return nil
+}
+
+// mountGrower and the rest of the mount side.
+type fakeMounts struct{ *fakeKernel }
+
+func (m fakeMounts) Grow(context.Context, mount.GrowSpec) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.failing("growfs")
+}
+
+func (m fakeMounts) Check(context.Context, string, string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.failing("check")
+}
+
+func (k *fakeKernel) At(path string) (mount.Mount, bool, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	m, ok := k.top(path)
+	return m, ok, nil
+}
+
+func (k *fakeKernel) List() ([]mount.Mount, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.Clone(k.mounts), nil
+}
+
+func (k *fakeKernel) Stats(path string) (mount.Stats, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(path, &st); err != nil {
+		return mount.Stats{}, err
+	}
+	return mount.Stats{Total: 1 << 40, Available: 1 << 39, Used: 1 << 39, Inodes: 10, InodesFree: 5, InodesUsed: 5}, nil
+}
+
+// clean fails the test when something is left.
+func (k *fakeKernel) clean(t *testing.T) {
+	t.Helper()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if len(k.devices) > 0 || len(k.mounts) > 0 {
+		t.Errorf("left behind: %d devices, mounts %v", len(k.devices), k.mounts)
+	}
+}

@@ -1,0 +1,49 @@
+package driver
+
+import (
+	"context"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+// identityServer is the CSI Identity service.
+type identityServer struct {
+	csi.UnimplementedIdentityServer
+	d *Driver
+}
+
+// GetPluginInfo names the driver and its version.
+func (s *identityServer) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
+	return &csi.GetPluginInfoResponse{Name: s.d.cfg.Name, VendorVersion: s.d.cfg.Version}, nil
+}
+
+// GetPluginCapabilities: a controller, volumes bound to a node, growth while mounted.
+func (s *identityServer) GetPluginCapabilities(context.Context, *csi.GetPluginCapabilitiesRequest) (*csi.GetPluginCapabilitiesResponse, error) {
+	service := func(t csi.PluginCapability_Service_Type) *csi.PluginCapability {
+		return &csi.PluginCapability{Type: &csi.PluginCapability_Service_{Service: &csi.PluginCapability_Service{Type: t}}}
+	}
+	return &csi.GetPluginCapabilitiesResponse{Capabilities: []*csi.PluginCapability{
+		service(csi.PluginCapability_Service_CONTROLLER_SERVICE),
+		service(csi.PluginCapability_Service_VOLUME_ACCESSIBILITY_CONSTRAINTS),
+		{Type: &csi.PluginCapability_VolumeExpansion_{
+			VolumeExpansion: &csi.PluginCapability_VolumeExpansion{Type: csi.PluginCapability_VolumeExpansion_ONLINE},
+		}},
+	}}, nil
+}
+
+// Probe answers not ready until the reconcile at start-up is done, then checks
+// that every pool can be used: FAILED_PRECONDITION names the one that cannot.
+func (s *identityServer) Probe(ctx context.Context, _ *csi.ProbeRequest) (*csi.ProbeResponse, error) {
+	select {
+	case <-s.d.up:
+	default:
+		return &csi.ProbeResponse{Ready: wrapperspb.Bool(false)}, nil
+	}
+	for _, p := range s.d.images.Pools() {
+		if err := p.Check(ctx); err != nil {
+			return nil, preconditionf("pool %q: %v", p.Name(), err)
+		}
+	}
+	return &csi.ProbeResponse{Ready: wrapperspb.Bool(true)}, nil
+}

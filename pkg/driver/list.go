@@ -1,0 +1,80 @@
+package driver
+
+import (
+	"context"
+	"encoding/base64"
+	"sort"
+	"strings"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+
+	"github.com/csi-loop/csi-loop/pkg/image"
+)
+
+// Tokens of a list name the last volume of the page before, so that volumes
+// which come and go between two pages neither repeat nor hide others.
+const tokenPrefix = "after:"
+
+func makeToken(lastID string) string {
+	return base64.RawURLEncoding.EncodeToString([]byte(tokenPrefix + lastID))
+}
+
+// parseToken returns the ID a page starts after. A token that this driver did
+// not make is ABORTED, as CSI asks for.
+func parseToken(token string) (string, error) {
+	if token == "" {
+		return "", nil
+	}
+	raw, err := base64.RawURLEncoding.DecodeString(token)
+	id, ok := strings.CutPrefix(string(raw), tokenPrefix)
+	if err != nil || !ok || id == "" {
+		return "", abortedf("starting_token %q is not one of ours: start the list again", token)
+	}
+	return id, nil
+}
+
+// page cuts the part of volumes (ordered by ID) that lies behind token, at most
+// limit of them (0: all), and makes the token of the next page.
+func page(volumes []image.Volume, token string, limit int32) ([]image.Volume, string, error) {
+	if limit < 0 {
+		return nil, "", invalidf("max_entries %d is negative", limit)
+	}
+	after, err := parseToken(token)
+	if err != nil {
+		return nil, "", err
+	}
+	if after != "" {
+		volumes = volumes[sort.Search(len(volumes), func(i int) bool { return volumes[i].ID > after }):]
+	}
+	if limit == 0 || int(limit) >= len(volumes) {
+		return volumes, "", nil
+	}
+	volumes = volumes[:limit]
+	return volumes, makeToken(volumes[limit-1].ID), nil
+}
+
+// persistent drops the inline ephemeral volumes, which no CO lists.
+func persistent(volumes []image.Volume) []image.Volume {
+	kept := volumes[:0:0]
+	for _, v := range volumes {
+		if v.Ephemeral == nil {
+			kept = append(kept, v)
+		}
+	}
+	return kept
+}
+
+// ListVolumes lists the volumes of all pools of this node, ordered by ID.
+func (s *controllerServer) ListVolumes(_ context.Context, req *csi.ListVolumesRequest) (*csi.ListVolumesResponse, error) {
+	volumes, next, err := page(persistent(s.d.images.List()), req.GetStartingToken(), req.GetMaxEntries())
+	if err != nil {
+		return nil, err
+	}
+	resp := &csi.ListVolumesResponse{NextToken: next}
+	for _, v := range volumes {
+		resp.Entries = append(resp.Entries, &csi.ListVolumesResponse_Entry{
+			Volume: s.d.csiVolume(v), Status: &csi.ListVolumesResponse_VolumeStatus{},
+		})
+	}
+	return resp, nil
+}

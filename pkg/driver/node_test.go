@@ -1,0 +1,407 @@
+package driver
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
+
+	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/mount"
+)
+
+// TestPublishTable walks CSI's table for a second NodePublishVolume.
+func TestPublishTable(t *testing.T) {
+	for name, c := range map[string]struct {
+		mode   csi.VolumeCapability_AccessMode_Mode
+		second codes.Code // at another target
+	}{
+		"single writer":    {oneWriter, codes.FailedPrecondition},
+		"legacy writer":    {legacy, codes.FailedPrecondition},
+		"multiple writers": {manyWriters, codes.OK},
+		"single reader":    {reader, codes.OK},
+		"readers anywhere": {csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY, codes.OK},
+	} {
+		for kind, capability := range map[string]*csi.VolumeCapability{"mount": mountCap("ext4", c.mode), "block": blockCap(c.mode)} {
+			t.Run(name+" "+kind, func(t *testing.T) {
+				n := newFake(t)
+				v := n.create("pvc-1", 16*mib, capability, nil).up("a")
+				code(t, v.publish("a", false), codes.OK)
+				if c.mode == manyWriters || c.mode == oneWriter || c.mode == legacy {
+					code(t, v.publish("a", true), codes.AlreadyExists)
+				}
+				code(t, v.publish("b", false), c.second)
+				code(t, v.unstage(), codes.FailedPrecondition) // still published
+				n.must(v.unpublish("b"))
+				v.down("a")
+			})
+		}
+	}
+}
+
+func TestNodeRefuses(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, mountCap("ext4", legacy), nil)
+	b := n.create("pvc-2", 16*mib, blockCap(legacy), nil)
+	with := func(v volume, c *csi.VolumeCapability) volume { v.cap = c; return v }
+	for name, c := range map[string]struct {
+		err  error
+		code codes.Code
+	}{
+		"stage without capability":        {with(v, nil).stage(), codes.InvalidArgument},
+		"stage unknown volume":            {volume{n: n, id: "nope", cap: v.cap}.stage(), codes.NotFound},
+		"stage with another filesystem":   {with(v, mountCap("xfs", legacy)).stage(), codes.FailedPrecondition},
+		"stage a filesystem as block":     {with(v, blockCap(legacy)).stage(), codes.FailedPrecondition},
+		"stage a raw volume as mount":     {with(b, mountCap("ext4", legacy)).stage(), codes.FailedPrecondition},
+		"stage with a dangerous option":   {with(v, mountCap("ext4", legacy, "loop")).stage(), codes.InvalidArgument},
+		"publish before stage":            {v.publish("a", false), codes.FailedPrecondition},
+		"publish unknown volume":          {volume{n: n, id: "nope", cap: v.cap}.publish("a", false), codes.NotFound},
+		"unstage what is not staged":      {v.unstage(), codes.OK},
+		"unstage unknown volume":          {volume{n: n, id: "nope"}.unstage(), codes.OK},
+		"unpublish what is not published": {v.unpublish("a"), codes.OK},
+		"unpublish unknown volume":        {volume{n: n, id: "nope"}.unpublish("a"), codes.OK},
+	} {
+		t.Run(name, func(t *testing.T) { code(t, c.err, c.code) })
+	}
+	_, err := n.client.NodeStageVolume(t.Context(), &csi.NodeStageVolumeRequest{VolumeId: v.id, StagingTargetPath: "relative/path", VolumeCapability: v.cap})
+	code(t, err, codes.InvalidArgument)
+	_, err = n.client.NodePublishVolume(t.Context(), &csi.NodePublishVolumeRequest{VolumeId: v.id, TargetPath: "/a/../b", StagingTargetPath: "/x", VolumeCapability: v.cap})
+	code(t, err, codes.InvalidArgument)
+	_, err = n.client.NodePublishVolume(t.Context(), &csi.NodePublishVolumeRequest{VolumeId: v.id, TargetPath: "/a", VolumeCapability: v.cap})
+	code(t, err, codes.FailedPrecondition)
+}
+
+func TestStageAgain(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, mountCap("ext4", manyWriters, "noatime"), nil)
+	n.must(v.stage())
+	n.must(v.stage())
+	other := v
+	other.cap = mountCap("ext4", manyWriters)
+	code(t, other.stage(), codes.AlreadyExists)
+	other.cap = mountCap("ext4", reader, "noatime")
+	code(t, other.stage(), codes.AlreadyExists)
+	_, err := n.client.NodeStageVolume(t.Context(), &csi.NodeStageVolumeRequest{VolumeId: v.id, StagingTargetPath: filepath.Join(n.dir, "elsewhere"), VolumeCapability: v.cap})
+	code(t, err, codes.FailedPrecondition)
+	n.restart() // the record is read again
+	n.must(v.stage())
+	code(t, other.stage(), codes.AlreadyExists)
+	v.down()
+}
+
+// TestUndo makes each step fail once: after a final code nothing is left, and
+// the repeated call succeeds (fact 57).
+func TestUndo(t *testing.T) {
+	boom := errors.New("boom")
+	for _, kind := range []*csi.VolumeCapability{mountCap("ext4", manyWriters), blockCap(manyWriters)} {
+		for _, step := range []string{"attach", "mount", "bind"} {
+			n := newFake(t)
+			v := n.create("pvc-1", 16*mib, kind, nil)
+			n.fake.failOnce(step, boom)
+			err := v.stage()
+			if step == "bind" {
+				n.must(err)
+				code(t, v.publish("a", false), codes.Internal)
+				code(t, v.publish("a", true), codes.OK)
+				n.must(v.unpublish("a"))
+				n.must(v.unstage())
+			} else if err != nil {
+				code(t, err, codes.Internal)
+				n.fake.clean(t)
+				if files, _ := os.ReadDir(filepath.Join(n.cfg.StateDir, n.cfg.NodeID)); len(files) > 0 {
+					t.Errorf("%s: left records %v", step, files)
+				}
+				n.must(v.stage())
+				n.must(v.unstage())
+			} else {
+				n.must(v.unstage()) // a raw block volume is not mounted
+			}
+			n.fake.failOnce("", nil)
+			n.must(v.delete())
+			n.halt()
+		}
+	}
+}
+
+func TestBusyDetachIsAbortedAndRetried(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil)
+	n.must(v.stage())
+	r, _ := n.d.state.get(v.id)
+	stranger, err := n.fake.Hold(t.Context(), r.Device)
+	n.must(err)
+	code(t, v.unstage(), codes.Aborted)
+	code(t, v.stage(), codes.Aborted) // a device in rundown accepts no new work
+	n.must(stranger.Close())
+	n.must(v.unstage())
+	n.must(v.delete())
+}
+
+func TestReadOnlyBlockHasItsOwnDevice(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil).up("a")
+	n.must(v.publish("b", true))
+	n.must(v.publish("c", true))
+	all, err := n.fake.FindAll(t.Context())
+	n.must(err)
+	if len(all) != 2 || all[0].ReadOnly || !all[1].ReadOnly {
+		t.Fatalf("devices %+v", all)
+	}
+	n.restart()
+	n.must(v.publish("b", true))
+	n.must(v.unpublish("b"))
+	n.must(v.unpublish("c"))
+	if all, _ = n.fake.FindAll(t.Context()); len(all) != 1 {
+		t.Errorf("the read-only device stays: %+v", all)
+	}
+	v.down("a")
+}
+
+func TestUnpublishLeavesStrangersAlone(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, mountCap("ext4", manyWriters), nil).up("a")
+	target := v.target("b")
+	n.must(os.MkdirAll(target, 0o750))
+	n.fake.mounts = append(n.fake.mounts, mount.Mount{Path: target, Source: "/dev/sda1", FSType: "ext4", Root: "/"})
+	code(t, v.unpublish("b"), codes.FailedPrecondition)
+	n.must(n.fake.Unmount(t.Context(), target))
+	v.down("a")
+}
+
+func TestRestartAdopts(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, mountCap("ext4", manyWriters), nil).up("a")
+	b := n.create("pvc-2", 16*mib, blockCap(manyWriters), nil).up("a2")
+	n.restart()
+	r, ok := n.d.state.get(b.id)
+	if !ok || !n.d.holds(r.Device) {
+		t.Fatalf("the raw block volume's device is not held: %+v", r)
+	}
+	code(t, v.publish("a", false), codes.OK)
+	code(t, b.publish("a2", false), codes.OK)
+	code(t, v.delete(), codes.FailedPrecondition)
+	v.down("a")
+	b.down("a2")
+}
+
+// TestRebootForgets: the kernel knows nothing of what the records say.
+func TestRebootForgets(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, mountCap("ext4", manyWriters), nil).up("a")
+	b := n.create("pvc-2", 16*mib, blockCap(manyWriters), nil).up("a2")
+	n.halt()
+	n.fake.mounts, n.fake.devices = nil, make(map[int]*fakeDevice)
+	n.start()
+	if left := n.d.state.list(); len(left) > 0 {
+		t.Errorf("records left: %+v", left)
+	}
+	code(t, v.publish("a", false), codes.FailedPrecondition)
+	v.up("a").down("a")
+	n.must(os.Remove(b.target("a2")))
+	b.up("a2").down("a2")
+}
+
+// TestCrashBetweenBindAndRecord: a raw block device was bound, the record says
+// only that it was about to be.
+func TestCrashBetweenBindAndRecord(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil)
+	n.must(v.stage())
+	r, _ := n.d.state.get(v.id)
+	r.Device = loop.Ref{}
+	n.must(n.d.state.put(r))
+	n.restart()
+	r, ok := n.d.state.get(v.id)
+	if !ok || r.Device == (loop.Ref{}) || !n.d.holds(r.Device) {
+		t.Fatalf("not adopted: %+v", r)
+	}
+	n.must(v.stage())
+	v.down()
+}
+
+// TestLostStateDirectory: mounts are there, the records are not.
+func TestLostStateDirectory(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, mountCap("ext4", manyWriters), nil).up("a")
+	n.halt()
+	n.must(os.RemoveAll(n.cfg.StateDir))
+	n.start()
+	code(t, v.delete(), codes.FailedPrecondition)
+	n.must(v.stage())
+	n.must(v.publish("a", false))
+	v.down("a")
+
+	v = n.create("pvc-2", 16*mib, mountCap("ext4", manyWriters), nil).up("a")
+	n.halt()
+	n.must(os.RemoveAll(n.cfg.StateDir))
+	n.start()
+	n.must(v.unpublish("a"))
+	n.must(v.unstage())
+	n.must(v.delete())
+}
+
+func TestStats(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, mountCap("ext4", manyWriters), nil).up("a")
+	b := n.create("pvc-2", 16*mib, blockCap(manyWriters), nil).up("a2")
+	ask := func(id, path string) (*csi.NodeGetVolumeStatsResponse, error) {
+		return n.client.NodeGetVolumeStats(t.Context(), &csi.NodeGetVolumeStatsRequest{VolumeId: id, VolumePath: path})
+	}
+	resp, err := ask(v.id, v.target("a"))
+	n.must(err)
+	if len(resp.GetUsage()) != 2 {
+		t.Errorf("usage %v", resp.GetUsage())
+	}
+	resp, err = ask(b.id, b.target("a2"))
+	n.must(err)
+	if u := resp.GetUsage(); len(u) != 1 || u[0].GetTotal() != 16*mib {
+		t.Errorf("usage %v", u)
+	}
+	for name, path := range map[string]string{"missing": "some/path", "not the volume": n.dir, "another volume": b.target("a2")} {
+		t.Run(name, func(t *testing.T) {
+			_, err := ask(v.id, path)
+			code(t, err, codes.NotFound)
+		})
+	}
+	v.down("a")
+	b.down("a2")
+}
+
+func TestMapped(t *testing.T) {
+	n := newFake(t)
+	path := filepath.Join(n.dirs[0], "disk.raw")
+	n.must(os.WriteFile(path, make([]byte, 4*mib), 0o600))
+	outside := filepath.Join(n.dir, "secret")
+	n.must(os.WriteFile(outside, make([]byte, mib), 0o600))
+	n.must(os.Symlink(outside, filepath.Join(n.dirs[0], "link")))
+	n.must(os.Link(outside, filepath.Join(n.dirs[0], "hard")))
+	mapped := func(context map[string]string) volume {
+		return volume{n: n, id: "vm-disk", cap: blockCap(manyWriters), context: context}
+	}
+	for name, c := range map[string]struct {
+		context map[string]string
+		code    codes.Code
+	}{
+		"outside":        {map[string]string{"image": outside}, codes.InvalidArgument},
+		"dots":           {map[string]string{"image": n.dirs[0] + "/../secret"}, codes.InvalidArgument},
+		"relative":       {map[string]string{"image": "disk.raw"}, codes.InvalidArgument},
+		"symbolic link":  {map[string]string{"image": n.dirs[0] + "/link"}, codes.InvalidArgument},
+		"hard link":      {map[string]string{"image": n.dirs[0] + "/hard"}, codes.InvalidArgument},
+		"odd offset":     {map[string]string{"image": path, "offset": "100"}, codes.InvalidArgument},
+		"beyond the end": {map[string]string{"image": path, "offset": "4Mi"}, codes.InvalidArgument},
+		"limit too long": {map[string]string{"image": path, "offset": "2Mi", "sizeLimit": "3Mi"}, codes.InvalidArgument},
+		"unknown":        {map[string]string{"image": path, "ofset": "0"}, codes.InvalidArgument},
+		"zero limit":     {map[string]string{"image": path, "sizeLimit": "0"}, codes.InvalidArgument},
+		"negative":       {map[string]string{"image": path, "offset": "-512"}, codes.InvalidArgument},
+	} {
+		t.Run(name, func(t *testing.T) {
+			code(t, mapped(c.context).stage(), c.code)
+			n.fake.clean(t)
+		})
+	}
+	v := mapped(map[string]string{"image": path, "offset": "1Mi", "sizeLimit": "2Mi", "readOnly": "true", "storage.kubernetes.io/csiProvisionerIdentity": "x"})
+	n.must(v.stage())
+	all, err := n.fake.FindAll(t.Context())
+	n.must(err)
+	if len(all) != 1 || all[0].Offset != mib || all[0].Size != 2*mib || !all[0].ReadOnly {
+		t.Fatalf("devices %+v", all)
+	}
+	n.must(v.publish("a", false))
+	_, err = n.client.NodeExpandVolume(t.Context(), &csi.NodeExpandVolumeRequest{VolumeId: v.id, VolumePath: v.target("a")})
+	code(t, err, codes.InvalidArgument)
+	n.restart()
+	n.must(v.unpublish("a"))
+	n.must(v.unstage())
+	n.must(v.delete()) // never deletes the image
+	if _, err := os.Stat(path); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestEphemeral(t *testing.T) {
+	n := newFake(t)
+	inline := func(context map[string]string) volume {
+		c := map[string]string{"csi.storage.k8s.io/ephemeral": "true", "csi.storage.k8s.io/pod.name": "p"}
+		for k, v := range context {
+			c[k] = v
+		}
+		return volume{n: n, id: "csi-0123456789", cap: mountCap("ext4", manyWriters), context: c}
+	}
+	code(t, inline(map[string]string{"size": "2Gi"}).publish("a", false), codes.OutOfRange)
+	code(t, inline(map[string]string{"mkfsOptions": "-m 1"}).publish("a", false), codes.InvalidArgument)
+	v := inline(map[string]string{"size": "16Mi"})
+	n.must(v.publish("a", false))
+	n.must(v.publish("a", false))
+	code(t, v.publish("a", true), codes.AlreadyExists)
+	resp, err := n.ctrl.ListVolumes(t.Context(), &csi.ListVolumesRequest{})
+	n.must(err)
+	if len(resp.GetEntries()) != 0 {
+		t.Error("an inline ephemeral volume is listed")
+	}
+	all := n.store.List()
+	if len(all) != 1 {
+		t.Fatalf("volumes %v", all)
+	}
+	code(t, volume{n: n, id: all[0].ID}.delete(), codes.FailedPrecondition)
+	n.restart()
+	n.must(v.publish("a", false))
+	n.must(v.unpublish("a"))
+	n.must(v.unpublish("a"))
+	if all := n.store.List(); len(all) != 0 {
+		t.Errorf("left %v", all)
+	}
+	// The pod goes while the driver is away.
+	n.must(v.publish("b", false))
+	n.halt()
+	n.must(n.fake.Remove(t.Context(), v.target("b")))
+	n.must(os.RemoveAll(filepath.Dir(v.target("b"))))
+	n.start()
+	if all := n.store.List(); len(all) != 0 {
+		t.Errorf("left %v", all)
+	}
+	n.halt()
+	n.cfg.EphemeralMaxSize = 0
+	n.start()
+	code(t, v.publish("a", false), codes.FailedPrecondition)
+	if all := n.store.List(); len(all) != 0 {
+		t.Errorf("left %v", all)
+	}
+}
+
+func TestHealth(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, mountCap("ext4", manyWriters), nil).up("a")
+	reasons := func() []string {
+		resp, err := n.client.NodeGetVolumeHealth(t.Context(), &csi.NodeGetVolumeHealthRequest{VolumeId: v.id})
+		n.must(err)
+		var r []string
+		for _, e := range resp.GetVolumeHealth().GetHealthStatuses() {
+			if e.GetMessage() == "" || e.GetStatus() == csi.VolumeHealthErrorType_UNKNOWN_VOLUME_HEALTH_TYPE {
+				t.Errorf("entry %v", e)
+			}
+			r = append(r, e.GetReason())
+		}
+		return r
+	}
+	if r := reasons(); len(r) > 0 {
+		t.Errorf("healthy volume has %v", r)
+	}
+	n.fake.mounts[0].ReadOnly = true
+	if r := reasons(); !slices.Contains(r, reasonReadOnly) {
+		t.Errorf("read-only mount: %v", r)
+	}
+	n.fake.mounts[0].ReadOnly = false
+	saved := n.fake.devices[0].info.Ref
+	n.fake.devices[0].info.DiskSeq++
+	if r := reasons(); !slices.Contains(r, reasonDetached) {
+		t.Errorf("detached behind our back: %v", r)
+	}
+	n.fake.devices[0].info.Ref = saved
+	_, err := n.client.NodeGetVolumeHealth(t.Context(), &csi.NodeGetVolumeHealthRequest{VolumeId: "nope"})
+	code(t, err, codes.NotFound)
+	v.down("a")
+}

@@ -1,0 +1,169 @@
+package driver
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/csi-loop/csi-loop/pkg/loop"
+)
+
+// stageRecord is what the node remembers of one staged (or inline ephemeral)
+// volume: the arguments it was staged with, which a repeated call is compared
+// to, and which binding of which loop device serves it.
+//
+// It lives on a tmpfs (a reboot ends the mounts and the records alike), is
+// written before a raw block device is bound, so that a crash in between leaves
+// a device that can be recognised, and is never trusted about what is mounted
+// or bound: the kernel is asked for that.
+type stageRecord struct {
+	VolumeID    string                  `json:"volumeID"`
+	StagingPath string                  `json:"stagingPath,omitempty"`
+	Block       bool                    `json:"block,omitempty"`
+	FSType      string                  `json:"fsType,omitempty"`
+	Flags       []string                `json:"flags,omitempty"`
+	Mode        string                  `json:"mode,omitempty"`
+	ReadOnly    bool                    `json:"readOnly,omitempty"` // no writing through this staging
+	Ephemeral   bool                    `json:"ephemeral,omitempty"`
+	Mapped      *mappedAttributes       `json:"mapped,omitempty"`
+	Image       loop.FileID             `json:"image"`
+	Device      loop.Ref                `json:"device"`                    // zero until bound
+	ReadDevice  loop.Ref                `json:"readOnlyDevice"`            // second, read-only device of a raw block volume; zero if none
+	ReadPending bool                    `json:"readOnlyPending,omitempty"` // ReadDevice is about to be bound
+	Targets     map[string]targetRecord `json:"targets,omitempty"`
+}
+
+// targetRecord is one publication.
+type targetRecord struct {
+	ReadOnly bool   `json:"readOnly,omitempty"`
+	Mode     string `json:"mode,omitempty"`
+}
+
+// clone makes a copy that shares nothing with r.
+func (r stageRecord) clone() stageRecord {
+	r.Flags = slices.Clone(r.Flags)
+	r.Targets = maps.Clone(r.Targets)
+	if r.Mapped != nil {
+		m := *r.Mapped
+		r.Mapped = &m
+	}
+	return r
+}
+
+// nodeState is the set of stage records, in memory and in a directory.
+type nodeState struct {
+	dir string
+
+	mu      sync.Mutex
+	records map[string]stageRecord // by volume ID; guarded by mu
+}
+
+// openNodeState reads the records below dir, which is made when it is missing.
+// A file that is no record is removed: records are hints and can be found anew.
+func openNodeState(dir string) (*nodeState, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	s := &nodeState{dir: dir, records: make(map[string]stageRecord)}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		if strings.HasPrefix(e.Name(), ".new-") {
+			_ = os.Remove(path)
+			continue
+		}
+		if !strings.HasSuffix(e.Name(), ".json") {
+			continue
+		}
+		var r stageRecord
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return nil, fmt.Errorf("stage record: %w", err)
+		}
+		if json.Unmarshal(data, &r) != nil || r.VolumeID == "" || s.path(r.VolumeID) != path {
+			_ = os.Remove(path)
+			continue
+		}
+		s.records[r.VolumeID] = r
+	}
+	return s, nil
+}
+
+// path is where the record of a volume lives. Volume IDs of mapped volumes are
+// free text, so the name is a hash.
+func (s *nodeState) path(id string) string {
+	sum := sha256.Sum256([]byte(id))
+	return filepath.Join(s.dir, hex.EncodeToString(sum[:16])+".json")
+}
+
+// get returns a copy of the record of a volume.
+func (s *nodeState) get(id string) (stageRecord, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r, ok := s.records[id]
+	return r.clone(), ok
+}
+
+// list returns copies of all records, ordered by volume ID.
+func (s *nodeState) list() []stageRecord {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := make([]stageRecord, 0, len(s.records))
+	for _, id := range slices.Sorted(maps.Keys(s.records)) {
+		all = append(all, s.records[id].clone())
+	}
+	return all
+}
+
+// put writes the record, replacing what was there in one step.
+// Precondition: the caller holds the volume's lock.
+func (s *nodeState) put(r stageRecord) error {
+	data, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("stage record of %q: %w", r.VolumeID, err)
+	}
+	path := s.path(r.VolumeID)
+	tmp := filepath.Join(s.dir, ".new-"+filepath.Base(path))
+	if err := os.WriteFile(tmp, data, 0o600); err != nil {
+		return errors.Join(fmt.Errorf("stage record of %q: %w", r.VolumeID, err), removeFile(tmp))
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return errors.Join(fmt.Errorf("stage record of %q: %w", r.VolumeID, err), removeFile(tmp))
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.records[r.VolumeID] = r.clone()
+	return nil
+}
+
+// drop forgets a volume. Unknown is success.
+// Precondition: the caller holds the volume's lock.
+func (s *nodeState) drop(id string) error {
+	if err := removeFile(s.path(id)); err != nil {
+		return fmt.Errorf("stage record of %q: %w", id, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.records, id)
+	return nil
+}
+
+// removeFile removes a file; a missing one is success.
+func removeFile(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}

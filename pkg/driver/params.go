@@ -1,0 +1,94 @@
+package driver
+
+import (
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/csi-loop/csi-loop/pkg/image"
+)
+
+// Keys of StorageClass parameters (CreateVolume, GetCapacity) and, where noted,
+// of the attributes of inline ephemeral volumes.
+const (
+	paramPool         = "pool"        // name of a pool; also ephemeral
+	paramAllocation   = "allocation"  // thick (default) or thin; also ephemeral
+	paramDirectIO     = "directIO"    // auto (default), on or off; also ephemeral
+	paramBlockSize    = "blockSize"   // logical block size of the device in bytes
+	paramMkfsOptions  = "mkfsOptions" // extra words for mkfs, separated by blanks
+	paramSize         = "size"        // ephemeral only: a Kubernetes quantity
+	kubernetesPrefix  = "csi.storage.k8s.io/"
+	provisionerPrefix = "storage.kubernetes.io/"
+	// paramFilesystem is how a StorageClass names the filesystem. Kubernetes'
+	// provisioner moves it into the volume capability; other COs may not.
+	paramFilesystem = kubernetesPrefix + "fstype"
+)
+
+// params are StorageClass parameters after validation.
+type params struct {
+	pool        string // "" means the default pool
+	allocation  image.Allocation
+	directIO    string
+	blockSize   int
+	mkfsOptions []string
+	fsType      string // "" when not named
+}
+
+// parseParams checks StorageClass parameters. Keys that Kubernetes adds itself
+// are passed over; any other key that is not known is refused by name, since a
+// misspelt parameter that is ignored makes a volume nobody asked for.
+func parseParams(m map[string]string) (params, error) {
+	p := params{allocation: image.Thick, directIO: "auto", blockSize: 4096}
+	for _, key := range slices.Sorted(maps.Keys(m)) {
+		if strings.HasPrefix(key, kubernetesPrefix) && key != paramFilesystem {
+			continue
+		}
+		if err := p.set(key, m[key]); err != nil {
+			return p, err
+		}
+	}
+	return p, nil
+}
+
+// set takes one parameter.
+func (p *params) set(key, value string) error {
+	switch key {
+	case paramPool:
+		if value == "" {
+			return invalidf("parameter %q is empty: name a pool or leave it out", key)
+		}
+		p.pool = value
+	case paramAllocation:
+		switch value {
+		case "thick":
+			p.allocation = image.Thick
+		case "thin":
+			p.allocation = image.Thin
+		default:
+			return invalidf("parameter %q: %q is neither thick nor thin", key, value)
+		}
+	case paramDirectIO:
+		if value != "auto" && value != "on" && value != "off" {
+			return invalidf("parameter %q: %q is none of auto, on and off", key, value)
+		}
+		p.directIO = value
+	case paramBlockSize:
+		n, err := strconv.Atoi(value)
+		if err != nil || n < 512 || n > 4096 || n&(n-1) != 0 {
+			return invalidf("parameter %q: %q is none of 512, 1024, 2048 and 4096 (bytes)", key, value)
+		}
+		p.blockSize = n
+	case paramFilesystem:
+		if value != "" && !slices.Contains(filesystems, value) {
+			return invalidf("parameter %q: filesystem %q is not supported, use one of %v", key, value, filesystems)
+		}
+		p.fsType = value
+	case paramMkfsOptions:
+		p.mkfsOptions = strings.Fields(value)
+	default:
+		return invalidf("parameter %q is not known; known are %s, %s, %s, %s and %s", key,
+			paramPool, paramAllocation, paramDirectIO, paramBlockSize, paramMkfsOptions)
+	}
+	return nil
+}

@@ -1,0 +1,129 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
+	"k8s.io/klog/v2"
+)
+
+// Listen opens the CSI socket. The endpoint is unix:///dir/name.sock (also
+// unix:/dir/name.sock or the bare path); CSI wants the name to end in .sock. A
+// socket that a dead process left is replaced; one that somebody answers on is
+// refused. Only its owner may connect.
+func Listen(ctx context.Context, endpoint string) (net.Listener, error) {
+	path, err := socketPath(endpoint)
+	if err != nil {
+		return nil, err
+	}
+	if err := clearSocket(ctx, path); err != nil {
+		return nil, fmt.Errorf("endpoint %s: %w", endpoint, err)
+	}
+	old := syscall.Umask(0o177) // the socket must never be open to others, not even for a moment
+	l, err := (&net.ListenConfig{}).Listen(ctx, "unix", path)
+	syscall.Umask(old)
+	if err != nil {
+		return nil, fmt.Errorf("endpoint %s: %w", endpoint, err)
+	}
+	return l, nil
+}
+
+// socketPath takes the path out of an endpoint and checks it.
+func socketPath(endpoint string) (string, error) {
+	path, ok := strings.CutPrefix(endpoint, "unix:")
+	if !ok && strings.Contains(endpoint, ":") {
+		return "", fmt.Errorf("endpoint %q: only UNIX sockets are supported, as in unix:///run/csi-loop/csi.sock", endpoint)
+	}
+	path = filepath.Clean(strings.Replace(path, "//", "", 1))
+	switch {
+	case !filepath.IsAbs(path):
+		return "", fmt.Errorf("endpoint %q: the path of the socket must be absolute, as in unix:///run/csi-loop/csi.sock", endpoint)
+	case !strings.HasSuffix(path, ".sock"):
+		return "", fmt.Errorf("endpoint %q: CSI wants the name of a socket to end in .sock", endpoint)
+	case len(path) > 107:
+		return "", fmt.Errorf("endpoint %q: the path has %d bytes and a UNIX socket's can have 107: choose a shorter directory", endpoint, len(path))
+	}
+	return path, nil
+}
+
+// clearSocket removes the socket of a process that is gone.
+func clearSocket(ctx context.Context, path string) error {
+	st, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return os.MkdirAll(filepath.Dir(path), 0o750)
+	case err != nil:
+		return err
+	case st.Mode()&os.ModeSocket == 0:
+		return fmt.Errorf("%s exists and is not a socket: remove it or choose another endpoint", path)
+	}
+	conn, err := (&net.Dialer{Timeout: 2 * time.Second}).DialContext(ctx, "unix", path)
+	if err == nil {
+		_ = conn.Close()
+		return fmt.Errorf("another process serves on %s: stop it or choose another endpoint", path)
+	}
+	if !errors.Is(err, syscall.ECONNREFUSED) {
+		return fmt.Errorf("cannot tell whether %s is still in use: %w", path, err)
+	}
+	return os.Remove(path)
+}
+
+// stopTime is how long Serve lets running calls finish by default.
+const stopTime = 30 * time.Second
+
+// Serve answers CSI calls on l until ctx ends, then lets running calls finish
+// for at most grace (0: 30 s) before it cancels them, and waits for those to
+// undo what they did. It returns nil after an orderly stop.
+func (d *Driver) Serve(ctx context.Context, l net.Listener, grace time.Duration) error {
+	if grace == 0 {
+		grace = stopTime
+	}
+	logger := klog.FromContext(ctx)
+	calls := &running{}
+	srv := grpc.NewServer(grpc.UnaryInterceptor(calls.intercept(logger)))
+	csi.RegisterIdentityServer(srv, &identityServer{d: d})
+	csi.RegisterControllerServer(srv, &controllerServer{d: d})
+	csi.RegisterNodeServer(srv, &nodeServer{d: d})
+
+	failed := make(chan error, 1)
+	go func() { failed <- srv.Serve(l) }()
+	select {
+	case err := <-failed:
+		calls.wg.Wait()
+		return fmt.Errorf("serve: %w", err)
+	case <-ctx.Done():
+	}
+	logger.Info("Stopping: no new calls, running ones may finish", "grace", grace.String())
+	stopGracefully(srv, grace)
+	calls.wg.Wait()
+	if err := <-failed; err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		return fmt.Errorf("serve: %w", err)
+	}
+	return nil
+}
+
+// stopGracefully waits for running calls, and cancels them after grace.
+func stopGracefully(srv *grpc.Server, grace time.Duration) {
+	done := make(chan struct{})
+	go func() {
+		srv.GracefulStop()
+		close(done)
+	}()
+	timer := time.NewTimer(grace)
+	defer timer.Stop()
+	select {
+	case <-done:
+	case <-timer.C:
+		srv.Stop()
+		<-done
+	}
+}

@@ -1,0 +1,143 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/mount"
+)
+
+// source is where the bytes of a volume are, before they are attached: an image
+// of a pool, or a range of an image in an allowed directory.
+type source struct {
+	id      string
+	open    func(ctx context.Context, readOnly bool) (*os.File, error)
+	mapping loop.Mapping // ReadOnly and Autoclear are decided by the caller
+	fsType  string       // filesystem made in it; "" for raw and for mapped volumes
+	raw     bool         // a raw block volume; never set for mapped ones
+	thick   bool
+	fixed   bool // mapped: never formatted, grown or deleted
+	// readOnly: no call may write to it.
+	readOnly bool
+	mapped   *mappedAttributes
+}
+
+// source finds the source of a volume from its ID and the context of the
+// request. The context decides only for volumes that no pool knows.
+func (d *Driver) source(id string, context map[string]string) (source, error) {
+	attributes, err := parseMapped(context)
+	if err != nil {
+		return source{}, err
+	}
+	_, _, ours := d.images.Lookup(id)
+	switch {
+	case attributes != nil && ours:
+		return source{}, invalidf("volume %q belongs to a pool, attribute %q cannot be given", id, attrImage)
+	case attributes != nil:
+		return d.mappedSource(id, attributes), nil
+	}
+	if !ours {
+		if err := d.foreignPool(id); err != nil {
+			return source{}, err
+		}
+	}
+	v, err := d.images.Get(id)
+	if err != nil {
+		return source{}, fmt.Errorf("volume %q: %w", id, err)
+	}
+	return d.poolSource(v), nil
+}
+
+// poolSource describes a volume of a pool.
+func (d *Driver) poolSource(v image.Volume) source {
+	return source{
+		id: v.ID,
+		open: func(ctx context.Context, readOnly bool) (*os.File, error) {
+			pool, ok := d.images.Pool(v.Pool)
+			if !ok {
+				return nil, fmt.Errorf("pool %q: %w", v.Pool, image.ErrNotFound)
+			}
+			return pool.OpenImage(ctx, v.ID, readOnly)
+		},
+		mapping: loop.Mapping{
+			BlockSize: v.BlockSize,
+			DirectIO:  directIO(v.DirectIO),
+			Discard:   v.Allocation == image.Thin,
+			Tag:       tagOf(v.ID),
+		},
+		fsType: v.Filesystem,
+		raw:    v.Filesystem == "",
+		thick:  v.Allocation == image.Thick,
+	}
+}
+
+// mappedSource describes a byte range of an existing image.
+func (d *Driver) mappedSource(id string, m *mappedAttributes) source {
+	return source{
+		id: id,
+		open: func(_ context.Context, readOnly bool) (*os.File, error) {
+			return d.dirs.Open(m.Image, readOnly)
+		},
+		mapping: loop.Mapping{
+			Offset: m.Offset, SizeLimit: m.SizeLimit, BlockSize: m.BlockSize,
+			DirectIO: directIO(m.DirectIO),
+			Tag:      tagOf(id),
+		},
+		fixed:    true,
+		readOnly: m.ReadOnly,
+		mapped:   m,
+	}
+}
+
+// directIO turns the parameter's word into the mapping's.
+func directIO(word string) loop.DirectIO {
+	switch word {
+	case "on":
+		return loop.DirectIOOn
+	case "off":
+		return loop.DirectIOOff
+	default:
+		return loop.DirectIOAuto
+	}
+}
+
+// allows checks that the volume can be used the way a asks for.
+func (s source) allows(a access) error {
+	switch {
+	case s.fixed:
+		return nil // its content is the operator's affair: raw and mount are both fine
+	case a.block && !s.raw:
+		return preconditionf("volume %q holds a %s filesystem and cannot be handed out as a raw block device", s.id, s.fsType)
+	case !a.block && s.raw:
+		return preconditionf("volume %q is a raw block volume and has no filesystem to mount", s.id)
+	case !a.block && a.fsType != "" && a.fsType != s.fsType:
+		return preconditionf("volume %q holds a %s filesystem, not %s", s.id, s.fsType, a.fsType)
+	}
+	return nil
+}
+
+// superblock reads the filesystem's superblock through the image, inside the
+// mapped range. It must not be in use.
+func (s source) superblock(f *os.File) (mount.Superblock, error) {
+	st, err := f.Stat()
+	if err != nil {
+		return mount.Superblock{}, fmt.Errorf("volume %q: %w", s.id, err)
+	}
+	length := st.Size() - s.mapping.Offset
+	if s.mapping.SizeLimit > 0 {
+		length = min(length, s.mapping.SizeLimit)
+	}
+	sb, err := mount.ReadSuperblock(io.NewSectionReader(f, s.mapping.Offset, length))
+	if err != nil {
+		return sb, fmt.Errorf("volume %q: %w", s.id, err)
+	}
+	return sb, nil
+}
+
+// tagOf is what a device shows of its volume's ID: lo_file_name has room for 63
+// bytes (fact 22).
+func tagOf(id string) string { return id[:min(len(id), 63)] }

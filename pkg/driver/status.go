@@ -1,0 +1,122 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/mount"
+)
+
+// codeError is an error of this package that already knows its gRPC code:
+// findings about the request itself, which no lower package can make.
+type codeError struct {
+	code codes.Code
+	msg  string
+}
+
+func (e *codeError) Error() string { return e.msg }
+
+func invalidf(format string, args ...any) error {
+	return &codeError{codes.InvalidArgument, fmt.Sprintf(format, args...)}
+}
+
+func notFoundf(format string, args ...any) error {
+	return &codeError{codes.NotFound, fmt.Sprintf(format, args...)}
+}
+
+func preconditionf(format string, args ...any) error {
+	return &codeError{codes.FailedPrecondition, fmt.Sprintf(format, args...)}
+}
+
+func existsf(format string, args ...any) error {
+	return &codeError{codes.AlreadyExists, fmt.Sprintf(format, args...)}
+}
+
+func outOfRangef(format string, args ...any) error {
+	return &codeError{codes.OutOfRange, fmt.Sprintf(format, args...)}
+}
+
+func exhaustedf(format string, args ...any) error {
+	return &codeError{codes.ResourceExhausted, fmt.Sprintf(format, args...)}
+}
+
+func abortedf(format string, args ...any) error {
+	return &codeError{codes.Aborted, fmt.Sprintf(format, args...)}
+}
+
+func unavailablef(format string, args ...any) error {
+	return &codeError{codes.Unavailable, fmt.Sprintf(format, args...)}
+}
+
+// sentinelCodes is the one table from the errors of the packages below to gRPC
+// codes. The first match wins.
+var sentinelCodes = []struct {
+	err  error
+	code codes.Code
+}{
+	{context.Canceled, codes.Canceled},
+	{context.DeadlineExceeded, codes.DeadlineExceeded},
+
+	{image.ErrNotFound, codes.NotFound},
+	{image.ErrIncompatible, codes.AlreadyExists},
+	{image.ErrNoSpace, codes.ResourceExhausted},
+	{image.ErrSize, codes.OutOfRange},
+	{image.ErrNotAllowed, codes.InvalidArgument},
+	{image.ErrUnsupported, codes.InvalidArgument},
+	// The bytes are not what the record says. A person has to look; nothing a
+	// CO can repeat will mend it.
+	{image.ErrDamaged, codes.DataLoss},
+	// The pool is not what it should be (not mounted, read-only): it may come
+	// back by itself, and until then nothing is known about the volume.
+	{image.ErrPool, codes.Unavailable},
+
+	{loop.ErrBusy, codes.Aborted},
+	{loop.ErrLimit, codes.ResourceExhausted},
+	{loop.ErrDirectIO, codes.FailedPrecondition},
+
+	{mount.ErrBusy, codes.Aborted},
+	{mount.ErrUnknownFilesystem, codes.FailedPrecondition},
+	{mount.ErrPermission, codes.FailedPrecondition},
+	{mount.ErrUnsupported, codes.FailedPrecondition},
+}
+
+// codeOf finds the gRPC code of an error.
+func codeOf(err error) codes.Code {
+	var coded *codeError
+	if errors.As(err, &coded) {
+		return coded.code
+	}
+	if errors.As(err, new(*busyError)) {
+		return codes.Aborted
+	}
+	for _, s := range sentinelCodes {
+		if errors.Is(err, s.err) {
+			return s.code
+		}
+	}
+	switch {
+	case errors.As(err, new(*mount.OptionError)), errors.As(err, new(*loop.MappingError)), errors.As(err, new(*image.SpecError)):
+		return codes.InvalidArgument
+	case errors.As(err, new(*loop.ConflictError)), errors.As(err, new(*mount.ForeignError)), errors.As(err, new(*mount.CheckError)):
+		return codes.FailedPrecondition
+	}
+	return codes.Internal
+}
+
+// toStatus makes the gRPC status of an error: the code from the table, the
+// whole chain as message, no details (CSI wants them empty).
+func toStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := status.FromError(err); ok {
+		return err
+	}
+	return status.Error(codeOf(err), err.Error())
+}
