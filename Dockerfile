@@ -9,11 +9,12 @@ COPY cmd cmd
 COPY pkg pkg
 COPY internal internal
 ARG VERSION=unknown
+ARG COMMIT=
 ARG TARGETOS
 ARG TARGETARCH
 RUN --mount=type=cache,target=/go/pkg/mod --mount=type=cache,target=/root/.cache/go-build \
     CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
-    go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o /csi-loop ./cmd/csi-loop
+    go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION -X main.commit=$COMMIT" -o /csi-loop ./cmd/csi-loop
 
 FROM docker.io/library/debian:bookworm-slim
 # mkfs, resize2fs, e2fsck, xfs_growfs, btrfs: all that the driver ever runs.

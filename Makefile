@@ -13,7 +13,8 @@ VM_KERNELS ?= 6.1,6.12
 VM_PKGS    ?= ./test/vm/guest ./pkg/loop ./pkg/mount ./pkg/image ./pkg/driver ./test/sanity
 VM_ARGS    ?=
 
-LDFLAGS  := -X main.version=$(VERSION)
+COMMIT   ?= $(shell git rev-parse HEAD 2>/dev/null)
+LDFLAGS  := -X main.version=$(VERSION) -X main.commit=$(COMMIT)
 ROOT     := $(CURDIR)/hack/as-root
 USER     := $(CURDIR)/hack/as-user
 LINT     := bin/golangci-lint
@@ -57,10 +58,11 @@ test-vm: ## run the root tests on other kernels in virtual machines, needs no ro
 
 bench: ## measure each CSI call beside a floor of bare kernel calls (root)
 	@hack/deps root
-	$(GO) build -o bin/bench ./test/bench
+	@$(MAKE) --no-print-directory build
+	$(GO) build -buildvcs=false -o bin/bench ./test/bench
 	$(ROOT) bin/bench $(BENCH_ARGS)
 
-bench-smoke: BENCH_ARGS = -smoke
+bench-smoke: BENCH_ARGS = -n 3 -volumes 20
 bench-smoke: bench ## the same with a few rounds only: does it still run
 
 check: ## everything CI checks without running a test: format, vet, lint, modules, generated files
@@ -96,7 +98,7 @@ $(LINT): tools/go.mod tools/go.sum
 	@touch $@
 
 image: ## build the container image with docker, or DOCKER=podman
-	$(DOCKER) build --build-arg VERSION=$(VERSION) -t $(IMAGE):$(VERSION) .
+	$(DOCKER) build --build-arg VERSION=$(VERSION) --build-arg COMMIT=$(COMMIT) -t $(IMAGE):$(VERSION) .
 
 clean: ## remove what was built
 	rm -rf bin
