@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"sync"
@@ -9,7 +10,7 @@ import (
 
 // overhead is kept back for what a volume takes beside its image (directory,
 // record, extent tree), so that a volume as large as Capacity says does fit.
-func overhead(size int64) int64 { return 0 }
+const overhead = MiB
 
 // Usage is the state of a pool. All values are bytes but Volumes.
 type Usage struct {
@@ -53,6 +54,9 @@ type account struct {
 	statfs     func() (space, error)
 	reserve    Reserve
 	overcommit float64 // >= 1
+	// lag is asked before a refusal whether statfs may say more soon; it waits
+	// for that.
+	lag func(ctx context.Context, attempt int) bool
 
 	// All below is guarded by ledger.mu.
 	charges       map[string]charge // by directory
@@ -88,7 +92,7 @@ func (a *account) free() (int64, error) {
 		return 0, err
 	}
 	free := s.Free - a.reserve.of(s.Size) - a.ledger.promised - a.ledger.pending
-	return free - overhead(s.Size), nil
+	return free - overhead, nil
 }
 
 // reservation is space that is spoken for and not yet to be seen in statfs.
@@ -110,8 +114,13 @@ func (a *account) need(alloc Allocation, size int64) int64 {
 // that might be due to this waits for them, so that it is never wrong.
 func (a *account) take(ctx context.Context, alloc Allocation, size int64) (*reservation, error) {
 	need := a.need(alloc, size)
+	attempt := 0
 	for {
 		r, wait, err := a.tryTake(need)
+		if errors.Is(err, ErrNoSpace) && a.lag != nil && a.lag(ctx, attempt) {
+			attempt++
+			continue
+		}
 		if r != nil || err != nil {
 			return r, err
 		}

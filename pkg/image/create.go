@@ -170,9 +170,9 @@ func (p *Pool) fill(ctx context.Context, d *os.File, r record, space *reservatio
 			return 0, err
 		}
 		p.store.kill("create: formatted")
-		if err := p.verify(f, r); err != nil {
-			return 0, err
-		}
+	}
+	if err := p.verify(f, r); err != nil {
+		return 0, err
 	}
 	if err := f.Sync(); err != nil {
 		return 0, opError("sync", imageFile, err)
@@ -204,36 +204,51 @@ func allocateRange(ctx context.Context, f *os.File, from, to int64, keepSize boo
 	return nil
 }
 
-// verify makes sure that mkfs left the image its size and, if thick, its blocks.
-// mkfs was told not to discard; tools that zero by punching holes (mke2fs on a
-// file) are the reason for the second allocation.
+// verify makes sure that mkfs left the image its size and, if thick, its blocks:
+// it was told not to discard, but may zero by punching holes.
 func (p *Pool) verify(f *os.File, r record) error {
 	st, err := statFile(f)
 	if err != nil {
 		return opError("look at", imageFile, err)
 	}
 	if st.Size != r.Size {
-		return fmt.Errorf("mkfs.%s changed the image's size from %d to %d", r.Filesystem, r.Size, st.Size)
+		return fmt.Errorf("mkfs changed the image's size from %d to %d", r.Size, st.Size)
 	}
 	if r.Allocation != Thick {
 		return nil
 	}
-	if err := allocate(f, 0, r.Size, false); err != nil {
-		return opError("allocate again", imageFile, err)
-	}
-	return p.verifyWhole(f, r.Size)
+	return p.refill(f, r.Size)
 }
 
-// verifyWhole returns ErrUnsupported if an allocated image has a hole.
-func (p *Pool) verifyWhole(f *os.File, size int64) error {
-	hole, err := firstHole(f, size)
-	if err == nil && hole < size {
-		return fmt.Errorf("%w: %s left a hole at byte %d of an allocated image", ErrUnsupported, p.fsType, hole)
+// refill gives an image that should have all its blocks those that it lacks.
+// Only these: XFS first sets the whole range aside, so a repeated fallocate of a
+// whole image fails on a full filesystem.
+func (p *Pool) refill(f *os.File, size int64) error {
+	for at := int64(0); at < size; {
+		start, end, err := nextHole(f, at, size)
+		if err != nil {
+			return p.refillBlindly(f, size)
+		}
+		if start == size {
+			return nil
+		}
+		if err := allocate(f, start, end-start, true); err != nil {
+			return opError("allocate again", imageFile, err)
+		}
+		if still, _, err := nextHole(f, start, size); err != nil || still < end {
+			return fmt.Errorf("%w: %s left a hole at byte %d of an allocated image", ErrUnsupported, p.fsType, start)
+		}
+		at = end
 	}
-	if err == nil {
-		return nil
+	return nil
+}
+
+// refillBlindly is for filesystems that cannot list extents; their count of
+// blocks must do.
+func (p *Pool) refillBlindly(f *os.File, size int64) error {
+	if err := allocate(f, 0, size, true); err != nil {
+		return opError("allocate again", imageFile, err)
 	}
-	// The filesystem cannot list extents; its count of blocks must do.
 	st, err := statFile(f)
 	if err != nil {
 		return opError("look at", imageFile, err)

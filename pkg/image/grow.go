@@ -89,7 +89,7 @@ func (p *Pool) extend(ctx context.Context, f *os.File, r record, size int64) err
 	}
 	p.store.kill("grow: extended")
 	if r.Allocation == Thick {
-		if err := p.verifyWhole(f, size); err != nil {
+		if err := p.refill(f, size); err != nil {
 			return err
 		}
 	}

@@ -32,8 +32,8 @@ func (p *Pool) OpenImage(ctx context.Context, id string, readOnly bool) (*os.Fil
 	}
 	defer d.Close()
 	if r.Allocation == Thick && !readOnly {
-		if err := allocate(f, 0, r.Size, false); err != nil {
-			return nil, errors.Join(fmt.Errorf("open %s: %w", id, opError("allocate again", imageFile, err)), f.Close())
+		if err := p.refill(f, r.Size); err != nil {
+			return nil, errors.Join(fmt.Errorf("open %s: %w", id, err), f.Close())
 		}
 	}
 	p.refreshOne(dir)

@@ -164,6 +164,7 @@ func (p *Pool) openContent(ctx context.Context, uuid string, ledgers map[string]
 	}
 	p.account = newAccount(ledgers[key], func() (space, error) { return spaceOf(p.root) },
 		p.config.Reserve, max(1, p.config.Overcommit))
+	p.account.lag = p.lag
 	for _, name := range []string{volumesDir, snapshotsDir} {
 		if err := p.ensureDir(name); err != nil {
 			return poolError(p.config, "%s: %w", name, err)

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -29,7 +30,8 @@ type Pool struct {
 	store    *Store
 	logger   klog.Logger
 
-	locks keyedLock // by directory
+	locks keyedLock    // by directory
+	freed atomic.Int64 // when a removed volume was last unlinked, Unix ns
 
 	mu       sync.Mutex
 	records  map[string]record  // guarded by mu; by directory

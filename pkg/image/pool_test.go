@@ -364,9 +364,11 @@ func TestIdentityThatIsRefused(t *testing.T) {
 		"empty":     func([]byte) []byte { return nil },
 		"truncated": func(b []byte) []byte { return b[:len(b)/2] },
 		"other ID":  func(b []byte) []byte { return bytes.Replace(b, []byte(`"id": "`), []byte(`"id": "a`), 1) },
-		"newer":     func(b []byte) []byte { return bytes.Replace(b, []byte(`"formatVersion": 1`), []byte(`"formatVersion": 2`), 1) },
-		"unknown":   func(b []byte) []byte { return bytes.Replace(b, []byte("{"), []byte(`{"x": 1,`), 1) },
-		"large":     func([]byte) []byte { return make([]byte, 1<<20) },
+		"newer": func(b []byte) []byte {
+			return bytes.Replace(b, []byte(`"formatVersion": 1`), []byte(`"formatVersion": 2`), 1)
+		},
+		"unknown": func(b []byte) []byte { return bytes.Replace(b, []byte("{"), []byte(`{"x": 1,`), 1) },
+		"large":   func([]byte) []byte { return make([]byte, 1<<20) },
 	} {
 		dir := poolDir(t)
 		s, _ := openPool(t, dir)
@@ -434,11 +436,13 @@ func TestClosedStoreRefuses(t *testing.T) {
 
 func TestDamagedRecordIsRefusedOthersServed(t *testing.T) {
 	damages := map[string]func(dir string) error{
-		"empty":     func(d string) error { return os.Truncate(filepath.Join(d, recordFile), 0) },
-		"half":      func(d string) error { return os.Truncate(filepath.Join(d, recordFile), 50) },
-		"garbage":   func(d string) error { return os.WriteFile(filepath.Join(d, recordFile), []byte("\x00\x01{"), 0o600) },
-		"missing":   func(d string) error { return os.Remove(filepath.Join(d, recordFile)) },
-		"newer":     func(d string) error { return replaceIn(filepath.Join(d, recordFile), `"formatVersion": 1`, `"formatVersion": 9`) },
+		"empty":   func(d string) error { return os.Truncate(filepath.Join(d, recordFile), 0) },
+		"half":    func(d string) error { return os.Truncate(filepath.Join(d, recordFile), 50) },
+		"garbage": func(d string) error { return os.WriteFile(filepath.Join(d, recordFile), []byte("\x00\x01{"), 0o600) },
+		"missing": func(d string) error { return os.Remove(filepath.Join(d, recordFile)) },
+		"newer": func(d string) error {
+			return replaceIn(filepath.Join(d, recordFile), `"formatVersion": 1`, `"formatVersion": 9`)
+		},
 		"unknown":   func(d string) error { return replaceIn(filepath.Join(d, recordFile), `"name"`, `"x": 1, "name"`) },
 		"size":      func(d string) error { return replaceIn(filepath.Join(d, recordFile), `"size": `, `"size": 1`) },
 		"othername": func(d string) error { return replaceIn(filepath.Join(d, recordFile), `"name": "`, `"name": "x`) },

@@ -67,6 +67,7 @@ func (p *Pool) unlink(ctx context.Context, gone string) {
 		defer close(done)
 		p.store.kill("remove: unlinking")
 		p.discard(gone)
+		p.freed.Store(p.store.now().UnixNano())
 		p.store.kill("remove: unlinked")
 	}()
 	t := time.NewTimer(patience)
@@ -76,4 +77,27 @@ func (p *Pool) unlink(ctx context.Context, gone string) {
 	case <-t.C:
 	case <-ctx.Done():
 	}
+}
+
+// lag waits for removed volumes' blocks to be seen free: XFS frees them in the
+// background and btrfs with its next commit, up to 30 s after the unlink. False
+// when waiting (more) is of no use.
+func (p *Pool) lag(ctx context.Context, attempt int) bool {
+	freed := p.freed.Load()
+	if freed == 0 || p.store.now().Sub(time.Unix(0, freed)) > time.Minute {
+		return false
+	}
+	switch {
+	case p.fsType == "btrfs" && attempt == 0:
+		return commitBtrfs(p.root) == nil
+	case p.fsType == "xfs" && attempt < 10:
+		t := time.NewTimer(10 * time.Millisecond)
+		defer t.Stop()
+		select {
+		case <-t.C:
+			return true
+		case <-ctx.Done():
+		}
+	}
+	return false
 }

@@ -29,14 +29,16 @@ const (
 // ioctl numbers that x/sys does not have. The direction bits differ between
 // architectures and are taken from numbers that it has.
 var (
-	directionRead = uint(unix.FS_IOC_GETFLAGS) &^ 0x1fffffff
-	directionBoth = directionRead | uint(unix.FS_IOC_SETFLAGS)&^0x1fffffff
+	directionRead  = uint(unix.FS_IOC_GETFLAGS) &^ 0x1fffffff
+	directionWrite = uint(unix.FS_IOC_SETFLAGS) &^ 0x1fffffff
 
-	fsIocGetFSUUID   = directionRead | 17<<16 | 0x15<<8
-	ext4IocGetFSUUID = directionRead | 8<<16 | 'f'<<8 | 44
-	xfsIocGeometryV1 = directionRead | 112<<16 | 'X'<<8 | 100
-	btrfsIocFSInfo   = directionRead | 1024<<16 | 0x94<<8 | 31
-	fsIocFiemap      = directionBoth | 32<<16 | 'f'<<8 | 11
+	fsIocGetFSUUID    = directionRead | 17<<16 | 0x15<<8
+	ext4IocGetFSUUID  = directionRead | 8<<16 | 'f'<<8 | 44
+	xfsIocGeometryV1  = directionRead | 112<<16 | 'X'<<8 | 100
+	btrfsIocFSInfo    = directionRead | 1024<<16 | 0x94<<8 | 31
+	btrfsIocStartSync = directionRead | 8<<16 | 0x94<<8 | 24
+	btrfsIocWaitSync  = directionWrite | 8<<16 | 0x94<<8 | 22
+	fsIocFiemap       = directionRead | directionWrite | 32<<16 | 'f'<<8 | 11
 )
 
 func ignoringEINTR(f func() error) error {
@@ -276,39 +278,36 @@ func ioctl(f *os.File, request uint, arg unsafe.Pointer) error {
 	return err
 }
 
-// filesystemUUID asks the filesystem itself, in its text form. FS_IOC_GETFSUUID
-// is from kernel 6.9, the one of ext4 from 6.0; XFS and btrfs always had one.
+// filesystemUUID asks the filesystem itself, in its text form; FS_IOC_GETFSUUID is
+// from kernel 6.9.
 func filesystemUUID(f *os.File, fsType string) (string, error) {
-	var general [17]byte // length, UUID
-	err := ioctl(f, fsIocGetFSUUID, unsafe.Pointer(&general))
-	if err == nil && general[0] == 16 {
-		return formatUUID(general[1:]), nil
+	var buf [17]byte // length, UUID
+	if err := ioctl(f, fsIocGetFSUUID, unsafe.Pointer(&buf)); err == nil && buf[0] == 16 {
+		return formatUUID(buf[1:]), nil
 	}
+	return ownUUID(f, fsType)
+}
+
+// ownUUID is for older kernels. XFS and btrfs always had a call of their own, ext4
+// has one from 6.0.
+func ownUUID(f *os.File, fsType string) (string, error) {
+	var buf [1024]byte
+	request, at := uint(0), 0
 	switch fsType {
 	case "xfs":
-		var geometry [112]byte
-		err = ioctl(f, xfsIocGeometryV1, unsafe.Pointer(&geometry))
-		if err == nil {
-			return formatUUID(geometry[64:80]), nil
-		}
+		request, at = xfsIocGeometryV1, 64
 	case "btrfs":
-		var info [1024]byte
-		err = ioctl(f, btrfsIocFSInfo, unsafe.Pointer(&info))
-		if err == nil {
-			return formatUUID(info[16:32]), nil
-		}
+		request, at = btrfsIocFSInfo, 16
 	case "ext4":
-		var buf [24]byte // length, flags, UUID
-		binary.NativeEndian.PutUint32(buf[:], 16)
-		err = ioctl(f, ext4IocGetFSUUID, unsafe.Pointer(&buf))
-		if err == nil {
-			return formatUUID(buf[8:]), nil
-		}
+		request, at = ext4IocGetFSUUID, 8
+		binary.NativeEndian.PutUint32(buf[:], 16) // room for the UUID
+	default:
+		return "", unix.EOPNOTSUPP
 	}
-	if err == nil {
-		err = unix.EOPNOTSUPP
+	if err := ioctl(f, request, unsafe.Pointer(&buf)); err != nil {
+		return "", err
 	}
-	return "", err
+	return formatUUID(buf[at : at+16]), nil
 }
 
 func formatUUID(b []byte) string {
@@ -351,34 +350,44 @@ type fiemap struct {
 	start, length        uint64
 	flags, mapped, count uint32
 	_                    uint32
-	extents              [128]fiemapExtent
+	extents              [256]fiemapExtent
 }
 
-// firstHole returns the first byte below size that has no block, or size.
-// EOPNOTSUPP when the filesystem cannot tell (tmpfs).
-func firstHole(f *os.File, size int64) (int64, error) {
+// nextHole returns the first range at or after from, and below size, that has no
+// blocks; start is size if there is none. EOPNOTSUPP when the filesystem cannot
+// tell (tmpfs). Not lseek(SEEK_HOLE): to that, allocated and unwritten is a hole.
+func nextHole(f *os.File, from, size int64) (start, end int64, err error) {
 	const last = 1 // FIEMAP_EXTENT_LAST
-	var next uint64
+	next := uint64(from)
+	var m fiemap
 	for next < uint64(size) {
-		m := fiemap{start: next, length: uint64(size) - next}
-		m.count = uint32(len(m.extents))
+		m.start, m.length, m.count = next, uint64(size)-next, uint32(len(m.extents))
 		if err := ioctl(f, fsIocFiemap, unsafe.Pointer(&m)); err != nil {
-			return 0, err
+			return 0, 0, err
 		}
 		for _, e := range m.extents[:m.mapped] {
 			if e.logical > next {
-				return int64(next), nil
+				return int64(next), min(int64(e.logical), size), nil
 			}
 			next = max(next, e.logical+e.length)
 			if e.flags&last != 0 {
-				return min(int64(next), size), nil
+				return min(int64(next), size), size, nil
 			}
 		}
 		if m.mapped == 0 {
 			break
 		}
 	}
-	return min(int64(next), size), nil
+	return min(int64(next), size), size, nil
+}
+
+// commitBtrfs makes statfs show what was freed, without writing others' data.
+func commitBtrfs(f *os.File) error {
+	var transaction uint64
+	if err := ioctl(f, btrfsIocStartSync, unsafe.Pointer(&transaction)); err != nil {
+		return err
+	}
+	return ioctl(f, btrfsIocWaitSync, unsafe.Pointer(&transaction))
 }
 
 // inDirectory makes cmd run in an open directory: the child enters it through

@@ -13,24 +13,25 @@ import (
 
 var errOS = errors.ErrUnsupported
 
-func openPath(string) (*os.File, error)                   { return nil, errOS }
-func openDirAt(*os.File, string) (*os.File, error)        { return nil, errOS }
-func createAt(*os.File, string) (*os.File, error)         { return nil, errOS }
-func openAt(*os.File, string, bool) (*os.File, error)     { return nil, errOS }
-func openMapped(*os.File, string, bool) (*os.File, error) { return nil, errOS }
-func mkdirAt(*os.File, string) error                      { return errOS }
-func renameNew(*os.File, string, *os.File, string) error  { return errOS }
-func renameOver(*os.File, string, string) error           { return errOS }
-func unlinkAt(*os.File, string, bool) error               { return errOS }
-func statFile(*os.File) (fileStat, error)                 { return fileStat{}, errOS }
-func statAt(*os.File, string) (fileStat, error)           { return fileStat{}, errOS }
-func isMountPoint(string) (bool, error)                   { return false, errOS }
-func allocate(*os.File, int64, int64, bool) error         { return errOS }
-func lockDir(*os.File) error                              { return errOS }
-func spaceOf(*os.File) (space, error)                     { return space{}, errOS }
-func filesystemUUID(*os.File, string) (string, error)     { return "", errOS }
-func setNoCow(*os.File) error                             { return errOS }
-func isNoCow(*os.File) (bool, error)                      { return false, errOS }
-func firstHole(*os.File, int64) (int64, error)            { return 0, errOS }
-func inDirectory(*exec.Cmd, *os.File)                     {}
-func effectiveUID() uint32                                { return 0 }
+func openPath(string) (*os.File, error)                     { return nil, errOS }
+func openDirAt(*os.File, string) (*os.File, error)          { return nil, errOS }
+func createAt(*os.File, string) (*os.File, error)           { return nil, errOS }
+func openAt(*os.File, string, bool) (*os.File, error)       { return nil, errOS }
+func openMapped(*os.File, string, bool) (*os.File, error)   { return nil, errOS }
+func mkdirAt(*os.File, string) error                        { return errOS }
+func renameNew(*os.File, string, *os.File, string) error    { return errOS }
+func renameOver(*os.File, string, string) error             { return errOS }
+func unlinkAt(*os.File, string, bool) error                 { return errOS }
+func statFile(*os.File) (fileStat, error)                   { return fileStat{}, errOS }
+func statAt(*os.File, string) (fileStat, error)             { return fileStat{}, errOS }
+func isMountPoint(string) (bool, error)                     { return false, errOS }
+func allocate(*os.File, int64, int64, bool) error           { return errOS }
+func lockDir(*os.File) error                                { return errOS }
+func spaceOf(*os.File) (space, error)                       { return space{}, errOS }
+func filesystemUUID(*os.File, string) (string, error)       { return "", errOS }
+func setNoCow(*os.File) error                               { return errOS }
+func isNoCow(*os.File) (bool, error)                        { return false, errOS }
+func nextHole(*os.File, int64, int64) (int64, int64, error) { return 0, 0, errOS }
+func commitBtrfs(*os.File) error                            { return errOS }
+func inDirectory(*exec.Cmd, *os.File)                       {}
+func effectiveUID() uint32                                  { return 0 }
