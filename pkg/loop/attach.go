@@ -49,12 +49,7 @@ func (m *Manager) Attach(ctx context.Context, backing *os.File, want Mapping) (*
 	}
 	defer unlock()
 
-	// Marked before the lease: who else gets this open file must not believe it.
-	marked, err := m.kernel.Marked(backing, true)
-	if err != nil || marked {
-		return m.attachShared(ctx, backing, st.ID, want, nil)
-	}
-	if sole, err := m.kernel.Sole(backing); err != nil || !sole {
+	if sole, err := m.kernel.Sole(backing, beforeBind); err != nil || !sole {
 		return m.attachShared(ctx, backing, st.ID, want, nil)
 	}
 	dev, err := m.bind(ctx, backing, st.ID, want)
@@ -63,7 +58,7 @@ func (m *Manager) Attach(ctx context.Context, backing *os.File, want Mapping) (*
 	}
 	// Still nobody else has the file open, so nobody else shows it; and whoever opens
 	// it from now on finds our device.
-	if sole, err := m.kernel.Sole(backing); err == nil && sole {
+	if sole, err := m.kernel.Sole(backing, afterBind); err == nil && sole {
 		return dev, nil
 	}
 	return m.attachShared(ctx, backing, st.ID, want, dev)

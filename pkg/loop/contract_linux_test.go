@@ -383,23 +383,23 @@ var contract = []struct {
 			f, err := os.OpenFile(path, flags, 0)
 			check(t, err)
 			defer f.Close()
-			if sole, err := m.Sole(f); !sole {
+			if sole, err := m.Sole(f, looking); !sole {
 				t.Fatalf("alone: %v", err)
 			}
 			for _, other := range []int{os.O_RDWR, os.O_RDONLY} {
 				o, err := os.OpenFile(path, other, 0)
 				check(t, err)
-				if sole, _ := m.Sole(f); sole {
+				if sole, _ := m.Sole(f, looking); sole {
 					t.Error("granted beside an open file")
 				}
 				n, h := m.bind(t, config{File: o, BlockSize: 4096}, forWriting)
 				check(t, o.Close())
-				if sole, _ := m.Sole(f); sole {
+				if sole, _ := m.Sole(f, looking); sole {
 					t.Error("granted beside a loop device")
 				}
 				check(t, errors.Join(h.Clear(), h.Close()))
 				m.gone(t, n, f)
-				if sole, err := m.Sole(f); !sole {
+				if sole, err := m.Sole(f, looking); !sole {
 					t.Errorf("alone again: %v", err)
 				}
 			}
@@ -411,15 +411,20 @@ var contract = []struct {
 		f, err := os.OpenFile(path, os.O_RDWR, 0)
 		check(t, err)
 		defer f.Close()
-		for i, want := range []bool{false, true, true} {
-			if was, err := m.Marked(f, i < 2); err != nil || was != want {
-				t.Errorf("call %d: marked %v, %v", i, was, err)
+		ask := func(use leaseUse, want bool) {
+			t.Helper()
+			if sole, err := m.Sole(f, use); sole != want {
+				t.Errorf("sole %v (%v), want %v", sole, err, want)
 			}
 		}
+		ask(looking, true)
+		ask(looking, true)
+		ask(beforeBind, true)
+		ask(beforeBind, false) // somebody else has been given the same open file
 		n, h := m.bind(t, config{File: f, BlockSize: 4096}, forWriting)
-		if sole, err := m.Sole(f); !sole {
-			t.Errorf("this kernel refuses (%v): the mark is not needed", err)
-		}
+		ask(looking, false)
+		ask(afterBind, true) // if the kernel refused, the mark would not be needed
+		ask(looking, false)  // and it survives the lease
 		m.release(t, n, h)
 	}},
 }

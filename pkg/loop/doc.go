@@ -58,9 +58,9 @@
 // managers honour.
 //
 // The lease cannot see a loop device that keeps the very open file it is asked
-// for. So Attach marks each open file that it hands to the kernel (F_SETSIG, the
-// signal for a lease that is being broken) and never uses the fast path for a
-// marked one. Open the image anew for each Attach. Whoever opens an image with
+// for. So Attach marks each open file that it hands to the kernel (by F_SETSIG, the
+// signal for a lease that is being broken) and never uses the fast path for one
+// that is marked already. Open the image anew for each Attach. Whoever opens an image with
 // O_NONBLOCK may, in the microsecond of a lease, be answered EAGAIN.
 //
 // # Lock order

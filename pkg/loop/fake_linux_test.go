@@ -352,18 +352,11 @@ func (k *fake) Stat(f *os.File) (fileStat, error) {
 	return k.hostFiles.Stat(f)
 }
 
-func (k *fake) Sole(f *os.File) (bool, error) {
+func (k *fake) Sole(f *os.File, use leaseUse) (bool, error) {
 	if err := k.enter("Sole"); err != nil {
 		return false, err
 	}
-	return k.hostFiles.Sole(f)
-}
-
-func (k *fake) Marked(f *os.File, set bool) (bool, error) {
-	if err := k.enter("Marked"); err != nil {
-		return false, err
-	}
-	return k.hostFiles.Marked(f, set)
+	return k.hostFiles.Sole(f, use)
 }
 
 // --- an open device

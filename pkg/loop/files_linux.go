@@ -1,6 +1,7 @@
 package loop
 
 import (
+	"errors"
 	"io"
 	"os"
 	"strconv"
@@ -59,47 +60,43 @@ func (hostFiles) Stat(f *os.File) (out fileStat, err error) {
 	return out, err
 }
 
-// Sole takes a write lease and drops it. The kernel grants it only if the inode's
-// read and write counts are those of this very open file (check_conflicting_open in
-// fs/locks.c); EAGAIN otherwise, EACCES without ownership or CAP_LEASE, EINVAL from
-// file systems without leases. Should somebody open the file in between, he waits
-// until the lease is dropped and we get SIGIO or, if marked, SIGURG: the Go runtime
-// ignores both.
-func (hostFiles) Sole(f *os.File) (bool, error) {
-	err := withFD(f, func(fd int) error {
-		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
-			return err
-		}
-		_, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_UNLCK)
-		return err
-	})
-	return err == nil, err
-}
-
-// marking makes Marked atomic for all managers of the process: two of them may be
+// marking makes Sole atomic for all managers of the process: two of them may be
 // given the same open file.
 var marking sync.Mutex
 
 // mark is the value of F_SETSIG that says "handed to a loop device". It is kept in
 // the open file itself, so that it holds for all its descriptors and for as long as
-// a loop device keeps it. Only a lease that is being broken uses it.
+// a loop device keeps it. Only a lease that is being broken uses it, and dropping a
+// lease resets it (lease_modify).
 const mark = int(unix.SIGURG)
 
-func (hostFiles) Marked(f *os.File, set bool) (was bool, err error) {
+// Sole takes a write lease and drops it. The kernel grants it only if the inode's
+// read and write counts are those of this very open file (check_conflicting_open in
+// fs/locks.c); EAGAIN otherwise, EACCES without ownership or CAP_LEASE, EINVAL from
+// file systems without leases. Should somebody open the file in between, he waits
+// until the lease is dropped and we get SIGIO, which the Go runtime ignores.
+func (hostFiles) Sole(f *os.File, use leaseUse) (bool, error) {
 	marking.Lock()
 	defer marking.Unlock()
-	err = withFD(f, func(fd int) error {
+	sole := false
+	err := withFD(f, func(fd int) error {
 		signal, err := unix.FcntlInt(uintptr(fd), unix.F_GETSIG, 0)
-		if err != nil {
+		if err != nil || (use != afterBind && signal == mark) {
 			return err
 		}
-		if was = signal == mark; was || !set {
-			return nil
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK)
+		if err == nil {
+			_, err = unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_UNLCK)
 		}
-		_, err = unix.FcntlInt(uintptr(fd), unix.F_SETSIG, mark)
-		return err
+		sole = err == nil
+		if use == looking {
+			return err
+		}
+		_, merr := unix.FcntlInt(uintptr(fd), unix.F_SETSIG, mark)
+		sole = sole && merr == nil
+		return errors.Join(err, merr)
 	})
-	return was, err
+	return sole, err
 }
 
 // Lock goes by a new open file: a loop device keeps the caller's, and an flock on

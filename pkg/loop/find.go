@@ -9,7 +9,7 @@ import (
 )
 
 // Find returns every bound device that shows some of the file, by number. An image
-// that nobody else has open costs three system calls, otherwise each bound device
+// that nobody else has open costs a few system calls, otherwise each bound device
 // is looked at.
 //
 // State is Rundown for an autoclear device that nobody has mounted and that this
@@ -20,10 +20,8 @@ func (m *Manager) Find(ctx context.Context, backing *os.File) ([]Info, error) {
 	if err != nil {
 		return nil, opError("stat image", -1, err)
 	}
-	if marked, err := m.kernel.Marked(backing, false); err == nil && !marked {
-		if sole, err := m.kernel.Sole(backing); err == nil && sole {
-			return nil, nil
-		}
+	if sole, err := m.kernel.Sole(backing, looking); err == nil && sole {
+		return nil, nil
 	}
 	return m.scan(ctx, st.ID)
 }

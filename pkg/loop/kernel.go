@@ -49,10 +49,7 @@ type files interface {
 	Stat(f *os.File) (fileStat, error)
 	// Sole tells whether no other open file of the inode exists. An error or false
 	// means that it is not known.
-	Sole(f *os.File) (bool, error)
-	// Marked tells whether the open file was marked before; mark marks it. Both in
-	// one atomic step within the process.
-	Marked(f *os.File, mark bool) (bool, error)
+	Sole(f *os.File, use leaseUse) (bool, error)
 	// Lock takes an flock of the file by an open file of its own; closing it unlocks.
 	// EAGAIN if somebody else has it.
 	Lock(f *os.File) (io.Closer, error)
@@ -82,6 +79,16 @@ const (
 	forReading access = iota // O_RDONLY
 	forWriting               // O_RDWR
 	forClaim                 // O_RDONLY|O_EXCL: EBUSY if mounted or otherwise claimed
+)
+
+// leaseUse is what Sole is asked for. A loop device that keeps the very open file
+// that is asked about is not seen by the kernel, so such files are marked.
+type leaseUse int
+
+const (
+	looking    leaseUse = iota // false for a marked file
+	beforeBind                 // likewise, and marks it
+	afterBind                  // the mark is our own
 )
 
 // config is the argument of LOOP_CONFIGURE. File nil is the descriptor -1.

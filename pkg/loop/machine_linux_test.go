@@ -171,3 +171,12 @@ func wantErr(t testing.TB, what string, err, want error) {
 		t.Errorf("%s: error %v, want %v", what, err, want)
 	}
 }
+
+// onEveryMachineFake is onEveryMachine without the running kernel.
+func onEveryMachineFake(t *testing.T, test func(*testing.T, *machine)) {
+	for _, g := range generations {
+		t.Run("fake "+g.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) { test(t, fakeMachine(t, g)) })
+		})
+	}
+}
