@@ -49,6 +49,9 @@ func (m *Mounter) Mount(ctx context.Context, spec Spec) error {
 	if err == nil && !device.isBlock() {
 		err = syscall.ENOTBLK
 	}
+	if err == nil && len(spec.Source) > maxParamBytes {
+		err = syscall.ENAMETOOLONG // fsconfig would answer EINVAL
+	}
 	if err != nil {
 		return &OpError{Op: "mount from", Path: spec.Source, Err: err}
 	}
@@ -118,12 +121,14 @@ func explain(err error, spec Spec, target string) error {
 		return out
 	}
 	switch {
-	case errors.Is(c.err, syscall.ENODEV):
-		// fsopen: no such filesystem, and no module of that name either.
+	case errors.Is(c.err, syscall.ENODEV) && c.op == opDriver:
+		// No such filesystem, and no module of that name either.
 		out.Err = errors.Join(c.err, ErrUnsupported)
 		out.Words = "this kernel has no " + spec.FSType + ", is its module installed?"
 	case errors.Is(c.err, syscall.EACCES) && !spec.ReadOnly:
 		out.Words = "the device is read-only, so the mount has to be too"
+	case errors.Is(c.err, syscall.EROFS):
+		out.Words = "its log has to be replayed first, and the device is read-only"
 	case errors.Is(c.err, syscall.EBUSY):
 		out.Words = "the device is claimed, or mounted elsewhere with another read-only setting"
 	case errors.Is(c.err, syscall.EINVAL) && len(spec.Options) > 0:

@@ -116,6 +116,11 @@ func TestMountFailuresSayWhy(t *testing.T) {
 	dir := t.TempDir()
 	target := filepath.Join(dir, "target")
 	file := filepath.Join(dir, "file")
+	dirty := dirtyReadOnly(t, m)
+	longNode := newDir(t, dir, strings.Repeat("n", 250)) + "/node"
+	if err := os.Symlink(ext4, longNode); err != nil {
+		t.Fatal(err)
+	}
 	write(t, file, "")
 	link := filepath.Join(dir, "link")
 	if err := os.Symlink(newDir(t, dir, "linked"), link); err != nil {
@@ -131,6 +136,8 @@ func TestMountFailuresSayWhy(t *testing.T) {
 		{"no superblock", Spec{Source: empty, Target: target, FSType: "ext4"}, syscall.EINVAL, "no intact ext4"},
 		{"another filesystem", Spec{Source: ext4, Target: target, FSType: "xfs"}, syscall.EINVAL, "no intact xfs"},
 		{"read-only device", Spec{Source: readOnly, Target: target, FSType: "ext4"}, syscall.EACCES, "read-only"},
+		{"read-only device with a log to replay", Spec{Source: dirty, Target: target, FSType: "ext4", ReadOnly: true}, syscall.EROFS, "replayed"},
+		{"path of the device too long", Spec{Source: longNode, Target: target, FSType: "ext4"}, syscall.ENAMETOOLONG, "too long"},
 		{"missing device", Spec{Source: "/dev/no-such-node", Target: target, FSType: "ext4"}, syscall.ENOENT, "/dev/no-such-node"},
 		{"not a device", Spec{Source: file, Target: target, FSType: "ext4"}, syscall.ENOTBLK, file},
 		{"target is a file", Spec{Source: ext4, Target: file, FSType: "ext4"}, syscall.ENOTDIR, "is a regular file and has to be a directory"},
@@ -182,6 +189,20 @@ func TestMountFailuresSayWhy(t *testing.T) {
 	if n := openFDs(t); n != fds {
 		t.Errorf("%d descriptors, %d before", n, fds)
 	}
+}
+
+// dirtyReadOnly is a read-only device with an ext4 that was not unmounted.
+func dirtyReadOnly(t *testing.T, m *Mounter) string {
+	t.Helper()
+	image := mkfsImage(t, "ext4", 32*miB)
+	device, target := loopOver(t, image), t.TempDir()
+	mustMount(t, m, Spec{Source: device, Target: target, FSType: "ext4"})
+	write(t, target+"/file", "content")
+	shutdown(t, target)
+	if err := m.Unmount(t.Context(), target); err != nil {
+		t.Fatal(err)
+	}
+	return loopOver(t, image, "-r")
 }
 
 func TestMountOptionsReachTheKernel(t *testing.T) {

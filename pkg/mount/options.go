@@ -91,6 +91,9 @@ func (o *Options) add(fsType string, table map[string]rule, option string) error
 	if isUserspace(key) {
 		return nil
 	}
+	if len(unquote(value)) > maxParamBytes {
+		return refuse("its value is longer than the %d bytes that the kernel takes", maxParamBytes)
+	}
 	if set, ok := generic[key]; ok {
 		if hasValue {
 			return refuse("takes no value")

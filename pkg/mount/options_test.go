@@ -80,6 +80,7 @@ func TestParseOptionsRefuses(t *testing.T) {
 			t.Run(fsType+"/"+o, func(t *testing.T) { refused(t, fsType, o) })
 		}
 	}
+	t.Run("value too long", func(t *testing.T) { refused(t, "ext4", "context="+strings.Repeat("a", 256)) })
 	t.Run("too long", func(t *testing.T) { refused(t, "ext4", strings.Repeat("noatime,", 600)) })
 	if _, err := ParseOptions("ntfs", nil); !errors.Is(err, ErrUnknownFilesystem) {
 		t.Errorf("ntfs: %v", err)

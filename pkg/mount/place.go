@@ -39,3 +39,10 @@ type configError struct {
 
 func (e *configError) Error() string { return e.op + ": " + e.err.Error() }
 func (e *configError) Unwrap() error { return e.err }
+
+const (
+	// opDriver is the op of a configError before anything about the source is known.
+	opDriver = "open driver"
+	// maxParamBytes is the longest string that fsconfig(2) takes.
+	maxParamBytes = 255
+)

@@ -81,7 +81,7 @@ func devNumbers(dev uint64) (major, minor uint32) { return unix.Major(dev), unix
 func newMount(source, fsType string, o Options) (int, error) {
 	ctx, err := noEINTR(func() (int, error) { return unix.Fsopen(fsType, unix.FSOPEN_CLOEXEC) })
 	if err != nil {
-		return -1, &configError{op: "open filesystem driver", err: err}
+		return -1, &configError{op: opDriver, err: err}
 	}
 	defer closeFD(ctx)
 	fail := func(op, param string, err error) error {
