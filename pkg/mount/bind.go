@@ -145,6 +145,11 @@ var flagNames = []struct {
 	flag Flags
 	name string
 }{
-	{NoSuid, "nosuid"}, {NoDev, "nodev"}, {NoExec, "noexec"}, {NoSymFollow, "nosymfollow"},
-	{NoDirAtime, "nodiratime"}, {NoAtime, "noatime"}, {StrictAtime, "strictatime"},
+	{NoSuid, "nosuid"},
+	{NoDev, "nodev"},
+	{NoExec, "noexec"},
+	{NoSymFollow, "nosymfollow"},
+	{NoDirAtime, "nodiratime"},
+	{NoAtime, "noatime"},
+	{StrictAtime, "strictatime"},
 }

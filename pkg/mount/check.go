@@ -27,8 +27,10 @@ func (m *Mounter) Check(ctx context.Context, fsType, device string) error {
 	switch fsType {
 	case "ext2", "ext3", "ext4":
 	case "xfs", "btrfs":
-		return &OpError{Op: "check " + fsType + " on", Path: device, Err: ErrUnsupported,
-			Words: "it recovers when mounted; repairing more may lose data and is left to a person"}
+		return &OpError{
+			Op: "check " + fsType + " on", Path: device, Err: ErrUnsupported,
+			Words: "it recovers when mounted; repairing more may lose data and is left to a person",
+		}
 	default:
 		return fmt.Errorf("check %s: %w: %q", shorten(device), ErrUnknownFilesystem, fsType)
 	}
@@ -67,8 +69,7 @@ func runWhole(ctx context.Context, name string, args ...string) (output string, 
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	text, err := cmd.CombinedOutput()
 	output = tail(strings.TrimSpace(string(text)))
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 		return output, exit.ExitCode(), nil
 	}
 	return output, 0, err

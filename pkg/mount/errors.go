@@ -51,7 +51,7 @@ func (e *OpError) Unwrap() error { return e.Err }
 
 // Is reports whether the errno inside stands for the sentinel target.
 func (e *OpError) Is(target error) bool {
-	switch target { //nolint:errorlint // Is compares by identity by definition
+	switch target { // by identity, as the contract of Is says
 	case ErrBusy:
 		return errors.Is(e.Err, syscall.EBUSY)
 	case ErrPermission:

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -119,8 +120,8 @@ func rdev(tb testing.TB, node string) (major, minor uint32) {
 // foreign fails unless err is a *ForeignError.
 func foreign(tb testing.TB, err error) {
 	tb.Helper()
-	var f *ForeignError
-	if !errors.As(err, &f) {
+	f, ok := errors.AsType[*ForeignError](err)
+	if !ok {
 		tb.Errorf("got %v, want *ForeignError", err)
 	} else if f.Reason == "" || f.Found.Path == "" {
 		tb.Errorf("%+v", f)
@@ -137,7 +138,7 @@ func inNamespace(t *testing.T, wrap ...string) bool {
 	if os.Getenv(env) == t.Name() {
 		return true
 	}
-	argv := append(wrap, "unshare", "--mount", "--propagation", "private", os.Args[0], "-test.run", "^"+t.Name()+"$", "-test.v", "-test.count=1")
+	argv := append(slices.Clone(wrap), "unshare", "--mount", "--propagation", "private", os.Args[0], "-test.run", "^"+t.Name()+"$", "-test.v", "-test.count=1")
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Env = append(os.Environ(), env+"="+t.Name())
 	out, err := cmd.CombinedOutput()

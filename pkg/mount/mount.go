@@ -244,7 +244,7 @@ func attachAt(fd, at int, target string, readOnly bool) error {
 	}
 	want, err := lookFD(fd)
 	if err != nil {
-		return nil // attached, but dead already: At and Unmount can handle that
+		return nil //nolint:nilerr // attached, but dead already: At and Unmount can handle that
 	}
 	got, err := look(target)
 	if err == nil && got.mountID == want.mountID {
@@ -258,8 +258,7 @@ func attachAt(fd, at int, target string, readOnly bool) error {
 }
 
 func errnoOf(err error) error {
-	var p *fs.PathError
-	if errors.As(err, &p) {
+	if p, ok := errors.AsType[*fs.PathError](err); ok {
 		return p.Err
 	}
 	return err

@@ -133,7 +133,7 @@ func (m *Mounter) describe(path string, p place) (Mount, bool, error) {
 		return Mount{}, false, err
 	}
 	for _, found := range mounts {
-		if uint64(found.ID) == number { //nolint:gosec // kernel numbers are positive
+		if uint64(found.ID) == number {
 			return found, true, nil
 		}
 	}
@@ -200,7 +200,7 @@ func isMissing(err error) bool {
 
 // pause sleeps for about d, or until ctx ends.
 func pause(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d/2 + rand.N(d))
+	t := time.NewTimer(d/2 + rand.N(d)) //nolint:gosec // jitter is no secret
 	defer t.Stop()
 	select {
 	case <-t.C:

@@ -41,7 +41,7 @@ func TestErrorsStandForTheirErrno(t *testing.T) {
 	} {
 		err := error(&OpError{Op: "do", Path: "/x", Err: errno, Words: "why"})
 		for _, sentinel := range all {
-			if got := errors.Is(err, sentinel); got != (sentinel == want) {
+			if got := errors.Is(err, sentinel); got != (want != nil && errors.Is(want, sentinel)) {
 				t.Errorf("%v is %v: %t", err, sentinel, got)
 			}
 		}

@@ -2,6 +2,7 @@ package mount
 
 import (
 	"bytes"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -149,9 +150,9 @@ func topAt(mounts []Mount, path string) (Mount, bool) {
 			covered[mounts[i].ParentID] = true
 		}
 	}
-	for i := len(mounts) - 1; i >= 0; i-- {
-		if mounts[i].Path == path && (!covered[mounts[i].ID] || mounts[i].ID == mounts[i].ParentID) {
-			return mounts[i], true
+	for _, m := range slices.Backward(mounts) {
+		if m.Path == path && (!covered[m.ID] || m.ID == m.ParentID) {
+			return m, true
 		}
 	}
 	return Mount{}, false

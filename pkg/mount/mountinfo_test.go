@@ -13,7 +13,7 @@ func TestParseMountinfo(t *testing.T) {
 		`37 35 0:44 / /a\040b\011c\012d\134e ro,nosuid,relatime shared:7 master:2 - btrfs /dev/loop3 rw,ssd,subvolid=5,subvol=/`,
 		"38 35 7:4 / /no\u00a0break\u2003\u0085 rw,relatime - xfs /dev/loop4 ro,attr2",
 		`39 35 0:50 / /empty rw - tmpfs  rw,size=4k`,
-		`40 35 0:51 /x//deleted /gone//deleted rw - overlay overlay rw,lowerdir=/l1:/l2,upperdir=/u p`,
+		`40 35 0:51 /x//deleted /gone//deleted rw - overlay over rw,lowerdir=/l1:/l2,upperdir=/u p`,
 		`41 35 0:52 / /se rw - ext4 /dev/sda rw,context="system_u:object_r:t:s0:c1,c2",noatime`,
 		`42 35 0:53 / /fuse rw - fuse.sshfs me\040and\040you:/ rw`,
 		`this line is not one`, `43 35 0:54`, `44 x 0:55 / /p rw - a b rw`, `45 1 1 / /p rw - a b rw`, `46 1 0:1 / /p rw a b rw c d`, ``,
@@ -23,7 +23,7 @@ func TestParseMountinfo(t *testing.T) {
 		{ID: 37, ParentID: 35, Minor: 44, Root: "/", Path: "/a b\tc\nd\\e", FSType: "btrfs", Source: "/dev/loop3", ReadOnly: true, Options: []string{"ro", "nosuid", "relatime"}, SuperOptions: []string{"rw", "ssd", "subvolid=5", "subvol=/"}},
 		{ID: 38, ParentID: 35, Major: 7, Minor: 4, Root: "/", Path: "/no\u00a0break\u2003\u0085", FSType: "xfs", Source: "/dev/loop4", ReadOnly: true, Options: []string{"rw", "relatime"}, SuperOptions: []string{"ro", "attr2"}},
 		{ID: 39, ParentID: 35, Minor: 50, Root: "/", Path: "/empty", FSType: "tmpfs", Options: []string{"rw"}, SuperOptions: []string{"rw", "size=4k"}},
-		{ID: 40, ParentID: 35, Minor: 51, Root: "/x//deleted", Path: "/gone//deleted", FSType: "overlay", Source: "overlay", Options: []string{"rw"}, SuperOptions: []string{"rw", "lowerdir=/l1:/l2", "upperdir=/u p"}},
+		{ID: 40, ParentID: 35, Minor: 51, Root: "/x//deleted", Path: "/gone//deleted", FSType: "overlay", Source: "over", Options: []string{"rw"}, SuperOptions: []string{"rw", "lowerdir=/l1:/l2", "upperdir=/u p"}},
 		{ID: 41, ParentID: 35, Minor: 52, Root: "/", Path: "/se", FSType: "ext4", Source: "/dev/sda", Options: []string{"rw"}, SuperOptions: []string{"rw", `context="system_u:object_r:t:s0:c1,c2"`, "noatime"}},
 		{ID: 42, ParentID: 35, Minor: 53, Root: "/", Path: "/fuse", FSType: "fuse.sshfs", Source: "me and you:/", Options: []string{"rw"}, SuperOptions: []string{"rw"}},
 	}

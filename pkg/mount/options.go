@@ -65,8 +65,10 @@ func ParseOptions(fsType string, options []string) (Options, error) {
 	for _, element := range options {
 		size += len(element) + 1
 		if size > maxOptionBytes {
-			return Options{}, &OptionError{FSType: fsType, Option: element,
-				Reason: fmt.Sprintf("all options together are longer than %d bytes", maxOptionBytes)}
+			return Options{}, &OptionError{
+				FSType: fsType, Option: element,
+				Reason: fmt.Sprintf("all options together are longer than %d bytes", maxOptionBytes),
+			}
 		}
 		for _, option := range splitGiven(element) {
 			if err := out.add(fsType, table, option); err != nil {
@@ -199,8 +201,8 @@ var generic = map[string]func(*Options){
 	"silent": setFlag(0, 0), "loud": setFlag(0, 0),
 }
 
-func setFlag(set, clear Flags) func(*Options) {
-	return func(o *Options) { o.Flags = o.Flags&^clear | set }
+func setFlag(set, unset Flags) func(*Options) {
+	return func(o *Options) { o.Flags = o.Flags&^unset | set }
 }
 
 func setSuper(key string) func(*Options) {

@@ -23,30 +23,53 @@ func TestParseOptions(t *testing.T) {
 		want         Options
 	}{
 		{"nothing gives nothing", "ext4", nil, Options{}},
-		{"several in one element are split", "ext4", []string{"noatime,nosuid", "data=ordered"},
-			Options{Flags: NoAtime | NoSuid, Super: flag("data=ordered")}},
+		{
+			"several in one element are split", "ext4",
+			[]string{"noatime,nosuid", "data=ordered"},
+			Options{Flags: NoAtime | NoSuid, Super: flag("data=ordered")},
+		},
 		{"empty pieces and spaces are ignored", "ext4", []string{" , noatime ,,", ""}, Options{Flags: NoAtime}},
 		{"the last of ro and rw holds", "xfs", []string{"ro", "rw", "ro"}, Options{ReadOnly: true}},
 		{"the last access time mode holds", "xfs", []string{"noatime", "strictatime"}, Options{Flags: StrictAtime}},
 		{"relatime takes back noatime", "xfs", []string{"noatime,relatime"}, Options{}},
 		{"suid takes back nosuid", "xfs", []string{"nosuid,suid,noexec"}, Options{Flags: NoExec}},
-		{"userspace options are dropped", "btrfs",
-			[]string{"defaults,_netdev,nofail,noauto,x-systemd.automount,x-foo=bar,comment=x"}, Options{}},
+		{
+			"userspace options are dropped", "btrfs",
+			[]string{"defaults,_netdev,nofail,noauto,x-systemd.automount,x-foo=bar,comment=x"},
+			Options{},
+		},
 		{"lazytime is the filesystem's", "xfs", []string{"lazytime"}, Options{Super: flag("lazytime")}},
-		{"a quoted context is kept whole", "ext4", []string{`noatime,context="system_u:object_r:container_file_t:s0:c12,c345",ro`},
-			Options{ReadOnly: true, Flags: NoAtime, Super: flag("context=system_u:object_r:container_file_t:s0:c12,c345")}},
-		{"a bare context keeps its categories", "xfs", []string{"context=system_u:object_r:t:s0:c1,c2,noatime"},
-			Options{Flags: NoAtime, Super: flag("context=system_u:object_r:t:s0:c1,c2")}},
-		{"a range of categories stays with its context", "xfs", []string{"context=u:r:t:s0-s0:c0.c5,c7.c9"},
-			Options{Super: flag("context=u:r:t:s0-s0:c0.c5,c7.c9")}},
-		{"ext4 as people use it", "ext4",
+		{
+			"a quoted context is kept whole", "ext4",
+			[]string{`noatime,context="system_u:object_r:container_file_t:s0:c12,c345",ro`},
+			Options{ReadOnly: true, Flags: NoAtime, Super: flag("context=system_u:object_r:container_file_t:s0:c12,c345")},
+		},
+		{
+			"a bare context keeps its categories", "xfs",
+			[]string{"context=system_u:object_r:t:s0:c1,c2,noatime"},
+			Options{Flags: NoAtime, Super: flag("context=system_u:object_r:t:s0:c1,c2")},
+		},
+		{
+			"a range of categories stays with its context", "xfs",
+			[]string{"context=u:r:t:s0-s0:c0.c5,c7.c9"},
+			Options{Super: flag("context=u:r:t:s0-s0:c0.c5,c7.c9")},
+		},
+		{
+			"ext4 as people use it", "ext4",
 			[]string{"data=journal,commit=30,errors=remount-ro,barrier=0,stripe=16,nodelalloc,discard,user_xattr,acl,prjquota,inode_readahead_blks=64,max_batch_time=0,usrjquota=aquota.user,jqfmt=vfsv1"},
 			Options{Super: flag("data=journal", "commit=30", "errors=remount-ro", "barrier=0", "stripe=16", "nodelalloc", "discard", "user_xattr", "acl", "prjquota",
-				"inode_readahead_blks=64", "max_batch_time=0", "usrjquota=aquota.user", "jqfmt=vfsv1")}},
-		{"xfs as people use it", "xfs", []string{"inode64,largeio,logbsize=256k,logbufs=8,allocsize=64m,noquota,uquota,wsync,swalloc,nouuid,norecovery,attr2,discard"},
-			Options{Super: flag("inode64", "largeio", "logbsize=256k", "logbufs=8", "allocsize=64m", "noquota", "uquota", "wsync", "swalloc", "nouuid", "norecovery", "attr2", "discard")}},
-		{"btrfs as people use it", "btrfs", []string{"compress,compress=zstd:3,compress-force=lzo,autodefrag,commit=60,space_cache=v2,ssd,thread_pool=4,max_inline=2048,nodatacow,nodatasum,discard,discard=async,nodiscard"},
-			Options{Super: flag("compress", "compress=zstd:3", "compress-force=lzo", "autodefrag", "commit=60", "space_cache=v2", "ssd", "thread_pool=4", "max_inline=2048", "nodatacow", "nodatasum", "discard", "discard=async", "nodiscard")}},
+				"inode_readahead_blks=64", "max_batch_time=0", "usrjquota=aquota.user", "jqfmt=vfsv1")},
+		},
+		{
+			"xfs as people use it", "xfs",
+			[]string{"inode64,largeio,logbsize=256k,logbufs=8,allocsize=64m,noquota,uquota,wsync,swalloc,nouuid,norecovery,attr2,discard"},
+			Options{Super: flag("inode64", "largeio", "logbsize=256k", "logbufs=8", "allocsize=64m", "noquota", "uquota", "wsync", "swalloc", "nouuid", "norecovery", "attr2", "discard")},
+		},
+		{
+			"btrfs as people use it", "btrfs",
+			[]string{"compress,compress=zstd:3,compress-force=lzo,autodefrag,commit=60,space_cache=v2,ssd,thread_pool=4,max_inline=2048,nodatacow,nodatasum,discard,discard=async,nodiscard"},
+			Options{Super: flag("compress", "compress=zstd:3", "compress-force=lzo", "autodefrag", "commit=60", "space_cache=v2", "ssd", "thread_pool=4", "max_inline=2048", "nodatacow", "nodatasum", "discard", "discard=async", "nodiscard")},
+		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			got, err := ParseOptions(tc.fsType, tc.given)
@@ -61,9 +84,11 @@ func TestParseOptions(t *testing.T) {
 }
 
 func TestParseOptionsRefuses(t *testing.T) {
-	everywhere := []string{"loop", "loop=/dev/loop1", "offset=1", "sizelimit=2", "bind", "rbind", "remount", "move", "shared", "rslave", "private", "unbindable",
+	everywhere := []string{
+		"loop", "loop=/dev/loop1", "offset=1", "sizelimit=2", "bind", "rbind", "remount", "move", "shared", "rslave", "private", "unbindable",
 		"dax", "dax=always", "user", "users", "owner", "group", "X-mount.mkdir", "X-mount.idmap=x", "bogus", "=", "=x", "ro=1", "noatime=", "context=", `context="a"b"`,
-		"source=/dev/sda", "lowerdir=/etc", "mand", "data=ordered\n", "noatime\x00", "uid=0", "NOATIME", "subvol=/x", "device=/dev/sda"}
+		"source=/dev/sda", "lowerdir=/etc", "mand", "data=ordered\n", "noatime\x00", "uid=0", "NOATIME", "subvol=/x", "device=/dev/sda",
+	}
 	for fsType := range filesystemOptions {
 		for _, o := range everywhere {
 			t.Run(fsType+"/"+o, func(t *testing.T) { refused(t, fsType, o) })

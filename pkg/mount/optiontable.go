@@ -1,7 +1,6 @@
 package mount
 
 import (
-	"fmt"
 	"regexp"
 	"slices"
 	"strings"
@@ -65,7 +64,7 @@ func (r rule) check(value string, has bool) string {
 			return nodePanic
 		}
 		if !slices.Contains(r.words, value) || (has && value == "") {
-			return fmt.Sprintf("needs one of %s", strings.Join(r.words, ", "))
+			return "needs one of " + strings.Join(r.words, ", ")
 		}
 	}
 	return ""
@@ -75,7 +74,7 @@ func (r rule) check(value string, has bool) string {
 type table map[string]rule
 
 func (t table) with(f form, keys string) table {
-	for _, k := range strings.Fields(keys) {
+	for k := range strings.FieldsSeq(keys) {
 		t[k] = rule{form: f}
 	}
 	return t
@@ -87,7 +86,7 @@ func (t table) word(key string, words ...string) table {
 }
 
 func (t table) refuse(reason, keys string) table {
-	for _, k := range strings.Fields(keys) {
+	for k := range strings.FieldsSeq(keys) {
 		t[k] = rule{refused: reason}
 	}
 	return t
@@ -116,7 +115,7 @@ var refusedEverywhere = func() map[string]string {
 		"is an instruction to the mount program, which is not used":                  "helper uhelper",
 		"the device to mount is the volume's, it cannot be chosen by a mount option": "source",
 	} {
-		for _, k := range strings.Fields(keys) {
+		for k := range strings.FieldsSeq(keys) {
 			out[k] = reason
 		}
 	}

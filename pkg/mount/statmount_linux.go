@@ -150,8 +150,10 @@ func superFlags(flags uint32) []string {
 		bit  uint32
 		name string
 	}{
-		{unix.MS_SYNCHRONOUS, "sync"}, {unix.MS_DIRSYNC, "dirsync"},
-		{unix.MS_MANDLOCK, "mand"}, {unix.MS_LAZYTIME, "lazytime"},
+		{unix.MS_SYNCHRONOUS, "sync"},
+		{unix.MS_DIRSYNC, "dirsync"},
+		{unix.MS_MANDLOCK, "mand"},
+		{unix.MS_LAZYTIME, "lazytime"},
 	} {
 		if flags&f.bit != 0 {
 			out = append(out, f.name)

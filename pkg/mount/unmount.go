@@ -94,8 +94,10 @@ func (m *Mounter) provenUnmounted(target string) error {
 		return err
 	}
 	if ok {
-		return &OpError{Op: "unmount", Path: target, Err: syscall.EINVAL,
-			Words: "the kernel refuses to take away " + found.FSType + " of " + found.Source + ", is the mount locked?"}
+		return &OpError{
+			Op: "unmount", Path: target, Err: syscall.EINVAL,
+			Words: "the kernel refuses to take away " + found.FSType + " of " + found.Source + ", is the mount locked?",
+		}
 	}
 	return nil
 }
