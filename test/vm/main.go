@@ -177,7 +177,7 @@ func (h harness) compile(ctx context.Context, work string) ([]testBinary, error)
 // in go test's form, and whether all passed. The error says why the guest did
 // not reach the end.
 func (h harness) run(ctx context.Context, work string, k kernel, tests []testBinary) (lines []string, ok bool, err error) {
-	p := plan.Plan{Token: rand.Text(), Env: []string{"CSI_LOOP_ROOT_TESTS=1", "CSI_LOOP_VM=" + k.Release}}
+	p := plan.Plan{Token: rand.Text(), Env: []string{"CSI_LOOP_ROOT_TESTS=1", "CSI_LOOP_VM=" + k.Release, "GINKGO_NO_COLOR=TRUE"}}
 	for _, t := range tests {
 		p.Jobs = append(p.Jobs, t.job)
 	}
