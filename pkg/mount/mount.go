@@ -116,30 +116,40 @@ func explain(err error, spec Spec, target string) error {
 		}
 		return &OptionError{FSType: spec.FSType, Option: c.param, Reason: "refused by the kernel: " + reason, Err: c.err}
 	}
-	out := &OpError{Op: c.op + " " + spec.FSType + " of " + shorten(spec.Source) + " for", Path: target, Err: c.err, Words: c.words}
-	if out.Words != "" {
-		return out
+	words := c.words
+	if advice := advise(c, spec); advice != "" && words != "" {
+		words += "; " + advice
+	} else if words == "" {
+		words = advice
 	}
+	out := &OpError{Op: c.op + " " + spec.FSType + " of " + shorten(spec.Source) + " for", Path: target, Err: c.err, Words: words}
+	if errors.Is(c.err, syscall.ENODEV) && c.op == opDriver {
+		out.Err = errors.Join(c.err, ErrUnsupported)
+	}
+	return out
+}
+
+// advise says in words what an errno of a mount means, if it is known.
+func advise(c *configError, spec Spec) string {
 	switch {
 	case errors.Is(c.err, syscall.ENODEV) && c.op == opDriver:
 		// No such filesystem, and no module of that name either.
-		out.Err = errors.Join(c.err, ErrUnsupported)
-		out.Words = "this kernel has no " + spec.FSType + ", is its module installed?"
+		return "this kernel has no " + spec.FSType + ", is its module installed?"
 	case errors.Is(c.err, syscall.EACCES) && !spec.ReadOnly:
-		out.Words = "the device is read-only, so the mount has to be too"
+		return "the device is read-only, so the mount has to be too"
 	case errors.Is(c.err, syscall.EROFS):
-		out.Words = "its log has to be replayed first, and the device is read-only"
+		return "its log has to be replayed first, and the device is read-only"
 	case errors.Is(c.err, syscall.EBUSY):
-		out.Words = "the device is claimed, or mounted elsewhere with another read-only setting"
+		return "the device is claimed, or mounted elsewhere with another read-only setting"
 	case errors.Is(c.err, syscall.EINVAL) && len(spec.Options) > 0:
-		out.Words = "no intact " + spec.FSType + " there, one with features that this kernel lacks, or options that do not fit it (" +
+		return "no intact " + spec.FSType + " there, one with features that this kernel lacks, or options that do not fit it (" +
 			shorten(strings.Join(spec.Options, ",")) + "); its log has the details"
 	case errors.Is(c.err, syscall.EINVAL), errors.Is(c.err, syscall.EIO):
-		out.Words = "no intact " + spec.FSType + " there, or one with features that this kernel lacks; its log has the details"
+		return "no intact " + spec.FSType + " there, or one with features that this kernel lacks; its log has the details"
 	case errors.Is(c.err, syscall.EPERM):
-		out.Words = "needs CAP_SYS_ADMIN"
+		return "needs CAP_SYS_ADMIN"
 	}
-	return out
+	return ""
 }
 
 // onTarget makes the target if need be, opens it and hands it to do. When do

@@ -178,6 +178,11 @@ func TestMountFailuresSayWhy(t *testing.T) {
 		if !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "module") {
 			t.Errorf("got %v", err)
 		}
+		// Kernels differ in how much they say; our own advice is there in any case.
+		err = explain(&configError{op: "open filesystem", words: "Can't open blockdev", err: syscall.EACCES}, Spec{FSType: "ext4"}, target)
+		if !strings.Contains(err.Error(), "Can't open blockdev; the device is read-only") {
+			t.Errorf("got %v", err)
+		}
 	})
 	t.Run("mounted elsewhere with another read-only setting", func(t *testing.T) {
 		mustMount(t, m, Spec{Source: ext4, Target: target, FSType: "ext4"})
