@@ -231,6 +231,9 @@ func (s *controllerServer) DeleteVolume(ctx context.Context, req *csi.DeleteVolu
 	if err := pool.Remove(ctx, id); err != nil {
 		return nil, fmt.Errorf("delete volume %q: %w", id, err)
 	}
+	if err := d.state.drop(id); err != nil { // a staging that came to nothing
+		return nil, err
+	}
 	return &csi.DeleteVolumeResponse{}, nil
 }
 
@@ -246,11 +249,17 @@ func (d *Driver) foreignPool(id string) error {
 
 // removable refuses the removal of a volume that is in use.
 func (d *Driver) removable(ctx context.Context, pool *image.Pool, id string) error {
+	if v, err := d.images.Get(id); err == nil && v.Ephemeral != nil {
+		return preconditionf("volume %q is the inline ephemeral volume of a pod and goes with it", id)
+	}
 	if r, ok := d.state.get(id); ok {
-		if r.Ephemeral {
-			return preconditionf("volume %q is the inline ephemeral volume of a pod and goes with it", id)
+		live, err := d.stagingAlive(ctx, r)
+		if err != nil {
+			return err
 		}
-		return preconditionf("volume %q is staged at %q", id, r.StagingPath)
+		if live {
+			return preconditionf("volume %q is staged at %q", id, r.StagingPath)
+		}
 	}
 	return d.unattached(ctx, pool, id)
 }
@@ -404,6 +413,11 @@ func (s *controllerServer) ControllerExpandVolume(ctx context.Context, req *csi.
 	return &csi.ControllerExpandVolumeResponse{CapacityBytes: v.Size, NodeExpansionRequired: true}, nil
 }
 
+// smallestGrown is the smallest size, in bytes, that the kernel resizes a mounted
+// filesystem to, where that is more than what one can be made with. An image must
+// not grow to where its filesystem cannot follow.
+var smallestGrown = map[string]int64{"btrfs": 256 << 20}
+
 // growImage makes the image satisfy the range. A volume is never made smaller.
 func (d *Driver) growImage(ctx context.Context, v image.Volume, c capacity) (image.Volume, error) {
 	if c.limit > 0 && v.Size > c.limit {
@@ -415,6 +429,9 @@ func (d *Driver) growImage(ctx context.Context, v image.Volume, c capacity) (ima
 	size, err := c.size()
 	if err != nil {
 		return v, err
+	}
+	if least := smallestGrown[v.Filesystem]; size < least {
+		return v, outOfRangef("volume %q: a mounted %s can only be resized to %d bytes or more, asked for %d", v.ID, v.Filesystem, least, size)
 	}
 	pool, ok := d.images.Pool(v.Pool)
 	if !ok {

@@ -56,8 +56,8 @@ func (d *Driver) parseEphemeral(context map[string]string, a access) (params, in
 }
 
 // publishEphemeral makes, attaches and mounts an inline ephemeral volume.
-func (d *Driver) publishEphemeral(ctx context.Context, req *csi.NodePublishVolumeRequest, a access) error {
-	id, target := req.GetVolumeId(), req.GetTargetPath()
+func (d *Driver) publishEphemeral(ctx context.Context, req *csi.NodePublishVolumeRequest, target string, a access) error {
+	id := req.GetVolumeId()
 	p, size, err := d.parseEphemeral(req.GetVolumeContext(), a)
 	if err != nil {
 		return err
@@ -121,14 +121,14 @@ func (d *Driver) alreadyPublishedEphemeral(ctx context.Context, want stageRecord
 // waits for the device, removes image and record. An ID that is not one's, and
 // one that is gone already, are success.
 func (d *Driver) removeEphemeral(ctx context.Context, id, target string, ref loop.Ref) error {
+	v, ok := d.images.Find(id)
+	if !ok || v.Ephemeral == nil || v.Ephemeral.Target != target {
+		return d.dropEphemeral(id)
+	}
 	if ref != (loop.Ref{}) {
 		if err := d.loops.WaitUnbound(ctx, ref); err != nil {
 			return err
 		}
-	}
-	v, ok := d.images.Find(id)
-	if !ok || v.Ephemeral == nil || v.Ephemeral.Target != target {
-		return d.dropEphemeral(id)
 	}
 	pool, ok := d.images.Pool(v.Pool)
 	if !ok {

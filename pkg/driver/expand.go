@@ -10,7 +10,6 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"k8s.io/klog/v2"
 
-	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
 )
 
@@ -62,10 +61,7 @@ func (d *Driver) nodeExpand(ctx context.Context, id, path string, c capacity) (i
 	if v, err = d.growImage(ctx, v, c); err != nil {
 		return 0, err
 	}
-	for _, ref := range []loop.Ref{r.Device, r.ReadDevice} {
-		if ref == (loop.Ref{}) {
-			continue
-		}
+	for _, ref := range r.devices() {
 		size, err := d.loops.Grow(ctx, ref)
 		if err != nil {
 			return 0, err
@@ -96,7 +92,8 @@ func (d *Driver) isAt(ctx context.Context, r stageRecord, path string) error {
 	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
 		return notFoundf("%q does not exist", path)
 	}
-	if err := checkPath("volume_path", path); err != nil {
+	path, err := cleanPath("volume_path", path)
+	if err != nil {
 		return err
 	}
 	live, err := d.stagingAlive(ctx, r)

@@ -146,7 +146,7 @@ func (d *Driver) stagingProblems(ctx context.Context, r stageRecord, v image.Vol
 	if r.Block {
 		return
 	}
-	m, ours, err := d.mountedAt(r.StagingPath, r.Device.Number)
+	m, ours, err := d.mountedAt(r.StagingPath, r)
 	switch {
 	case err != nil:
 		p.add(csi.VolumeHealthErrorType_DEGRADED, reasonUnknown, "%q: %v", r.StagingPath, err)

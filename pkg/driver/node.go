@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 
@@ -50,18 +51,16 @@ func (s *nodeServer) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi
 // NodeStageVolume attaches the volume and, unless it is a raw block device,
 // mounts its filesystem at the staging path.
 func (s *nodeServer) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequest) (*csi.NodeStageVolumeResponse, error) {
-	d, id, staging := s.d, req.GetVolumeId(), req.GetStagingTargetPath()
-	switch {
-	case id == "":
+	d, id := s.d, req.GetVolumeId()
+	if id == "" {
 		return nil, invalidf("volume_id is missing")
-	case staging == "":
-		return nil, invalidf("staging_target_path is missing")
 	}
-	a, err := parseAccess(req.GetVolumeCapability())
+	staging, err := cleanPath("staging_target_path", req.GetStagingTargetPath())
 	if err != nil {
 		return nil, err
 	}
-	if err := checkPath("staging_target_path", staging); err != nil {
+	a, err := parseAccess(req.GetVolumeCapability())
+	if err != nil {
 		return nil, err
 	}
 	unlock, err := d.lockVolume(id, "NodeStageVolume")
@@ -118,7 +117,7 @@ func (d *Driver) alreadyStaged(ctx context.Context, want stageRecord) (bool, err
 	switch {
 	case have.StagingPath != want.StagingPath:
 		return false, preconditionf("volume %q is staged at %q already", want.VolumeID, have.StagingPath)
-	case have.Block != want.Block, have.FSType != want.FSType, have.Mode != want.Mode, have.ReadOnly != want.ReadOnly, !slices.Equal(have.Flags, want.Flags), !sameMapped(have.Mapped, want.Mapped):
+	case have.Block != want.Block, want.FSType != "" && have.FSType != want.FSType, have.Mode != want.Mode, have.ReadOnly != want.ReadOnly, !slices.Equal(have.Flags, want.Flags), !sameMapped(have.Mapped, want.Mapped):
 		return false, existsf("volume %q is staged at %q with another capability: %s, the request asks for %s", want.VolumeID, have.StagingPath, have.describe(), want.describe())
 	}
 	return true, nil
@@ -153,41 +152,54 @@ func (d *Driver) stagingAlive(ctx context.Context, r stageRecord) (bool, error) 
 	if r.Block {
 		return d.holds(r.Device), nil
 	}
-	_, mounted, err := d.mountedAt(r.StagingPath, r.Device.Number)
+	_, mounted, err := d.mountedAt(r.StagingPath, r)
 	return mounted, err
 }
 
-// mountedAt says what is mounted at path and whether it is the filesystem of
-// loop device number.
-func (d *Driver) mountedAt(path string, number int) (m mount.Mount, ours bool, err error) {
+// mountedAt says what is mounted at path and whether it is the volume of r, with
+// one of the devices that r names.
+func (d *Driver) mountedAt(path string, r stageRecord) (m mount.Mount, ours bool, err error) {
 	m, mounted, err := d.mtab.At(path)
-	if err != nil || !mounted {
-		return m, false, err
-	}
+	return m, err == nil && mounted && shows(m, r), err
+}
+
+// shows says whether a mount is of one of the devices that r names.
+func shows(m mount.Mount, r stageRecord) bool {
 	n, ok := loopNumber(m)
-	return m, ok && n == number, nil
+	return ok && slices.ContainsFunc(r.devices(), func(ref loop.Ref) bool { return ref.Number == n })
 }
 
 // stageFilesystem attaches and mounts. The device is bound with autoclear: from
 // the moment of the mount it lives exactly as long as the mount, and a crash
-// before it leaves nothing (fact 35).
-func (d *Driver) stageFilesystem(ctx context.Context, src source, want stageRecord) error {
+// before it leaves nothing (fact 35). The record is written before, so that the
+// next start knows whose a mount is that a crash left behind.
+func (d *Driver) stageFilesystem(ctx context.Context, src source, want stageRecord) (err error) {
 	m := src.mapping
 	m.Autoclear = true
 	// The device of a volume that is only read is writable all the same, unless
 	// the volume itself is read-only: a journal may have to be replayed, and the
 	// mount is read-only then (fact 66).
 	m.ReadOnly = src.readOnly
-	dev, sb, err := d.attachChecked(ctx, src, m)
+	f, err := src.open(ctx, m.ReadOnly)
 	if err != nil {
 		return err
 	}
+	defer f.Close()
+	if want.Image, err = loop.FileIDOf(f); err != nil {
+		return err
+	}
+	if err := d.state.put(want); err != nil {
+		return err
+	}
+	dev, sb, err := d.attachChecked(ctx, src, f, m, want.FSType)
+	if err != nil {
+		return errors.Join(err, d.state.drop(want.VolumeID))
+	}
 	info := dev.Info()
-	want.Image, want.Device = info.Image, info.Ref
-	want.FSType = or(want.FSType, sb.Type)
+	want.Device, want.FSType = info.Ref, or(want.FSType, sb.Type)
 	spec := mountSpec(src, want, info)
 	if dev.Reused() {
-		sb.NeedsCheck = false // it may be mounted: the state directory was lost
+		sb.NeedsCheck = false // it may be mounted: a crash came before the record was complete
 	}
 	if err = d.mountFilesystem(ctx, spec, src, info, sb); err == nil {
 		if err = d.state.put(want); err == nil {
@@ -197,22 +209,18 @@ func (d *Driver) stageFilesystem(ctx context.Context, src source, want stageReco
 	if dev.Reused() {
 		return errors.Join(err, dev.Close()) // not this call's to take back
 	}
-	return errors.Join(err, d.undoStage(ctx, spec.Target, dev))
+	return errors.Join(err, d.undoStage(ctx, want, dev))
 }
 
-// attachChecked opens the source, reads its superblock and attaches it.
-func (d *Driver) attachChecked(ctx context.Context, src source, m loop.Mapping) (attached, mount.Superblock, error) {
-	f, err := src.open(ctx, m.ReadOnly)
-	if err != nil {
-		return nil, mount.Superblock{}, err
-	}
-	defer f.Close()
+// attachChecked reads the superblock of the source, which must be that of fsType
+// unless that is empty, and attaches it.
+func (d *Driver) attachChecked(ctx context.Context, src source, f *os.File, m loop.Mapping, fsType string) (attached, mount.Superblock, error) {
 	sb, err := src.superblock(f)
 	if err != nil {
 		return nil, sb, err
 	}
-	if src.fsType != "" && !sameFilesystem(src.fsType, sb.Type) {
-		return nil, sb, preconditionf("volume %q was made with %s but its image now holds %s", src.id, src.fsType, sb.Type)
+	if fsType != "" && !sameFilesystem(fsType, sb.Type) {
+		return nil, sb, preconditionf("the image holds %s, not %s", sb.Type, fsType)
 	}
 	dev, err := d.loops.Attach(ctx, f, m)
 	return dev, sb, err
@@ -256,18 +264,20 @@ func (d *Driver) mountFilesystem(ctx context.Context, spec mount.Spec, src sourc
 }
 
 // undoStage takes back a staging that failed half-way. The mount goes first,
-// the device follows by itself when its last descriptor is closed.
-func (d *Driver) undoStage(ctx context.Context, target string, dev attached) error {
+// the device follows by itself when its last descriptor is closed; the record
+// stays if something of it does.
+func (d *Driver) undoStage(ctx context.Context, r stageRecord, dev attached) error {
 	ctx, cancel := undoContext(ctx)
 	defer cancel()
-	ref := dev.Info().Ref
-	var err error
-	if _, ours, atErr := d.mountedAt(target, ref.Number); atErr != nil {
-		err = atErr
-	} else if ours {
-		err = d.mounts.Unmount(ctx, target)
+	_, ours, err := d.mountedAt(r.StagingPath, r)
+	if err == nil && ours {
+		err = d.mounts.Unmount(ctx, r.StagingPath)
 	}
-	return errors.Join(err, dev.Close(), d.loops.WaitUnbound(ctx, ref))
+	err = errors.Join(err, dev.Close(), d.loops.WaitUnbound(ctx, r.Device))
+	if err != nil {
+		return err
+	}
+	return d.state.drop(r.VolumeID)
 }
 
 // stageBlock attaches a raw block volume and holds it. Nothing is put at the
@@ -305,14 +315,12 @@ func (d *Driver) stageBlock(ctx context.Context, src source, want stageRecord) (
 // NodeUnstageVolume unmounts the staging path and returns when the device is
 // seen unbound. What is not staged is success.
 func (s *nodeServer) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolumeRequest) (*csi.NodeUnstageVolumeResponse, error) {
-	d, id, staging := s.d, req.GetVolumeId(), req.GetStagingTargetPath()
-	switch {
-	case id == "":
+	d, id := s.d, req.GetVolumeId()
+	if id == "" {
 		return nil, invalidf("volume_id is missing")
-	case staging == "":
-		return nil, invalidf("staging_target_path is missing")
 	}
-	if err := checkPath("staging_target_path", staging); err != nil {
+	staging, err := cleanPath("staging_target_path", req.GetStagingTargetPath())
+	if err != nil {
 		return nil, err
 	}
 	unlock, err := d.lockVolume(id, "NodeUnstageVolume")
@@ -321,16 +329,38 @@ func (s *nodeServer) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstage
 	}
 	defer unlock()
 	r, ok := d.state.get(id)
-	if !ok {
-		return &csi.NodeUnstageVolumeResponse{}, d.unstageUnknown(ctx, id, staging)
-	}
-	if r.Ephemeral || r.StagingPath != staging {
+	if ok && (r.Ephemeral || r.StagingPath != staging) {
 		return &csi.NodeUnstageVolumeResponse{}, nil // not staged there
+	}
+	if !ok || r.Device == (loop.Ref{}) {
+		if r, err = d.findStaging(ctx, r, ok, id, staging); err != nil {
+			return nil, fmt.Errorf("unstage volume %q: %w", id, err)
+		}
 	}
 	if err := d.unstage(ctx, r); err != nil {
 		return nil, fmt.Errorf("unstage volume %q: %w", id, err)
 	}
 	return &csi.NodeUnstageVolumeResponse{}, nil
+}
+
+// findStaging completes the record of a staging that a crash cut short, or makes
+// one when the state directory was lost, from what is mounted at the path. The
+// mount is believed only if the kernel shows that its device is over the image of
+// this very volume. Nothing mounted is a staging with nothing to undo.
+func (d *Driver) findStaging(ctx context.Context, r stageRecord, recorded bool, id, staging string) (stageRecord, error) {
+	if !recorded {
+		r = stageRecord{VolumeID: id, StagingPath: staging}
+	}
+	m, mounted, err := d.mtab.At(staging)
+	if err != nil || !mounted || r.Block {
+		return r, err
+	}
+	info, err := d.deviceOf(ctx, r, m)
+	if err != nil {
+		return r, err
+	}
+	r.Image, r.Device = info.Image, info.Ref
+	return r, nil
 }
 
 // unstage ends a staging: first it proves that no publication is left, since a
@@ -356,7 +386,10 @@ func (d *Driver) unstage(ctx context.Context, r stageRecord) error {
 
 // unmountStaging unmounts and waits until the device is free.
 func (d *Driver) unmountStaging(ctx context.Context, r stageRecord) error {
-	_, ours, err := d.mountedAt(r.StagingPath, r.Device.Number)
+	if r.Device == (loop.Ref{}) {
+		return nil // never came to be
+	}
+	_, ours, err := d.mountedAt(r.StagingPath, r)
 	if err != nil {
 		return err
 	}
@@ -370,10 +403,7 @@ func (d *Driver) unmountStaging(ctx context.Context, r stageRecord) error {
 
 // detachBlock lets go of the devices of a raw block volume and clears them.
 func (d *Driver) detachBlock(ctx context.Context, r stageRecord) error {
-	for _, ref := range []loop.Ref{r.ReadDevice, r.Device} {
-		if ref == (loop.Ref{}) {
-			continue
-		}
+	for _, ref := range r.devices() {
 		if err := errors.Join(d.letGo(ref), d.loops.Detach(ctx, ref)); err != nil {
 			return err
 		}
@@ -381,58 +411,58 @@ func (d *Driver) detachBlock(ctx context.Context, r stageRecord) error {
 	return nil
 }
 
-// unstageUnknown handles a staging path without a record: nothing of ours can
-// be there unless the state directory was lost, so the mount is believed only if
-// the kernel shows that its device is over the image of this very volume.
-func (d *Driver) unstageUnknown(ctx context.Context, id, staging string) error {
-	m, mounted, err := d.mtab.At(staging)
-	if err != nil || !mounted {
-		return err
-	}
+// deviceOf proves that a mount shows the volume of r, and returns its device.
+// Without an image in the record, the image of the volume's ID counts.
+func (d *Driver) deviceOf(ctx context.Context, r stageRecord, m mount.Mount) (loop.Info, error) {
 	number, ok := loopNumber(m)
 	if !ok {
-		return preconditionf("%q is not the staging path of volume %q: %s is mounted there", staging, id, m.Source)
+		return loop.Info{}, preconditionf("%s is mounted at %q, not the volume", m.Source, m.Path)
 	}
-	info, err := d.ownDevice(ctx, id, number)
-	if err != nil {
-		return err
-	}
-	return d.unstage(ctx, stageRecord{VolumeID: id, StagingPath: staging, Image: info.Image, Device: info.Ref})
-}
-
-// ownDevice proves that loop device number shows the image of volume id.
-func (d *Driver) ownDevice(ctx context.Context, id string, number int) (loop.Info, error) {
-	src, err := d.source(id, nil)
-	if err != nil {
-		return loop.Info{}, err
-	}
-	f, err := src.open(ctx, true)
-	if err != nil {
-		return loop.Info{}, err
-	}
-	defer f.Close()
-	want, err := loop.FileIDOf(f)
-	if err != nil {
-		return loop.Info{}, err
+	if r.Image == (loop.FileID{}) {
+		var err error
+		if r.Image, err = d.imageOf(ctx, r.VolumeID); err != nil {
+			return loop.Info{}, err
+		}
 	}
 	info, err := d.table.Inspect(ctx, number)
 	if err != nil {
 		return info, err
 	}
-	if info.Image != want {
-		return info, preconditionf("/dev/loop%d does not show volume %q", number, id)
+	if info.Image != r.Image {
+		return info, preconditionf("%s is mounted at %q and does not show the volume", m.Source, m.Path)
 	}
 	return info, nil
 }
 
-// checkPath refuses what cannot be the path of a CO: relative ones, and ones
-// that climb.
-func checkPath(field, path string) error {
-	if !filepath.IsAbs(path) {
-		return invalidf("%s %q is not an absolute path", field, path)
+// imageOf is the identity of the image of a volume that a pool knows, by its ID
+// or, for an inline ephemeral volume, by its name.
+func (d *Driver) imageOf(ctx context.Context, id string) (loop.FileID, error) {
+	v, ok := d.images.Find(id)
+	if !ok || v.Ephemeral == nil {
+		var err error
+		if v, err = d.images.Get(id); err != nil {
+			return loop.FileID{}, err
+		}
 	}
-	if filepath.Clean(path) != path && filepath.Clean(path)+"/" != path {
-		return invalidf("%s %q has empty, . or .. elements", field, path)
+	f, err := d.poolSource(v).open(ctx, true)
+	if err != nil {
+		return loop.FileID{}, err
 	}
-	return nil
+	defer f.Close()
+	return loop.FileIDOf(f)
+}
+
+// cleanPath checks a path that a CO gave and takes a trailing slash off it. What
+// cannot be meant is refused: relative paths, and ones that climb.
+func cleanPath(field, path string) (string, error) {
+	clean := filepath.Clean(path)
+	switch {
+	case path == "":
+		return "", invalidf("%s is missing", field)
+	case !filepath.IsAbs(path):
+		return "", invalidf("%s %q is not an absolute path", field, path)
+	case clean != path && clean+"/" != path:
+		return "", invalidf("%s %q has empty, . or .. elements", field, path)
+	}
+	return clean, nil
 }

@@ -22,9 +22,9 @@ import (
 // to, and which binding of which loop device serves it.
 //
 // It lives on a tmpfs (a reboot ends the mounts and the records alike), is
-// written before a raw block device is bound, so that a crash in between leaves
-// a device that can be recognised, and is never trusted about what is mounted
-// or bound: the kernel is asked for that.
+// written before a device is bound, so that what a crash leaves can be
+// recognised, and is never trusted about what is mounted or bound: the kernel is
+// asked for that.
 type stageRecord struct {
 	VolumeID    string                  `json:"volumeID"`
 	StagingPath string                  `json:"stagingPath,omitempty"`
@@ -46,6 +46,11 @@ type stageRecord struct {
 type targetRecord struct {
 	ReadOnly bool   `json:"readOnly,omitempty"`
 	Mode     string `json:"mode,omitempty"`
+}
+
+// devices are the bindings that serve the volume; the read-only one first.
+func (r stageRecord) devices() []loop.Ref {
+	return slices.DeleteFunc([]loop.Ref{r.ReadDevice, r.Device}, func(ref loop.Ref) bool { return ref == loop.Ref{} })
 }
 
 // clone makes a copy that shares nothing with r.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
@@ -22,18 +21,16 @@ const ephemeralKey = kubernetesPrefix + "ephemeral"
 // read-only in the kernel: by the mount for a filesystem (fact 53), by a second,
 // read-only loop device for a raw block volume.
 func (s *nodeServer) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolumeRequest) (*csi.NodePublishVolumeResponse, error) {
-	d, id, target := s.d, req.GetVolumeId(), req.GetTargetPath()
-	switch {
-	case id == "":
+	d, id := s.d, req.GetVolumeId()
+	if id == "" {
 		return nil, invalidf("volume_id is missing")
-	case target == "":
-		return nil, invalidf("target_path is missing")
 	}
-	a, err := parseAccess(req.GetVolumeCapability())
+	target, err := cleanPath("target_path", req.GetTargetPath())
 	if err != nil {
 		return nil, err
 	}
-	if err := checkPath("target_path", target); err != nil {
+	a, err := parseAccess(req.GetVolumeCapability())
+	if err != nil {
 		return nil, err
 	}
 	ephemeral := req.GetVolumeContext()[ephemeralKey] == "true"
@@ -46,9 +43,9 @@ func (s *nodeServer) NodePublishVolume(ctx context.Context, req *csi.NodePublish
 	}
 	defer unlock()
 	if ephemeral {
-		err = d.publishEphemeral(ctx, req, a)
+		err = d.publishEphemeral(ctx, req, target, a)
 	} else {
-		err = d.publish(ctx, req, a)
+		err = d.publish(ctx, req, target, a)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("publish volume %q at %q: %w", id, target, err)
@@ -57,7 +54,7 @@ func (s *nodeServer) NodePublishVolume(ctx context.Context, req *csi.NodePublish
 }
 
 // publish shows a staged volume at one more target.
-func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest, a access) error {
+func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest, path string, a access) error {
 	r, err := d.stagedRecord(ctx, req)
 	if err != nil {
 		return err
@@ -70,19 +67,23 @@ func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest,
 		readOnly = true
 	}
 	target := targetRecord{ReadOnly: readOnly, Mode: a.mode.String()}
-	if err := d.admit(&r, req.GetTargetPath(), target, a); err != nil {
+	if err := d.admit(&r, path, target, a); err != nil {
 		return err
 	}
 	if a.block {
-		return d.publishBlock(ctx, r, req.GetTargetPath(), target)
+		return d.publishBlock(ctx, r, path, target)
 	}
-	return d.publishFilesystem(ctx, r, req.GetTargetPath(), target, a.flags)
+	return d.publishFilesystem(ctx, r, path, target, a.flags)
 }
 
 // stagedRecord returns the record of a volume that is staged at the staging
 // path of the request, in the kernel and not only on paper.
 func (d *Driver) stagedRecord(ctx context.Context, req *csi.NodePublishVolumeRequest) (stageRecord, error) {
-	id, staging := req.GetVolumeId(), req.GetStagingTargetPath()
+	id := req.GetVolumeId()
+	staging, err := cleanPath("staging_target_path", req.GetStagingTargetPath())
+	if err != nil {
+		return stageRecord{}, err
+	}
 	r, ok := d.state.get(id)
 	if !ok || r.Ephemeral {
 		if _, err := d.source(id, req.GetVolumeContext()); err != nil {
@@ -90,7 +91,7 @@ func (d *Driver) stagedRecord(ctx context.Context, req *csi.NodePublishVolumeReq
 		}
 		return r, preconditionf("the volume is not staged")
 	}
-	if r.StagingPath != strings.TrimSuffix(staging, "/") && r.StagingPath != staging {
+	if r.StagingPath != staging {
 		return r, preconditionf("the volume is staged at %q, not at %q", r.StagingPath, staging)
 	}
 	live, err := d.stagingAlive(ctx, r)
@@ -135,12 +136,8 @@ func exclusiveMode(mode string) bool {
 
 // publishedAt asks the kernel whether the volume is at a target.
 func (d *Driver) publishedAt(r stageRecord, path string) (bool, error) {
-	m, mounted, err := d.mtab.At(path)
-	if err != nil || !mounted {
-		return false, err
-	}
-	n, ok := loopNumber(m)
-	return ok && (n == r.Device.Number || r.ReadDevice != (loop.Ref{}) && n == r.ReadDevice.Number), nil
+	_, ours, err := d.mountedAt(path, r)
+	return ours, err
 }
 
 // publishFilesystem bind-mounts the staged filesystem.
@@ -258,14 +255,12 @@ func withoutTarget(r stageRecord, path string) stageRecord {
 // NodeUnpublishVolume unmounts and removes the target. What is not published is
 // success; what is mounted there but is not this volume is left alone.
 func (s *nodeServer) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVolumeRequest) (*csi.NodeUnpublishVolumeResponse, error) {
-	d, id, target := s.d, req.GetVolumeId(), req.GetTargetPath()
-	switch {
-	case id == "":
+	d, id := s.d, req.GetVolumeId()
+	if id == "" {
 		return nil, invalidf("volume_id is missing")
-	case target == "":
-		return nil, invalidf("target_path is missing")
 	}
-	if err := checkPath("target_path", target); err != nil {
+	target, err := cleanPath("target_path", req.GetTargetPath())
+	if err != nil {
 		return nil, err
 	}
 	unlock, err := d.lockVolume(id, "NodeUnpublishVolume")
@@ -273,25 +268,26 @@ func (s *nodeServer) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpub
 		return nil, err
 	}
 	defer unlock()
-	r, known := d.state.get(id)
-	if err := d.unpublish(ctx, id, r, known, target); err != nil {
+	if err := d.unpublish(ctx, id, target); err != nil {
 		return nil, fmt.Errorf("unpublish volume %q at %q: %w", id, target, err)
 	}
 	return &csi.NodeUnpublishVolumeResponse{}, nil
 }
 
-func (d *Driver) unpublish(ctx context.Context, id string, r stageRecord, known bool, target string) error {
-	if err := d.mayUnpublish(ctx, id, r, known, target); err != nil {
+func (d *Driver) unpublish(ctx context.Context, id, target string) error {
+	r, known := d.state.get(id)
+	if !known {
+		r = stageRecord{VolumeID: id}
+	}
+	device, err := d.mayUnpublish(ctx, r, target)
+	if err != nil {
 		return err
 	}
 	if err := d.mounts.Remove(ctx, target); err != nil {
 		return err
 	}
-	if !known {
-		return d.removeEphemeral(ctx, id, target, loop.Ref{})
-	}
-	if r.Ephemeral {
-		return d.removeEphemeral(ctx, id, target, r.Device)
+	if !known || r.Ephemeral {
+		return d.removeEphemeral(ctx, id, target, device)
 	}
 	r = withoutTarget(r, target)
 	if err := d.state.put(r); err != nil {
@@ -315,27 +311,15 @@ func (d *Driver) releaseReadDevice(ctx context.Context, r stageRecord) error {
 	return d.state.put(r)
 }
 
-// mayUnpublish refuses to unmount what is not the volume.
-func (d *Driver) mayUnpublish(ctx context.Context, id string, r stageRecord, known bool, target string) error {
+// mayUnpublish refuses to unmount what is not the volume, and returns the device
+// behind what is; none when nothing is mounted.
+func (d *Driver) mayUnpublish(ctx context.Context, r stageRecord, target string) (loop.Ref, error) {
 	m, mounted, err := d.mtab.At(target)
-	if err != nil || !mounted {
-		return err
+	if err != nil || !mounted || shows(m, r) {
+		return r.Device, err
 	}
-	if known {
-		there, err := d.publishedAt(r, target)
-		if err != nil {
-			return err
-		}
-		if there {
-			return nil
-		}
-	}
-	number, ok := loopNumber(m)
-	if !ok {
-		return preconditionf("%s is mounted there, not the volume", m.Source)
-	}
-	_, err = d.ownDevice(ctx, id, number)
-	return err
+	info, err := d.deviceOf(ctx, r, m)
+	return info.Ref, err
 }
 
 // mountsOf lists the mounts that show loop device number: its filesystem, or
@@ -362,10 +346,7 @@ func (d *Driver) mountsOf(number int) ([]string, error) {
 func (d *Driver) publicationsLeft(_ context.Context, r stageRecord) ([]string, error) {
 	if r.Block {
 		var left []string
-		for _, ref := range []loop.Ref{r.Device, r.ReadDevice} {
-			if ref == (loop.Ref{}) {
-				continue
-			}
+		for _, ref := range r.devices() {
 			paths, err := d.mountsOf(ref.Number)
 			if err != nil {
 				return nil, err

@@ -61,6 +61,11 @@ func (d *Driver) reconcileRecord(ctx context.Context, r stageRecord, bound []loo
 	if r.Block {
 		return d.reconcileBlock(ctx, r, bound)
 	}
+	if r.Device == (loop.Ref{}) {
+		if err := d.completeRecord(ctx, &r); err != nil {
+			return err
+		}
+	}
 	live, err := d.stagingAlive(ctx, r)
 	if err != nil {
 		return err
@@ -82,6 +87,21 @@ func (d *Driver) reconcileRecord(ctx context.Context, r stageRecord, bound []loo
 	}
 	klog.FromContext(ctx).Info("Forgetting a staging that is gone", "volume", r.VolumeID, "path", r.StagingPath)
 	return d.state.drop(r.VolumeID)
+}
+
+// completeRecord adds the device to the record of a filesystem that was mounted
+// when a crash came before that was written down.
+func (d *Driver) completeRecord(ctx context.Context, r *stageRecord) error {
+	m, mounted, err := d.mtab.At(r.StagingPath)
+	if err != nil || !mounted {
+		return err
+	}
+	info, err := d.deviceOf(ctx, *r, m)
+	if err != nil {
+		return err
+	}
+	r.Device, r.FSType = info.Ref, m.FSType
+	return d.state.put(*r)
 }
 
 // adopt lets the loop manager count a device that stays bound, and closes the
@@ -153,7 +173,7 @@ func (d *Driver) reportUnrecorded(ctx context.Context, byImage map[loop.FileID][
 		return nil
 	}
 	for _, v := range d.images.List() {
-		key, err := d.imageID(ctx, v)
+		key, err := d.imageOf(ctx, v.ID)
 		if errors.Is(err, image.ErrDamaged) {
 			continue // the volume's health tells
 		}
@@ -168,14 +188,4 @@ func (d *Driver) reportUnrecorded(ctx context.Context, byImage map[loop.FileID][
 		}
 	}
 	return nil
-}
-
-// imageID is the identity of a volume's image.
-func (d *Driver) imageID(ctx context.Context, v image.Volume) (loop.FileID, error) {
-	f, err := d.poolSource(v).open(ctx, true)
-	if err != nil {
-		return loop.FileID{}, err
-	}
-	defer f.Close()
-	return loop.FileIDOf(f)
 }

@@ -2,6 +2,7 @@ package sanity
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -26,7 +27,9 @@ import (
 const mib = int64(1) << 20
 
 func TestMain(m *testing.M) {
-	klog.LogToStderr(false)
+	quiet := flag.NewFlagSet("klog", flag.PanicOnError)
+	klog.InitFlags(quiet)
+	_ = quiet.Parse([]string{"-logtostderr=false", "-stderrthreshold=FATAL"})
 	klog.SetOutput(io.Discard)
 	roottest.Main(m, roottest.IgnoreGoroutine("github.com/onsi/ginkgo/v2/internal/interrupt_handler.(*InterruptHandler).registerForInterrupts.func2"))
 }
