@@ -1,0 +1,273 @@
+package main
+
+import (
+	_ "embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"k8s.io/apimachinery/pkg/api/resource"
+	kjson "sigs.k8s.io/json"
+	"sigs.k8s.io/yaml"
+
+	"github.com/csi-loop/csi-loop/pkg/driver"
+	"github.com/csi-loop/csi-loop/pkg/image"
+)
+
+// exampleConfig is the configuration file with every field explained.
+//
+//go:embed example.yaml
+var exampleConfig string
+
+// config is what serve is told: the configuration file's form, over which the
+// environment and the flags are laid.
+type config struct {
+	Endpoint         string       `json:"endpoint"`
+	NodeID           string       `json:"nodeID"`
+	DriverName       string       `json:"driverName"`
+	Pools            []poolConfig `json:"pools"`
+	DefaultPool      string       `json:"defaultPool"`
+	ImageDirs        []string     `json:"imageDirs"`
+	StateDir         string       `json:"stateDir"`
+	LoopDevicesWarm  int          `json:"loopDevicesWarm"`
+	LoopDevicesMax   int          `json:"loopDevicesMax"`
+	EphemeralMaxSize scalar       `json:"ephemeralMaxSize"`
+	StopTimeout      scalar       `json:"stopTimeout"`
+	LoggingFormat    string       `json:"loggingFormat"`
+	Verbosity        uint32       `json:"verbosity"`
+}
+
+// poolConfig is one pool.
+type poolConfig struct {
+	Name       string       `json:"name"`
+	Path       string       `json:"path"`
+	Reserve    scalar       `json:"reserve"`
+	Overcommit float64      `json:"overcommit"`
+	Expect     expectConfig `json:"expect"`
+}
+
+// expectConfig is what must be true of a pool's directory, so that a disk that
+// is not mounted is noticed.
+type expectConfig struct {
+	Filesystem string `json:"filesystem"`
+	UUID       string `json:"uuid"`
+	MountPoint bool   `json:"mountPoint"`
+	PoolID     string `json:"poolID"`
+	Existing   bool   `json:"existing"`
+}
+
+// scalar is text that YAML may show as a number: a size, a duration.
+type scalar string
+
+// UnmarshalJSON takes a string or a number.
+func (s *scalar) UnmarshalJSON(b []byte) error {
+	var text string
+	if json.Unmarshal(b, &text) == nil {
+		*s = scalar(text)
+		return nil
+	}
+	var number json.Number
+	if err := json.Unmarshal(b, &number); err != nil {
+		return fmt.Errorf("%s is neither text nor a number", b)
+	}
+	*s = scalar(number)
+	return nil
+}
+
+// defaultConfig holds the values of whatever is not said.
+func defaultConfig() config {
+	return config{
+		DriverName: driver.DefaultName, StateDir: "/run/csi-loop",
+		LoopDevicesWarm: 8, LoopDevicesMax: 256,
+		EphemeralMaxSize: "0", StopTimeout: "30s",
+		LoggingFormat: "text",
+	}
+}
+
+// readConfig lays the file over c. It is strict: a key that is not known, or
+// that is there twice, is refused by name.
+func (c *config) readConfig(path string) error {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return usagef("--config: %w", err)
+	}
+	if err := c.parse(text); err != nil {
+		return usagef("%s: %w (csi-loop serve --example-config prints a file with every key)", path, err)
+	}
+	return nil
+}
+
+func (c *config) parse(text []byte) error {
+	j, err := yaml.YAMLToJSONStrict(text)
+	if err != nil {
+		return err
+	}
+	strict, err := kjson.UnmarshalStrict(j, c)
+	return errors.Join(append([]error{err}, strict...)...)
+}
+
+// addPools lays NAME=PATH pairs over the pools of the file: a pool of the same
+// name gets the path, a new name is a new pool.
+func (c *config) addPools(pairs []string, from string) error {
+	var seen []string
+	for _, pair := range pairs {
+		name, path, ok := strings.Cut(pair, "=")
+		if !ok || name == "" || path == "" {
+			return usagef("%s: %q is not NAME=PATH, as in default=/var/lib/csi-loop", from, pair)
+		}
+		if slices.Contains(seen, name) {
+			return usagef("%s: pool %q is given twice", from, name)
+		}
+		seen = append(seen, name)
+		i := slices.IndexFunc(c.Pools, func(p poolConfig) bool { return p.Name == name })
+		if i < 0 {
+			c.Pools = append(c.Pools, poolConfig{Name: name, Path: path})
+			continue
+		}
+		c.Pools[i].Path = path
+	}
+	return nil
+}
+
+// plan is a configuration that has been understood.
+type plan struct {
+	driver      driver.Config
+	endpoint    string
+	pools       []image.Config
+	imageDirs   []string
+	warm, max   int
+	stopTimeout time.Duration
+}
+
+// resolve checks everything that can be checked without looking at the machine.
+// Its errors are usage errors that name the field by its flag.
+func (c config) resolve(version string) (plan, error) {
+	p := plan{endpoint: c.Endpoint, imageDirs: c.ImageDirs, warm: c.LoopDevicesWarm, max: c.LoopDevicesMax}
+	switch {
+	case c.NodeID == "":
+		// Not the host's name by default: in a pod that is the pod's, and volumes
+		// would be bound to a node that is gone with it.
+		return p, usagef("no node ID: give --node-id=NAME: in Kubernetes the node's name (spec.nodeName), on a machine of its own for example its host name")
+	case c.Endpoint == "":
+		return p, usagef("no endpoint: give --endpoint=unix:///run/csi-loop/csi.sock, or set CSI_ENDPOINT")
+	case len(c.Pools) == 0:
+		return p, usagef("no pool: give --pool=default=/var/lib/csi-loop, a directory for the image files")
+	case c.LoopDevicesMax < 1 || c.LoopDevicesMax > 1<<20:
+		return p, usagef("--loop-devices-max %d: must be 1 to %d", c.LoopDevicesMax, 1<<20)
+	case c.LoopDevicesWarm < 0 || c.LoopDevicesWarm > c.LoopDevicesMax:
+		return p, usagef("--loop-devices-warm %d: must be 0 to --loop-devices-max, which is %d", c.LoopDevicesWarm, c.LoopDevicesMax)
+	}
+	if err := absolute("--state-dir", c.StateDir); err != nil {
+		return p, err
+	}
+	for _, dir := range c.ImageDirs {
+		if err := absolute("--image-dir", dir); err != nil {
+			return p, err
+		}
+	}
+	var err error
+	if p.stopTimeout, err = time.ParseDuration(string(c.StopTimeout)); err != nil || p.stopTimeout <= 0 {
+		return p, usagef("--stop-timeout %q: is not a positive time such as 30s", c.StopTimeout)
+	}
+	if p.pools, err = c.resolvePools(); err != nil {
+		return p, err
+	}
+	p.driver = driver.Config{Name: c.DriverName, Version: version, NodeID: c.NodeID, StateDir: c.StateDir}
+	if p.driver.DefaultPool, err = c.defaultPool(); err != nil {
+		return p, err
+	}
+	p.driver.EphemeralMaxSize, err = parseSize("--ephemeral-max-size", string(c.EphemeralMaxSize))
+	return p, err
+}
+
+// poolName is what a StorageClass can name.
+var poolName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+
+func (c config) resolvePools() ([]image.Config, error) {
+	var pools []image.Config
+	for _, p := range c.Pools {
+		if !poolName.MatchString(p.Name) {
+			return nil, usagef("pool %q: a name has 1 to 63 lower-case letters, digits and '-', with a letter or digit at both ends", p.Name)
+		}
+		if p.Path == "" {
+			return nil, usagef("pool %q has no path: give it in the file, or by --pool=%s=PATH", p.Name, p.Name)
+		}
+		if err := absolute("pool "+p.Name, p.Path); err != nil {
+			return nil, err
+		}
+		reserve, err := image.ParseReserve(string(p.Reserve))
+		if err != nil {
+			return nil, usagef("pool %q: %w", p.Name, err)
+		}
+		switch {
+		case p.Overcommit == 0:
+			p.Overcommit = 1
+		case p.Overcommit < 1:
+			return nil, usagef("pool %q: overcommit %v is below 1: 2 lets thin volumes have twice the space there is", p.Name, p.Overcommit)
+		}
+		for _, other := range pools {
+			if other.Name == p.Name {
+				return nil, usagef("pool %q is there twice", p.Name)
+			}
+			if other.Path == filepath.Clean(p.Path) {
+				return nil, usagef("pools %q and %q have one directory, %s: give each its own", other.Name, p.Name, other.Path)
+			}
+		}
+		pools = append(pools, image.Config{
+			Name: p.Name, Path: filepath.Clean(p.Path), Reserve: reserve, Overcommit: p.Overcommit,
+			Expect: image.Expect{
+				Filesystem: p.Expect.Filesystem, UUID: p.Expect.UUID, MountPoint: p.Expect.MountPoint,
+				PoolID: p.Expect.PoolID, Existing: p.Expect.Existing,
+			},
+		})
+	}
+	return pools, nil
+}
+
+// defaultPool is the pool of requests that name none: the one that is said, the
+// only one, or the one called "default".
+func (c config) defaultPool() (string, error) {
+	names := make([]string, len(c.Pools))
+	for i, p := range c.Pools {
+		names[i] = p.Name
+	}
+	want := c.DefaultPool
+	switch {
+	case want == "" && len(names) == 1:
+		return names[0], nil
+	case want == "" && slices.Contains(names, "default"):
+		return "default", nil
+	case want == "":
+		return "", usagef("which pool is the default? give --default-pool, one of %s", strings.Join(names, ", "))
+	case !slices.Contains(names, want):
+		return "", usagef("--default-pool %q is not one of the pools: %s", want, strings.Join(names, ", "))
+	}
+	return want, nil
+}
+
+// absolute checks a path of the configuration.
+func absolute(what, path string) error {
+	if !filepath.IsAbs(path) {
+		return usagef("%s: the path %q is not absolute", what, path)
+	}
+	return nil
+}
+
+// parseSize reads a Kubernetes quantity of bytes.
+func parseSize(what, text string) (int64, error) {
+	q, err := resource.ParseQuantity(text)
+	if err != nil {
+		return 0, usagef("%s %q: is not a size such as 10Gi", what, text)
+	}
+	n, exact := q.AsInt64()
+	if !exact || n < 0 {
+		return 0, usagef("%s %q: is not a whole number of bytes, 0 or more", what, text)
+	}
+	return n, nil
+}

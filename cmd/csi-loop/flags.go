@@ -1,0 +1,207 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	logsapi "k8s.io/component-base/logs/api/v1"
+	_ "k8s.io/component-base/logs/json/register" // --logging-format=json
+)
+
+// envPrefix begins the environment equivalent of a flag. CSI_ is reserved by the
+// CSI specification, of which only CSI_ENDPOINT is used.
+const envPrefix = "CSILOOP_"
+
+const serveHelp = `Run the CSI driver: all CSI services on one UNIX socket, over pools of image
+files on this machine. It needs root.
+
+  csi-loop serve --endpoint=unix:///run/csi-loop/csi.sock --node-id=NAME --pool=default=/some/dir
+
+Every flag has an environment equivalent: CSILOOP_ and the flag's name in upper
+case with "_" for "-", as in CSILOOP_NODE_ID. The endpoint's is CSI_ENDPOINT.
+What can be repeated is separated by commas there. A variable that is empty
+counts as not set. The file given by --config has the same settings, and more for
+each pool. A flag wins over the environment, that over the file, and the file
+over the default. A pool is the exception: --pool adds to those of the file, or
+changes the path of the one with that name.
+
+SIGTERM or SIGINT lets running calls finish for --stop-timeout, then cancels
+them; a second one ends the process at once. Volumes stay attached and mounted
+over a stop, and the next start goes on with them. The exit status is 2 when the
+flags, the environment or the file are wrong, and 1 for any other failure.`
+
+// serveFlags are serve's flags as given.
+type serveFlags struct {
+	config  // for those that are there
+	file    string
+	pools   []string
+	example bool
+	logging *logsapi.LoggingConfiguration
+}
+
+// newServeFlags registers the flags. Their defaults are those of defaultConfig.
+func newServeFlags(fs *pflag.FlagSet) *serveFlags {
+	f := &serveFlags{config: defaultConfig(), logging: logsapi.NewLoggingConfiguration()}
+	fs.SortFlags = false
+	fs.StringVar(&f.Endpoint, "endpoint", "", "UNIX socket for CSI calls, unix:///DIR/NAME.sock (environment: CSI_ENDPOINT); required")
+	fs.StringVar(&f.NodeID, "node-id", "", "name of this node and value of its topology segment: in Kubernetes the node's name, else for example the host name; required")
+	fs.StringArrayVar(&f.pools, "pool", nil, "directory for image files, NAME=PATH; can be repeated; required here or in the file")
+	fs.StringVar(&f.DefaultPool, "default-pool", "", `pool of requests that name none (default: the only pool, or the one called "default")`)
+	fs.StringArrayVar(&f.ImageDirs, "image-dir", nil, "directory whose images mapped volumes may show; can be repeated (default none)")
+	fs.StringVar(&f.StateDir, "state-dir", f.StateDir, "where the node keeps what it knows of staged volumes; best on a tmpfs")
+	fs.IntVar(&f.LoopDevicesWarm, "loop-devices-warm", f.LoopDevicesWarm, "loop devices to register ahead of time")
+	fs.IntVar(&f.LoopDevicesMax, "loop-devices-max", f.LoopDevicesMax, "loop devices to attach at most; also the number of volumes a CO puts on the node")
+	fs.Var(&f.EphemeralMaxSize, "ephemeral-max-size", "largest inline ephemeral volume, as in 10Gi; 0 refuses them")
+	fs.StringVar(&f.DriverName, "driver-name", f.DriverName, "name the driver registers with")
+	fs.Var(&f.StopTimeout, "stop-timeout", "how long running calls may take to finish at a stop")
+	fs.StringVar(&f.file, "config", "", "configuration file (YAML)")
+	fs.BoolVar(&f.example, "example-config", false, "print a configuration file with every key explained, and exit")
+
+	// Of the many logging flags, those that still mean something.
+	all := pflag.NewFlagSet("logging", pflag.ContinueOnError)
+	logsapi.AddFlags(f.logging, all)
+	for _, name := range []string{"logging-format", "v", "vmodule"} {
+		fs.AddFlag(all.Lookup(name))
+	}
+	fs.Lookup("logging-format").Usage = "text or json"
+	return f
+}
+
+// String, Set and Type make scalar a flag.
+func (s *scalar) String() string { return string(*s) }
+
+// Set takes any text; resolve checks it.
+func (s *scalar) Set(text string) error { *s = scalar(text); return nil }
+
+// Type is what --help shows.
+func (s *scalar) Type() string { return "string" }
+
+// envName is the environment equivalent of a flag.
+func envName(flag string) string {
+	if flag == "endpoint" {
+		return "CSI_ENDPOINT"
+	}
+	return envPrefix + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
+}
+
+// readEnvironment sets the flags that were not given from the environment.
+func readEnvironment(fs *pflag.FlagSet, lookup func(string) (string, bool)) error {
+	var err error
+	fs.VisitAll(func(f *pflag.Flag) {
+		value, ok := lookup(envName(f.Name))
+		if err != nil || f.Changed || !ok || value == "" || f.Name == "help" {
+			return
+		}
+		values := []string{value}
+		if f.Value.Type() == "stringArray" {
+			values = strings.Split(value, ",")
+		}
+		for _, v := range values {
+			if e := fs.Set(f.Name, strings.TrimSpace(v)); e != nil {
+				err = usagef("environment variable %s: %w", envName(f.Name), e)
+			}
+		}
+	})
+	return err
+}
+
+// unknownVariables lists variables with our prefix that mean nothing: a setting
+// that was misspelt, or what Kubernetes adds for a Service called "csiloop".
+func unknownVariables(fs *pflag.FlagSet, environ []string) []string {
+	var unknown []string
+	for _, pair := range environ {
+		name, _, _ := strings.Cut(pair, "=")
+		if !strings.HasPrefix(name, envPrefix) {
+			continue
+		}
+		flag := strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(name, envPrefix), "_", "-"))
+		if f := fs.Lookup(flag); f == nil || envName(flag) != name {
+			unknown = append(unknown, name)
+		}
+	}
+	slices.Sort(unknown)
+	return unknown
+}
+
+// load brings defaults, file, environment and flags together.
+func (f *serveFlags) load(fs *pflag.FlagSet, lookup func(string) (string, bool)) (config, error) {
+	if err := readEnvironment(fs, lookup); err != nil {
+		return config{}, err
+	}
+	c := defaultConfig()
+	if f.file != "" {
+		if err := c.readConfig(f.file); err != nil {
+			return c, err
+		}
+	}
+	for name, take := range map[string]func(){
+		"endpoint":           func() { c.Endpoint = f.Endpoint },
+		"node-id":            func() { c.NodeID = f.NodeID },
+		"default-pool":       func() { c.DefaultPool = f.DefaultPool },
+		"image-dir":          func() { c.ImageDirs = f.ImageDirs },
+		"state-dir":          func() { c.StateDir = f.StateDir },
+		"loop-devices-warm":  func() { c.LoopDevicesWarm = f.LoopDevicesWarm },
+		"loop-devices-max":   func() { c.LoopDevicesMax = f.LoopDevicesMax },
+		"ephemeral-max-size": func() { c.EphemeralMaxSize = f.EphemeralMaxSize },
+		"driver-name":        func() { c.DriverName = f.DriverName },
+		"stop-timeout":       func() { c.StopTimeout = f.StopTimeout },
+		"logging-format":     func() { c.LoggingFormat = f.logging.Format },
+		"v":                  func() { c.Verbosity = uint32(f.logging.Verbosity) },
+	} {
+		if fs.Changed(name) {
+			take()
+		}
+	}
+	return c, c.addPools(f.pools, "--pool")
+}
+
+// applyLogging starts logging as configured. It works once in a process.
+func (f *serveFlags) applyLogging(c config) error {
+	f.logging.Format = c.LoggingFormat
+	f.logging.Verbosity = logsapi.VerbosityLevel(c.Verbosity)
+	if err := logsapi.ValidateAndApply(f.logging, nil); err != nil {
+		return usagef("logging: %w", err)
+	}
+	return nil
+}
+
+func newServeCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "serve",
+		Short: "Run the CSI driver",
+		Long:  serveHelp,
+		Args:  cobra.NoArgs,
+	}
+	f := newServeFlags(c.Flags())
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		return failed(f.run(c))
+	}
+	return c
+}
+
+func (f *serveFlags) run(c *cobra.Command) error {
+	if f.example {
+		_, err := io.WriteString(c.OutOrStdout(), exampleConfig)
+		return err
+	}
+	cfg, err := f.load(c.Flags(), os.LookupEnv)
+	if err != nil {
+		return err
+	}
+	p, err := cfg.resolve(thisBuild().Version)
+	if err != nil {
+		return err
+	}
+	if err := f.applyLogging(cfg); err != nil {
+		return err
+	}
+	if err := completePath(); err != nil {
+		return fmt.Errorf("PATH: %w", err)
+	}
+	return serve(c.Context(), p, unknownVariables(c.Flags(), os.Environ()))
+}

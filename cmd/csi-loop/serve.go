@@ -1,0 +1,106 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+	"sync"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/csi-loop/csi-loop/pkg/driver"
+	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/mount"
+)
+
+// serve puts the driver together, brings it up, and answers calls until ctx
+// ends. What was opened is closed in reverse order. It is the only place that
+// knows all packages.
+func serve(ctx context.Context, p plan, unknown []string) (err error) {
+	logger := klog.FromContext(ctx)
+	for _, name := range unknown {
+		logger.Info("Environment variable means nothing to csi-loop", "variable", name)
+	}
+	if os.Geteuid() != 0 {
+		return errors.New("serve needs root, to attach loop devices and to mount: run it with sudo, or in a privileged container")
+	}
+	defer func() {
+		// A stop before serving is no failure.
+		if err != nil && ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+			logger.Info("Stopped while starting", "err", err.Error())
+			err = nil
+		}
+	}()
+	loops, err := loop.New(ctx, loop.WithWarm(p.warm), loop.WithMax(p.max))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, loops.Close()) }()
+	stopWarm := background(ctx, func(ctx context.Context) { keepWarm(ctx, loops) })
+	defer stopWarm()
+	images, err := image.Open(ctx, p.pools)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, images.Close()) }()
+	dirs, err := image.OpenDirs(p.imageDirs, images.Pools()...)
+	if err != nil {
+		return err
+	}
+	d, err := driver.New(p.driver, images, dirs, loops, mount.New())
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	if err := d.Reconcile(ctx); err != nil {
+		return err
+	}
+	return listenAndServe(ctx, d, p)
+}
+
+func listenAndServe(ctx context.Context, d *driver.Driver, p plan) error {
+	l, err := driver.Listen(ctx, p.endpoint)
+	if err != nil {
+		return err
+	}
+	names := make([]string, len(p.pools))
+	for i, pool := range p.pools {
+		names[i] = pool.Name + "=" + pool.Path
+	}
+	klog.FromContext(ctx).Info("Serving", "version", p.driver.Version, "endpoint", p.endpoint, "node", p.driver.NodeID, "pools", names)
+	return d.Serve(ctx, l, p.stopTimeout)
+}
+
+// background runs work until the returned function is called, which waits for it.
+func background(ctx context.Context, work func(context.Context)) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { work(ctx) })
+	return func() {
+		cancel()
+		wg.Wait()
+	}
+}
+
+// trimEvery is how often idle loop devices are brought back to the warm number:
+// a burst of volumes leaves many behind.
+const trimEvery = time.Minute
+
+// keepWarm holds idle loop devices ready until ctx ends. That this fails makes
+// attaching slower and nothing else, so it is only told.
+func keepWarm(ctx context.Context, loops *loop.Manager) {
+	tick := time.NewTicker(trimEvery)
+	defer tick.Stop()
+	for {
+		if err := errors.Join(loops.Trim(ctx), loops.Warm(ctx)); err != nil && ctx.Err() == nil {
+			klog.FromContext(ctx).Error(err, "Idle loop devices could not be kept ready")
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
