@@ -21,6 +21,9 @@ LINT     := bin/golangci-lint
 # Root tests share the kernel's loop devices and the machine's disk: one package at a time.
 ROOTTEST := CSI_LOOP_ROOT_TESTS=1 $(GO) test -exec $(ROOT) -count=1 -p 1 -timeout 15m $(TESTARGS)
 
+# Logs are read in CI too.
+export GINKGO_NO_COLOR := TRUE
+
 .DEFAULT_GOAL := help
 .PHONY: help build demo test test-unit test-root sanity test-vm bench bench-smoke check lint fmt generate image clean
 
