@@ -329,10 +329,9 @@ func (p *Pool) loadOne(dir string) (r record, allocated int64, err error) {
 // settle finishes a Grow that a crash interrupted: blocks past the end are given
 // back, or, when the image has its new size already, the record follows.
 func (p *Pool) settle(d *os.File, dir string, r record, st fileStat) (record, int64, error) {
-	const metadata = MiB // what an extent tree may take on top
 	switch {
-	case st.Size == r.Size && st.Allocated > r.Size+r.Size/256+metadata:
-		if err := p.truncate(d, r.Size); err != nil {
+	case st.Size == r.Size && st.Allocated > withMetadata(r.Size):
+		if err := p.trim(d, r.Size); err != nil {
 			return r, 0, err
 		}
 		if after, err := statAt(d, imageFile); err == nil {
@@ -348,12 +347,17 @@ func (p *Pool) settle(d *os.File, dir string, r record, st fileStat) (record, in
 	return r, st.Allocated, nil
 }
 
-func (p *Pool) truncate(d *os.File, size int64) error {
+// withMetadata is what a whole image of that size may occupy, extent tree
+// included. The image may be in use, so what is less is left to the next Grow.
+func withMetadata(size int64) int64 { return size + size/4096 + 64<<10 }
+
+// trim gives back the blocks past the end, which truncating to the very size does.
+func (p *Pool) trim(d *os.File, size int64) error {
 	f, err := openAt(d, imageFile, true)
 	if err != nil {
 		return err
 	}
-	return errors.Join(f.Truncate(size), f.Sync(), f.Close())
+	return errors.Join(f.Truncate(size), f.Close())
 }
 
 func (p *Pool) replaceRecord(d *os.File, r record) (renamed bool, err error) {

@@ -1,0 +1,181 @@
+package image
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+func TestDamagedRecordIsRefusedOthersServed(t *testing.T) {
+	damages := map[string]func(dir string) error{
+		"empty":   func(d string) error { return os.Truncate(filepath.Join(d, recordFile), 0) },
+		"half":    func(d string) error { return os.Truncate(filepath.Join(d, recordFile), 50) },
+		"garbage": func(d string) error { return os.WriteFile(filepath.Join(d, recordFile), []byte("\x00\x01{"), 0o600) },
+		"missing": func(d string) error { return os.Remove(filepath.Join(d, recordFile)) },
+		"newer": func(d string) error {
+			return replaceIn(filepath.Join(d, recordFile), `"formatVersion": 1`, `"formatVersion": 9`)
+		},
+		"unknown":   func(d string) error { return replaceIn(filepath.Join(d, recordFile), `"name"`, `"x": 1, "name"`) },
+		"size":      func(d string) error { return replaceIn(filepath.Join(d, recordFile), `"size": `, `"size": 1`) },
+		"othername": func(d string) error { return replaceIn(filepath.Join(d, recordFile), `"name": "`, `"name": "x`) },
+		"no-fields": func(d string) error { return replaceIn(filepath.Join(d, recordFile), `"directIO": "auto",`, ``) },
+		"symlink":   func(d string) error { return moveAndLink(d, recordFile, os.Symlink) },
+		"hardlink":  func(d string) error { return moveAndLink(d, recordFile, os.Link) },
+		"fifo": func(d string) error {
+			return errors.Join(os.Remove(filepath.Join(d, recordFile)), syscall.Mkfifo(filepath.Join(d, recordFile), 0o600))
+		},
+		"dir": func(d string) error {
+			return errors.Join(os.Remove(filepath.Join(d, recordFile)), os.Mkdir(filepath.Join(d, recordFile), 0o700))
+		},
+		"dirlink": func(d string) error {
+			return errors.Join(os.Rename(d, d+"-moved"), os.Symlink(d+"-moved", d))
+		},
+	}
+	dir := poolDir(t)
+	s, p := openPool(t, dir)
+	create(t, p, Spec{Name: "good", Size: MiB})
+	for name := range damages {
+		create(t, p, Spec{Name: name, Size: MiB})
+	}
+	s.Close()
+	for name, damage := range damages {
+		if err := damage(filepath.Join(dir, volumesDir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, volumesDir, "Stray File"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	s, p = openPool(t, dir)
+	if l := s.List(); len(l) != 1 || l[0].Name != "good" {
+		t.Fatalf("served: %v", l)
+	}
+	for name := range damages {
+		id := VolumeID(p.ID(), name)
+		_, err := s.Get(id)
+		wantError(t, err, ErrDamaged, name)
+		_, err = p.Create(ctx, Spec{Name: name, Size: MiB})
+		wantError(t, err, ErrDamaged, name)
+		wantError(t, p.Remove(ctx, id), ErrDamaged, name)
+		_, err = p.OpenImage(ctx, id, true)
+		wantError(t, err, ErrDamaged)
+		if h := p.VolumeHealth(ctx, id); len(h) != 1 || h[0].Reason != "RecordUnreadable" || h[0].Kind != Inaccessible {
+			t.Errorf("%s: %v", name, h)
+		}
+	}
+	wantError(t, p.Damaged()["newer"], errNewer)
+	if p.Damaged()["Stray File"] == nil {
+		t.Error("a stray file in volumes/ is not told of")
+	}
+	if len(p.Health()) < len(damages) {
+		t.Errorf("health: %v", p.Health())
+	}
+	fill(t, p, VolumeID(p.ID(), "good"), 0, 10)
+}
+
+func replaceIn(path, old, with string) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	changed := strings.Replace(string(b), old, with, 1)
+	if changed == string(b) {
+		return fmt.Errorf("%s has no %q", path, old)
+	}
+	return os.WriteFile(path, []byte(changed), 0o600)
+}
+
+func moveAndLink(dir, name string, link func(string, string) error) error {
+	away := filepath.Join(filepath.Dir(filepath.Dir(dir)), "elsewhere-"+filepath.Base(dir)+name)
+	return errors.Join(os.Rename(filepath.Join(dir, name), away), link(away, filepath.Join(dir, name)))
+}
+
+func TestDamagedImageIsNotOpened(t *testing.T) {
+	for name, c := range map[string]struct {
+		damage func(dir string) error
+		reason string
+		kind   ProblemKind
+	}{
+		"missing":   {func(d string) error { return os.Remove(filepath.Join(d, imageFile)) }, "ImageMissing", DataLoss},
+		"truncated": {func(d string) error { return os.Truncate(filepath.Join(d, imageFile), MiB) }, "ImageTruncated", DataLoss},
+		"longer":    {func(d string) error { return os.Truncate(filepath.Join(d, imageFile), size+5) }, "ImageForeign", Inaccessible},
+		"symlink":   {func(d string) error { return moveAndLink(d, imageFile, os.Symlink) }, "ImageForeign", Inaccessible},
+		"hard link": {func(d string) error { return moveAndLink(d, imageFile, os.Link) }, "ImageForeign", Inaccessible},
+		"directory": {func(d string) error {
+			return errors.Join(os.Remove(filepath.Join(d, imageFile)), os.Mkdir(filepath.Join(d, imageFile), 0o700))
+		}, "ImageForeign", Inaccessible},
+		"FIFO": {func(d string) error {
+			return errors.Join(os.Remove(filepath.Join(d, imageFile)), syscall.Mkfifo(filepath.Join(d, imageFile), 0o600))
+		}, "ImageForeign", Inaccessible},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := poolDir(t)
+			s, p := openPool(t, dir)
+			v := create(t, p, Spec{Name: "v", Size: size})
+			if h := p.VolumeHealth(ctx, v.ID); len(h) > 0 {
+				t.Fatalf("health before: %v", h)
+			}
+			if err := c.damage(filepath.Join(dir, volumesDir, "v")); err != nil {
+				t.Fatal(err)
+			}
+			for range 2 { // before and after reopening
+				for _, readOnly := range []bool{true, false} {
+					_, err := p.OpenImage(ctx, v.ID, readOnly)
+					wantError(t, err, ErrDamaged, imageFile)
+				}
+				_, err := p.Grow(ctx, v.ID, 2*size)
+				wantError(t, err, ErrDamaged)
+				if h := p.VolumeHealth(ctx, v.ID); len(h) != 1 || h[0].Reason != c.reason || h[0].Kind != c.kind {
+					t.Fatalf("health: %v", h)
+				}
+				s.Close()
+				s, p = openPool(t, dir)
+			}
+			if err := p.Remove(ctx, v.ID); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+}
+
+func TestLeftoversAreSwept(t *testing.T) {
+	dir := poolDir(t)
+	outside := filepath.Join(t.TempDir(), "outside")
+	if err := os.WriteFile(outside, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, p := openPool(t, dir)
+	create(t, p, Spec{Name: "v", Size: MiB})
+	s.Close()
+	deep := filepath.Join(dir, ".new-a", "b", "c")
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(os.MkdirAll(deep, 0o700))
+	must(os.WriteFile(filepath.Join(deep, "f"), nil, 0o600))
+	must(os.Symlink(filepath.Dir(outside), filepath.Join(deep, "link")))
+	must(os.Symlink(filepath.Dir(outside), filepath.Join(dir, ".gone-link")))
+	must(os.WriteFile(filepath.Join(dir, ".gone-file"), nil, 0o400))
+	must(syscall.Mkfifo(filepath.Join(dir, ".new-fifo"), 0o600))
+	must(os.Mkdir(filepath.Join(dir, volumesDir, "v", recordNew), 0o700))
+	s, p = openPool(t, dir)
+	wantClean(t, dir)
+	if _, err := os.Stat(outside); err != nil {
+		t.Fatal("followed a link out of the pool")
+	}
+	if _, err := os.Stat(filepath.Join(dir, volumesDir, "v", recordNew)); !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal("an unfinished record is left")
+	}
+	if len(s.List()) != 1 || len(p.Health()) != 0 {
+		t.Fatal(p.Health())
+	}
+}
