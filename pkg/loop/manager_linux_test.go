@@ -139,7 +139,7 @@ func TestReuseConflictAndNeighbours(t *testing.T) {
 		}
 		for field, edit := range map[string]func(*Mapping){
 			"Offset":    func(m *Mapping) { m.Offset = 4096 },
-			"SizeLimit": func(m *Mapping) { m.SizeLimit = 0 },
+			"SizeLimit": func(m *Mapping) { m.SizeLimit = 8192 },
 			"BlockSize": func(m *Mapping) { m.BlockSize = 512 },
 			"Autoclear": func(m *Mapping) { m.Autoclear = true },
 			"Tag":       func(m *Mapping) { m.Tag = "other" },
@@ -218,7 +218,7 @@ func TestAutoclearIsHeldByTheDevice(t *testing.T) {
 
 func TestStateOfAutoclearDevices(t *testing.T) {
 	onEveryMachine(t, func(t *testing.T, m *machine) {
-		manager := m.manager(t)
+		manager := m.manager(t, impatient())
 		want := whole
 		want.Autoclear = true
 		d := m.attach(t, manager, "a", want)
@@ -250,7 +250,7 @@ func TestStateOfAutoclearDevices(t *testing.T) {
 
 func TestDetachOfABusyDevice(t *testing.T) {
 	onEveryMachine(t, func(t *testing.T, m *machine) {
-		manager := m.manager(t)
+		manager := m.manager(t, impatient())
 		d := m.attach(t, manager, "a", whole)
 		wantErr(t, "detach while we hold it", manager.Detach(t.Context(), d.Ref()), ErrBusy)
 		if got := must(manager.Inspect(t.Context(), d.Ref().Number))(t); got.Autoclear {

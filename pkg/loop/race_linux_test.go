@@ -70,6 +70,17 @@ func TestAnotherBindsTheNumberBetweenGetFreeAndConfigure(t *testing.T) {
 	})
 }
 
+func TestTheLowestNumberIsClaimedAndNeverBound(t *testing.T) {
+	onEveryMachineFake(t, func(t *testing.T, m *machine) {
+		manager := m.manager(t)
+		release := m.claim(t, 0)
+		a := m.attach(t, manager, "a", whole)
+		b := m.attach(t, manager, "b", whole)
+		m.detach(t, manager, a, b)
+		release()
+	})
+}
+
 func TestTheNumberIsRemovedBetweenGetFreeAndOpen(t *testing.T) {
 	onFakes(t, func(t *testing.T, m *machine) {
 		manager := m.manager(t)

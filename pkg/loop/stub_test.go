@@ -1,5 +1,0 @@
-package loop
-
-const childVariable = "X"
-
-func child() int { return 0 }
