@@ -123,8 +123,12 @@ func TestThickIsWholeAndMounts(t *testing.T) {
 
 func TestSmallestFilesystemsMount(t *testing.T) {
 	_, p := openPool(t, scratch(t, "ext4", 1<<30))
-	for _, fsType := range []string{"ext2", "ext3", "ext4", "xfs", "btrfs"} {
-		v := create(t, p, Spec{Name: fsType, Size: MinimumSize(fsType), Filesystem: fsType})
+	for i, fsType := range []string{"ext2", "ext3", "ext4", "btrfs", "xfs", "xfs"} {
+		blockSize := 4096
+		if fsType == "xfs" {
+			blockSize = 512 << (i - 3) // 1024, 2048; the others are tested elsewhere
+		}
+		v := create(t, p, Spec{Name: fmt.Sprint(fsType, i), Size: MinimumSize(fsType), Filesystem: fsType, BlockSize: blockSize})
 		wantWhole(t, p, v.ID)
 		mounted(t, p, v, func(at string) {
 			if err := os.WriteFile(filepath.Join(at, "f"), []byte("x"), 0o600); err != nil {

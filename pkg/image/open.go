@@ -165,14 +165,14 @@ func (p *Pool) openContent(ctx context.Context, uuid string, ledgers map[string]
 	p.account = newAccount(ledgers[key], func() (space, error) { return spaceOf(p.root) },
 		p.config.Reserve, max(1, p.config.Overcommit))
 	p.account.lag = p.lag
-	for _, name := range []string{volumesDir, snapshotsDir} {
-		if err := p.ensureDir(name); err != nil {
-			return poolError(p.config, "%s: %w", name, err)
-		}
-	}
-	if p.volumes, err = openDirAt(p.root, volumesDir); err != nil {
+	if p.volumes, err = p.ensureDir(volumesDir); err != nil {
 		return poolError(p.config, "%s: %w", volumesDir, err)
 	}
+	snapshots, err := p.ensureDir(snapshotsDir)
+	if err != nil {
+		return poolError(p.config, "%s: %w", snapshotsDir, err)
+	}
+	defer snapshots.Close()
 	if err := p.sweep(); err != nil {
 		return err
 	}
@@ -187,19 +187,24 @@ func (p *Pool) openContent(ctx context.Context, uuid string, ledgers map[string]
 	return nil
 }
 
-func (p *Pool) ensureDir(name string) error {
-	if err := mkdirAt(p.root, name); err != nil {
-		if errors.Is(err, fs.ErrExist) {
-			return nil // openDirAt refuses what is not a directory
-		}
-		return err
+// ensureDir makes and opens a directory of the pool.
+func (p *Pool) ensureDir(name string) (*os.File, error) {
+	if err := mkdirAt(p.root, name); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, err
 	}
-	return p.root.Sync()
+	d, err := openDirAt(p.root, name)
+	if err != nil {
+		return nil, err
+	}
+	if err := keepPrivate(d, 0o700); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
 }
 
 // openIdentity reads pool.json, or makes it in an empty directory.
 func (p *Pool) openIdentity(ctx context.Context) error {
-	b, err := readFile(p.root, identityFile, maxIdentitySize)
+	b, err := p.readIdentity()
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		if err := p.makeIdentity(ctx); err != nil {
@@ -216,6 +221,28 @@ func (p *Pool) openIdentity(ctx context.Context) error {
 		return poolError(p.config, "it is pool %s, expected %s; is the right disk mounted?", p.ID(), want)
 	}
 	return nil
+}
+
+func (p *Pool) readIdentity() ([]byte, error) {
+	f, err := openAt(p.root, identityFile, false)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if err := keepPrivate(f, 0o600); err != nil {
+		return nil, err
+	}
+	return readSmall(f, maxIdentitySize)
+}
+
+// keepPrivate takes away what a restored backup let others do: an image is a
+// tenant's disk (fact 42), and pool.json is a key.
+func keepPrivate(f *os.File, mode fs.FileMode) error {
+	st, err := statFile(f)
+	if err != nil || st.Mode.Perm()&^mode == 0 {
+		return err
+	}
+	return f.Chmod(mode)
 }
 
 func (p *Pool) makeIdentity(ctx context.Context) error {

@@ -386,6 +386,38 @@ func TestIdentityThatIsRefused(t *testing.T) {
 	}
 }
 
+func TestLinksInPlaceOfThePoolsOwnFilesAreRefused(t *testing.T) {
+	for _, name := range []string{identityFile, volumesDir, snapshotsDir} {
+		dir := poolDir(t)
+		s, _ := openPool(t, dir)
+		s.Close()
+		away := filepath.Join(t.TempDir(), "away")
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.Rename(path, away), os.Symlink(away, path)); err != nil {
+			t.Fatal(err)
+		}
+		_, _, err := tryOpen(dir)
+		wantError(t, err, ErrPool, name)
+	}
+}
+
+func TestPrivateAgainAfterARestore(t *testing.T) {
+	dir := poolDir(t)
+	s, _ := openPool(t, dir)
+	s.Close()
+	for name, mode := range map[string]fs.FileMode{identityFile: 0o600, volumesDir: 0o700} {
+		path := filepath.Join(dir, name)
+		if err := os.Chmod(path, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		s, _ := openPool(t, dir)
+		s.Close()
+		if st, err := os.Stat(path); err != nil || st.Mode().Perm() != mode {
+			t.Errorf("%s has mode %v: %v", name, st.Mode(), err)
+		}
+	}
+}
+
 func TestOneProcessPerPoolOneDirectoryPerID(t *testing.T) {
 	dir := poolDir(t)
 	_, p := openPool(t, dir)
