@@ -76,6 +76,7 @@ type mounter interface {
 
 // mountTable tells what is mounted where; *mount.Mounter does.
 type mountTable interface {
+	NeedsGrow(s mount.GrowSpec) (bool, error)
 	At(path string) (mount.Mount, bool, error)
 	List() ([]mount.Mount, error)
 	Stats(path string) (mount.Stats, error)

@@ -27,7 +27,8 @@ type fakeKernel struct {
 	mounts  []mount.Mount       // guarded by mu; later ones cover earlier ones
 	// fail makes the named step ("attach", "mount", "bind", "unmount", ...) fail
 	// once with the error.
-	fail map[string]error // guarded by mu
+	fail  map[string]error // guarded by mu
+	small bool             // the filesystems are smaller than their devices; guarded by mu
 }
 
 type fakeDevice struct {
@@ -330,6 +331,12 @@ func (m fakeMounts) Check(context.Context, string, string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.failing("check")
+}
+
+func (k *fakeKernel) NeedsGrow(mount.GrowSpec) (bool, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.small, nil
 }
 
 func (k *fakeKernel) At(path string) (mount.Mount, bool, error) {

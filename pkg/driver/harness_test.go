@@ -107,7 +107,11 @@ func (n *node) start() {
 	}
 	n.must(err)
 	n.must(d.Reconcile(ctx))
-	n.socket = filepath.Join(n.t.TempDir(), "csi.sock")
+	// A UNIX socket's path is short, a test's name may be long.
+	sockets, err := os.MkdirTemp("", "s")
+	n.must(err)
+	n.t.Cleanup(func() { n.must(os.RemoveAll(sockets)) })
+	n.socket = filepath.Join(sockets, "csi.sock")
 	l, err := Listen(ctx, "unix://"+n.socket)
 	n.must(err)
 	serve, cancel := context.WithCancel(ctx)
@@ -259,4 +263,14 @@ func (v volume) down(pods ...string) {
 	}
 	v.n.must(v.unstage())
 	v.n.must(v.delete())
+}
+
+// dial connects to a socket.
+func dial(t *testing.T, path string) *grpc.ClientConn {
+	t.Helper()
+	conn, err := grpc.NewClient("unix:"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return conn
 }

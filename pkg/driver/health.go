@@ -9,6 +9,7 @@ import (
 
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/mount"
 )
 
 // Reasons of health entries found by the node, beside those of package image.
@@ -155,18 +156,19 @@ func (d *Driver) stagingProblems(ctx context.Context, r stageRecord, v image.Vol
 	case m.ReadOnly && !r.ReadOnly:
 		p.add(csi.VolumeHealthErrorType_INACCESSIBLE, reasonReadOnly, "the kernel made the filesystem read-only, usually after an I/O error: see the kernel log for %s, then delete the pods that use it; it is checked when it is staged anew", info.Path)
 	}
-	d.sizeProblem(r, info, p)
+	if ours {
+		d.sizeProblem(r, info, p)
+	}
 }
 
 // sizeProblem finds a filesystem that did not follow the growth of its device.
-// Metadata takes a part of every filesystem, so only a gap larger than that counts.
 func (d *Driver) sizeProblem(r stageRecord, info loop.Info, p *problems) {
-	st, err := d.mtab.Stats(r.StagingPath)
-	if err != nil || r.Mapped != nil {
+	if r.Mapped != nil || r.ReadOnly {
 		return
 	}
-	if st.Total < info.Size*3/4-64<<20 {
-		p.add(csi.VolumeHealthErrorType_DEGRADED, reasonNotGrown, "the filesystem has %d bytes, its device %d: expand the volume again, or see the driver's log for why it could not grow", st.Total, info.Size)
+	small, err := d.mtab.NeedsGrow(mount.GrowSpec{FSType: r.FSType, Device: info.Path, Path: r.StagingPath})
+	if err == nil && small {
+		p.add(csi.VolumeHealthErrorType_DEGRADED, reasonNotGrown, "the filesystem is smaller than its device of %d bytes: expand the volume again, or see the driver's log for why it could not grow", info.Size)
 	}
 }
 

@@ -27,7 +27,7 @@ func parseToken(token string) (string, error) {
 	}
 	raw, err := base64.RawURLEncoding.DecodeString(token)
 	id, ok := strings.CutPrefix(string(raw), tokenPrefix)
-	if err != nil || !ok || id == "" {
+	if err != nil || !ok || id == "" || makeToken(id) != token {
 		return "", abortedf("starting_token %q is not one of ours: start the list again", token)
 	}
 	return id, nil

@@ -395,6 +395,11 @@ func TestHealth(t *testing.T) {
 		t.Errorf("read-only mount: %v", r)
 	}
 	n.fake.mounts[0].ReadOnly = false
+	n.fake.small = true
+	if r := reasons(); !slices.Equal(r, []string{reasonNotGrown}) {
+		t.Errorf("filesystem that did not grow: %v", r)
+	}
+	n.fake.small = false
 	saved := n.fake.devices[0].info.Ref
 	n.fake.devices[0].info.DiskSeq++
 	if r := reasons(); !slices.Contains(r, reasonDetached) {
