@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	mountutils "k8s.io/mount-utils"
 )
 
 // Mounter does everything in this package that needs the kernel. Any number of
@@ -102,15 +104,23 @@ func (m *Mounter) at(path string) (Mount, bool, error) {
 		return m.describe(path, p)
 	case isMissing(err):
 		return Mount{}, false, nil
-	case errors.Is(err, syscall.ENAMETOOLONG), errors.Is(err, syscall.ELOOP), errors.Is(err, errors.ErrUnsupported):
+	case !isDead(err):
 		return Mount{}, false, &OpError{Op: "look at", Path: path, Err: err}
 	}
-	// EIO, ENOTCONN, ESTALE...: a dead filesystem. mountinfo lives.
+	// The filesystem is dead. mountinfo lives.
 	found, ok, listErr := m.atByPath(path)
 	if listErr != nil || !ok {
 		return Mount{}, false, errors.Join(&OpError{Op: "look at", Path: path, Err: err}, listErr)
 	}
 	return found, true, nil
+}
+
+// isDead says whether a look at a path failed in the way it fails on a mount
+// whose filesystem or device is gone: what mount-utils calls a corrupted mount,
+// and a root directory that the filesystem itself calls damaged.
+func isDead(err error) bool {
+	var errno syscall.Errno
+	return errors.As(err, &errno) && (mountutils.IsCorruptedMnt(errno) || errno == syscall.EUCLEAN)
 }
 
 // describe returns the mount with the number that a look at path found.

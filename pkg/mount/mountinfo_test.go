@@ -1,10 +1,14 @@
 package mount
 
 import (
+	"bytes"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	mountutils "k8s.io/mount-utils"
 )
 
 func TestParseMountinfo(t *testing.T) {
@@ -60,4 +64,36 @@ func FuzzParseMountinfo(f *testing.F) {
 			topAt(mounts, m.Path)
 		}
 	})
+}
+
+// TestAgreesWithMountUtils: on what the machine shows, where nobody uses strange
+// names, our parser and that of mount-utils see the same.
+func TestAgreesWithMountUtils(t *testing.T) {
+	const file = "/proc/self/mountinfo"
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Skip("no mountinfo on this system: ", err)
+	}
+	path := filepath.Join(t.TempDir(), "mountinfo") // the real one may change meanwhile
+	if err := os.WriteFile(path, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if bytes.ContainsAny(text, "\\") {
+		t.Skip("a path on this machine is escaped; mount-utils leaves it so")
+	}
+	theirs, err := mountutils.ParseMountInfo(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours := parseMountinfo(text)
+	if len(ours) != len(theirs) {
+		t.Fatalf("%d mounts, mount-utils sees %d", len(ours), len(theirs))
+	}
+	for i, m := range ours {
+		w := theirs[i]
+		if m.ID != w.ID || m.Path != w.MountPoint || m.Root != w.Root || m.FSType != w.FsType || m.Source != w.Source ||
+			int(m.Major) != w.Major || int(m.Minor) != w.Minor {
+			t.Errorf("%+v, mount-utils has %+v", m, w)
+		}
+	}
 }
