@@ -97,7 +97,7 @@ func (c *child) wait() int {
 	select {
 	case <-c.done:
 		return c.cmd.ProcessState.ExitCode()
-	case <-time.After(60 * time.Second):
+	case <-time.After(120 * time.Second): // a demo that fails may clean up for a minute
 		c.t.Fatalf("still running; its errors: %s", c.errors())
 		return 0
 	}

@@ -197,10 +197,18 @@ func (d *demo) unpublish(ctx context.Context, v *volume, target string) error {
 	return err
 }
 
+// unstage repeats the call while the device is in use, as an orchestrator does: a
+// process with a mount namespace of its own may have a copy of the mount.
 func (d *demo) unstage(ctx context.Context, v *volume) error {
-	_, err := call(ctx, d.client, "NodeUnstageVolume", d.client.node.NodeUnstageVolume, &csi.NodeUnstageVolumeRequest{
-		VolumeId: v.id, StagingTargetPath: v.staging,
+	err := patiently(ctx, func() error {
+		_, err := call(ctx, d.client, "NodeUnstageVolume", d.client.node.NodeUnstageVolume, &csi.NodeUnstageVolumeRequest{
+			VolumeId: v.id, StagingTargetPath: v.staging,
+		})
+		return err
 	})
+	if status.Code(err) == codes.Aborted {
+		return fmt.Errorf("%w (does a process in another mount namespace hold the mount?)", err)
+	}
 	if err == nil {
 		v.staged = false
 	}
@@ -235,27 +243,28 @@ func (d *demo) tearDown(ctx context.Context) error {
 	for _, v := range d.cast.all() {
 		if v.id == "" && v.made {
 			// The answer of CreateVolume was lost. Asking again finds the volume or makes it.
-			errs = append(errs, d.patiently(ctx, func() error { return d.create(ctx, v, 0) }))
+			errs = append(errs, patiently(ctx, func() error { return d.create(ctx, v, 0) }))
 		}
 		if v.id == "" {
 			continue
 		}
-		errs = append(errs, d.patiently(ctx, func() error { return d.detach(ctx, v) }))
+		errs = append(errs, patiently(ctx, func() error { return d.detach(ctx, v) }))
 		if v.made {
-			errs = append(errs, d.patiently(ctx, func() error { return d.remove(ctx, v) }))
+			errs = append(errs, patiently(ctx, func() error { return d.remove(ctx, v) }))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// patiently repeats a call while the driver answers that another one still runs.
-func (d *demo) patiently(ctx context.Context, f func() error) error {
+// patience bounds how long a call is repeated.
+const patience = 15 * time.Second
+
+// patiently repeats a call that is answered with "not now".
+func patiently(ctx context.Context, f func() error) error {
+	deadline := time.Now().Add(patience)
 	for {
 		err := f()
-		if code := status.Code(err); code != codes.Aborted && code != codes.Unavailable {
-			return err
-		}
-		if pause(ctx, 50*time.Millisecond) != nil {
+		if status.Code(err) != codes.Aborted || time.Now().After(deadline) || pause(ctx, 50*time.Millisecond) != nil {
 			return err
 		}
 	}

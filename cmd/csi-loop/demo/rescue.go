@@ -9,15 +9,14 @@ import (
 	"time"
 )
 
-// rescueTime bounds the clean-up after a failure.
+// rescueTime bounds the clean-up by the driver after a failure.
 const rescueTime = 60 * time.Second
 
 // rescue takes everything back after cause made the story end, and returns cause
 // with what could not be taken back.
 func (d *demo) rescue(ctx context.Context, cause error) error {
 	interrupted := ctx.Err() != nil
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rescueTime)
-	defer cancel()
+	ctx = context.WithoutCancel(ctx)
 	if tail := d.logTail(15); len(tail) > 0 && !interrupted {
 		d.out.line("\nThe last lines of the driver's log:")
 		for _, l := range tail {
@@ -28,7 +27,7 @@ func (d *demo) rescue(ctx context.Context, cause error) error {
 	err := d.byDriver(ctx)
 	if left, lerr := leftovers(d.dir); lerr != nil || len(left) > 0 {
 		// The driver could not. What it said is what a reader needs to know.
-		err = errors.Join(err, lerr, d.byHand(ctx))
+		err = errors.Join(err, lerr, d.byHand())
 	} else {
 		err = nil // whatever was said, nothing is left
 	}
@@ -38,29 +37,46 @@ func (d *demo) rescue(ctx context.Context, cause error) error {
 	return cause
 }
 
-// byDriver cleans up the proper way.
+// byDriver cleans up the proper way, with a new driver when the old one is gone.
 func (d *demo) byDriver(ctx context.Context) error {
-	var errs []error
-	busy := slices.ContainsFunc(d.cast.all(), func(v *volume) bool { return v.made || v.staged })
-	if busy && (!d.driver.alive() || d.client == nil) {
-		if d.driver.alive() {
-			errs = append(errs, d.driver.kill())
+	ctx, cancel := context.WithTimeout(ctx, rescueTime)
+	defer cancel()
+	var err error
+	for range 2 {
+		if !slices.ContainsFunc(d.cast.all(), func(v *volume) bool { return v.made || v.staged }) {
+			err = nil
+			break
 		}
-		errs = append(errs, d.disconnect(), d.startDriver(ctx))
+		if err = d.ensureDriver(ctx); err == nil {
+			err = d.tearDown(ctx)
+		}
 	}
-	if busy && d.client != nil {
-		errs = append(errs, d.tearDown(ctx))
-	}
-	errs = append(errs, d.disconnect())
+	err = errors.Join(err, d.disconnect())
 	if d.driver.alive() {
-		errs = append(errs, d.driver.stop(ctx))
+		err = errors.Join(err, d.driver.stop(ctx))
 	}
-	return errors.Join(errs...)
+	return err
+}
+
+// ensureDriver starts the driver unless it runs and is connected.
+func (d *demo) ensureDriver(ctx context.Context) error {
+	if d.driver.alive() && d.client != nil {
+		return nil
+	}
+	if d.driver.alive() {
+		if err := d.driver.kill(); err != nil {
+			return err
+		}
+	}
+	if err := d.disconnect(); err != nil {
+		return err
+	}
+	return d.startDriver(ctx)
 }
 
 // byHand is the last resort: it unmounts and unbinds what is below the demo's
 // directory, the last mount first.
-func (d *demo) byHand(ctx context.Context) error {
+func (d *demo) byHand() error {
 	mounts, err := mountsBelow(d.dir)
 	errs := []error{err}
 	for _, m := range slices.Backward(mounts) {
@@ -71,7 +87,7 @@ func (d *demo) byHand(ctx context.Context) error {
 	for _, l := range loops {
 		errs = append(errs, clearLoop(l))
 	}
-	return errors.Join(append(errs, ctx.Err())...)
+	return errors.Join(errs...)
 }
 
 // removeDir proves that the kernel has nothing left of the demo's directory, and
