@@ -147,7 +147,7 @@ type plan struct {
 
 // resolve checks everything that can be checked without looking at the machine.
 // Its errors are usage errors that name the field by its flag.
-func (c config) resolve(version string) (plan, error) {
+func (c *config) resolve(version string) (plan, error) {
 	p := plan{endpoint: c.Endpoint, imageDirs: c.ImageDirs, warm: c.LoopDevicesWarm, max: c.LoopDevicesMax}
 	switch {
 	case c.NodeID == "":
@@ -189,7 +189,7 @@ func (c config) resolve(version string) (plan, error) {
 // poolName is what a StorageClass can name.
 var poolName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
 
-func (c config) resolvePools() ([]image.Config, error) {
+func (c *config) resolvePools() ([]image.Config, error) {
 	var pools []image.Config
 	for _, p := range c.Pools {
 		if !poolName.MatchString(p.Name) {
@@ -232,7 +232,7 @@ func (c config) resolvePools() ([]image.Config, error) {
 
 // defaultPool is the pool of requests that name none: the one that is said, the
 // only one, or the one called "default".
-func (c config) defaultPool() (string, error) {
+func (c *config) defaultPool() (string, error) {
 	names := make([]string, len(c.Pools))
 	for i, p := range c.Pools {
 		names[i] = p.Name

@@ -41,7 +41,7 @@ func nothingLeft(t *testing.T, dir string) {
 // demoDir has a short path, for the socket.
 func demoDir(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "d")
+	dir, err := os.MkdirTemp("", "d") //nolint:usetesting // its path is too long for a socket
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -232,8 +232,8 @@ func TestWithoutRoot(t *testing.T) {
 }
 
 func TestOneLine(t *testing.T) {
-	err := errors.Join(errors.New("first:\n  line 2: bad\n"), errors.New("second"))
-	if got, want := oneLine(err), "first: line 2: bad; second"; got != want {
+	err := errors.Join(fmt.Errorf("first:\n  %s\n\n  line 3", "line 2: bad"), errors.New("second"))
+	if got, want := oneLine(err), "first: line 2: bad; line 3; second"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }

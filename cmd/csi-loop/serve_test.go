@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -29,7 +30,7 @@ type place struct{ dir, pool, socket, state string }
 // are not always.
 func newPlace(t *testing.T) place {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "s")
+	dir, err := os.MkdirTemp("", "s") //nolint:usetesting // its path is too long for a socket
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -91,18 +92,19 @@ func TestServeStartsAndStops(t *testing.T) {
 	if _, err := os.Lstat(p.socket); !os.IsNotExist(err) {
 		t.Errorf("the socket stays: %v", err)
 	}
-	var serving string
+	var lines []string
 	for line := range strings.Lines(s.errors()) {
 		if strings.Contains(line, "Serving") {
-			serving += line
+			lines = append(lines, line)
 		}
 	}
+	serving := strings.Join(lines, "")
 	for _, want := range []string{"version=", `endpoint="unix://` + p.socket, `node="node"`, "default=" + p.pool} {
 		if !strings.Contains(serving, want) {
 			t.Errorf("%q is not in %q", want, serving)
 		}
 	}
-	if strings.Count(serving, "\n") != 1 {
+	if len(lines) != 1 {
 		t.Errorf("not one line: %q", serving)
 	}
 	if !strings.Contains(s.errors(), "CSILOOP_SERVICE_HOST") {
@@ -299,7 +301,7 @@ func TestNoLoopControl(t *testing.T) {
 	// A mount namespace as on a machine without the module: the driver makes the
 	// node itself where only that is missing.
 	script := `mount --make-rprivate / && mount -t tmpfs none /dev && mount -t tmpfs none /sys/class/misc && exec "$@"`
-	cmd := exec.Command("unshare", append([]string{"-m", "sh", "-c", script, "sh", "/proc/" + fmt.Sprint(os.Getpid()) + "/exe"}, p.args()...)...)
+	cmd := exec.Command("unshare", append([]string{"-m", "sh", "-c", script, "sh", "/proc/" + strconv.Itoa(os.Getpid()) + "/exe"}, p.args()...)...)
 	s := spawnCommand(t, cmd, nil)
 	if code := s.wait(); code != exitFailure {
 		t.Errorf("exit status %d, want %d", code, exitFailure)
@@ -338,8 +340,8 @@ func slowMkfs(t *testing.T, before string) (dir, mark string) {
 	t.Helper()
 	dir = t.TempDir()
 	mark = filepath.Join(dir, "runs")
-	real := strings.TrimSpace(roottest.Run(t, "sh", "-c", "PATH=$PATH:/usr/sbin:/sbin command -v mkfs.ext4"))
-	script := fmt.Sprintf("#!/bin/sh\nfor last; do :; done\ncase $last in\n-V) ;;\n*) echo > %s; %s ;;\nesac\nexec %s \"$@\"\n", mark, before, real)
+	program := strings.TrimSpace(roottest.Run(t, "sh", "-c", "PATH=$PATH:/usr/sbin:/sbin command -v mkfs.ext4"))
+	script := fmt.Sprintf("#!/bin/sh\nfor last; do :; done\ncase $last in\n-V) ;;\n*) echo > %s; %s ;;\nesac\nexec %s \"$@\"\n", mark, before, program)
 	if err := os.WriteFile(filepath.Join(dir, "mkfs.ext4"), []byte(script), 0o700); err != nil {
 		t.Fatal(err)
 	}

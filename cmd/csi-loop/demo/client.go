@@ -112,16 +112,16 @@ type cast struct {
 }
 
 func newCast(dir string, n needs) cast {
-	make := func(name string, c *csi.VolumeCapability) *volume {
+	role := func(name string, c *csi.VolumeCapability) *volume {
 		return &volume{name: name, capability: c, staging: filepath.Join(dir, "staging", name)}
 	}
 	// Two publications of one volume need a mode that allows two.
 	files := mountCapability(n.fsType(), csi.VolumeCapability_AccessMode_SINGLE_NODE_MULTI_WRITER)
 	return cast{
-		files:  make("files", files),
-		full:   make("small", mountCapability("ext4", csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER)),
-		raw:    make("raw", blockCapability()),
-		mapped: make("range", mountCapability("ext4", csi.VolumeCapability_AccessMode_SINGLE_NODE_READER_ONLY)),
+		files:  role("files", files),
+		full:   role("small", mountCapability("ext4", csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER)),
+		raw:    role("raw", blockCapability()),
+		mapped: role("range", mountCapability("ext4", csi.VolumeCapability_AccessMode_SINGLE_NODE_READER_ONLY)),
 	}
 }
 

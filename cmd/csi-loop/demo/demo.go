@@ -114,11 +114,11 @@ func (d *demo) setUp(n needs) error {
 		return fmt.Errorf("%s has %s free and the demo wants %s: choose another directory with --dir", d.dir, bytesText(free), bytesText(needed))
 	}
 	d.out.title("csi-loop demo: volumes from image files on this machine's kernel, no Kubernetes")
-	d.out.fact("kernel", "%s", n.kernel)
-	d.out.fact("directory", "%s, shown as %s (%s, %s free)", d.dir, short, fsType, bytesText(free))
-	d.out.fact("shown", "after each call: what sysfs, mountinfo, statfs and the files say, not the driver")
+	d.out.factf("kernel", "%s", n.kernel)
+	d.out.factf("directory", "%s, shown as %s (%s, %s free)", d.dir, short, fsType, bytesText(free))
+	d.out.factf("shown", "after each call: what sysfs, mountinfo, statfs and the files say, not the driver")
 	if !n.sysResource {
-		d.out.fact("note", "CAP_SYS_RESOURCE is withheld here, so the kernel refuses to grow a mounted ext4: growth is shown with xfs")
+		d.out.factf("note", "CAP_SYS_RESOURCE is withheld here, so the kernel refuses to grow a mounted ext4: growth is shown with xfs")
 	}
 	return nil
 }
@@ -131,7 +131,7 @@ func (d *demo) play(ctx context.Context) error {
 			return err
 		}
 	}
-	d.out.end("Done in %.1f s: every step as it should be, and nothing is left.", time.Since(start).Seconds())
+	d.out.endf("Done in %.1f s: every step as it should be, and nothing is left.", time.Since(start).Seconds())
 	return nil
 }
 

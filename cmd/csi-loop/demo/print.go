@@ -24,11 +24,11 @@ type printer struct {
 	colour bool
 	dir    string // begins most paths, and is shortened
 
-	open   bool // between begin and finish
-	number int
-	title_ string //nolint:revive // "title" is the method
-	start  time.Time
-	lines  []string
+	open    bool // between begin and finish
+	number  int
+	heading string
+	start   time.Time
+	lines   []string
 }
 
 // short is printed instead of the demo's directory.
@@ -50,8 +50,8 @@ func (p *printer) line(text string) { fmt.Fprintln(p.out, text) }
 
 func (p *printer) title(text string) { p.line(p.paint(bold, text)) }
 
-// fact prints a labelled line, at the end of the step that is open.
-func (p *printer) fact(label, format string, args ...any) {
+// factf prints a labelled line, at the end of the step that is open.
+func (p *printer) factf(label, format string, args ...any) {
 	text := strings.ReplaceAll(fmt.Sprintf(format, args...), p.dir+"/", short+"/")
 	text = fmt.Sprintf("      %s %s", p.paint(dim, fmt.Sprintf("%-9s", label)), text)
 	if p.open {
@@ -66,11 +66,11 @@ func (p *printer) call(method, volume string, took time.Duration) {
 	if volume != "" {
 		volume += " "
 	}
-	p.fact("call", "%s %s%s", p.paint(cyan, method), volume, p.paint(dim, millis(took)))
+	p.factf("call", "%s %s%s", p.paint(cyan, method), volume, p.paint(dim, millis(took)))
 }
 
 func (p *printer) begin(number int, title string) {
-	p.open, p.number, p.title_, p.start, p.lines = true, number, title, time.Now(), nil
+	p.open, p.number, p.heading, p.start, p.lines = true, number, title, time.Now(), nil
 }
 
 const titleWidth = 76
@@ -82,15 +82,15 @@ func (p *printer) finish(ok bool) {
 	if !ok {
 		mark, colour = "FAILED", red
 	}
-	gap := strings.Repeat(" ", max(1, titleWidth-len(p.title_)))
+	gap := strings.Repeat(" ", max(1, titleWidth-len(p.heading)))
 	p.line("")
-	p.line(fmt.Sprintf("%s  %s%s%10s  %s", p.paint(cyan, fmt.Sprintf("%3d", p.number)), p.paint(bold, p.title_), gap, took, p.paint(colour, mark)))
+	p.line(fmt.Sprintf("%s  %s%s%10s  %s", p.paint(cyan, fmt.Sprintf("%3d", p.number)), p.paint(bold, p.heading), gap, took, p.paint(colour, mark)))
 	for _, l := range p.lines {
 		p.line(l)
 	}
 }
 
-func (p *printer) end(format string, args ...any) {
+func (p *printer) endf(format string, args ...any) {
 	p.line("")
 	p.line(p.paint(bold+green, fmt.Sprintf(format, args...)))
 }

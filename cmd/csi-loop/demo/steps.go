@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -57,8 +58,8 @@ func (d *demo) stepStart(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d.out.fact("process", "%d, %s", d.driver.cmd.Process.Pid, st.Mode())
-	d.out.fact("socket", "%s", d.socket())
+	d.out.factf("process", "%d, %s", d.driver.cmd.Process.Pid, st.Mode())
+	d.out.factf("socket", "%s", d.socket())
 	return nil
 }
 
@@ -75,8 +76,8 @@ func (d *demo) showImage(v *volume, size int64) error {
 	if err != nil {
 		return err
 	}
-	d.out.fact("image", "%s", v.image)
-	d.out.fact("", "size %s, allocated %s", bytesText(st.Size()), bytesText(allocated(st)))
+	d.out.factf("image", "%s", v.image)
+	d.out.factf("", "size %s, allocated %s", bytesText(st.Size()), bytesText(allocated(st)))
 	if st.Size() != size || allocated(st) < size {
 		return fmt.Errorf("the image has %d bytes, %d of them allocated, instead of %d", st.Size(), allocated(st), size)
 	}
@@ -108,8 +109,8 @@ func (d *demo) showLoop(file string, size int64, readOnly bool) (loopDevice, err
 	if l.offset != 0 || l.sizeLimit != 0 {
 		where = fmt.Sprintf(" from offset %s, limit %s", bytesText(l.offset), bytesText(l.sizeLimit))
 	}
-	d.out.fact("device", "%s shows %s%s", l.node(), l.backing, where)
-	d.out.fact("", "%s, blocks of %s bytes, %s", bytesText(l.size), l.blockSize, l.mode())
+	d.out.factf("device", "%s shows %s%s", l.node(), l.backing, where)
+	d.out.factf("", "%s, blocks of %s bytes, %s", bytesText(l.size), l.blockSize, l.mode())
 	if l.size != size {
 		return l, fmt.Errorf("%s has %d bytes instead of %d", l.node(), l.size, size)
 	}
@@ -121,14 +122,14 @@ func (d *demo) showMount(path string) error {
 	if err != nil {
 		return err
 	}
-	d.out.fact("mount", "%s at %s (%s, %s)", m.source, m.path, m.fsType, m.options)
+	d.out.factf("mount", "%s at %s (%s, %s)", m.source, m.path, m.fsType, m.options)
 	return nil
 }
 
 func (d *demo) showDF(path string) (df, error) {
 	s, err := statfs(path)
 	if err == nil {
-		d.out.fact("df", "%s in all, %s used, %s free", bytesText(s.total), bytesText(s.used), bytesText(s.free))
+		d.out.factf("df", "%s in all, %s used, %s free", bytesText(s.total), bytesText(s.used), bytesText(s.free))
 	}
 	return s, err
 }
@@ -165,7 +166,7 @@ func (d *demo) showFile(path string) error {
 	if err != nil {
 		return err
 	}
-	d.out.fact("file", "%s, sha256 %.16s... as written", path, got)
+	d.out.factf("file", "%s, sha256 %.16s... as written", path, got)
 	if want := sumOf(size, d.cast.files.name); size != letterSize || got != want {
 		return fmt.Errorf("%s has %d bytes with sha256 %s instead of %d with %s", path, size, got, letterSize, want)
 	}
@@ -183,7 +184,7 @@ func (d *demo) stepRestage(ctx context.Context) error {
 	if _, err := os.Lstat(d.target(v, firstPod)); !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("the target is still there after NodeUnpublishVolume: %w", err)
 	}
-	d.out.fact("now", "no mount, no target, no loop device over the image")
+	d.out.factf("now", "no mount, no target, no loop device over the image")
 	if err := d.stage(ctx, v); err != nil {
 		return err
 	}
@@ -256,7 +257,7 @@ func (d *demo) stepReadOnly(ctx context.Context) error {
 	if err := writeFile(note, 1, ""); err != nil {
 		return err
 	}
-	d.out.fact("write", "%s: accepted, the first pod may still write", note)
+	d.out.factf("write", "%s: accepted, the first pod may still write", note)
 	return d.unpublish(ctx, v, target)
 }
 
@@ -265,7 +266,7 @@ func (d *demo) refused(label string, want syscall.Errno, err error) error {
 	if !errors.Is(err, want) {
 		return fmt.Errorf("expected %q, got: %w", want.Error(), orNothing(err))
 	}
-	d.out.fact(label, "%v", err)
+	d.out.factf(label, "%v", err)
 	return nil
 }
 
@@ -293,7 +294,7 @@ func (d *demo) stepFill(ctx context.Context) error {
 		return err
 	}
 	written, err := fill(ctx, filepath.Join(target, "filling"))
-	d.out.fact("written", "%d bytes of %d that were free", written, before.free)
+	d.out.factf("written", "%d bytes of %d that were free", written, before.free)
 	if err := d.refused("next byte", syscall.ENOSPC, err); err != nil {
 		return err
 	}
@@ -311,7 +312,7 @@ func (d *demo) stepFill(ctx context.Context) error {
 	if err := writeFile(other, mib, "after"); err != nil {
 		return fmt.Errorf("another volume suffers: %w", err)
 	}
-	d.out.fact("others", "%s: accepted, the pool and its other volumes do not notice", other)
+	d.out.factf("others", "%s: accepted, the pool and its other volumes do not notice", other)
 	return nil
 }
 
@@ -334,7 +335,7 @@ func (d *demo) stepBlock(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d.out.fact("target", "%s (%s)", target, st.Mode())
+	d.out.factf("target", "%s (%s)", target, st.Mode())
 	if err := writeDevice(target, rawSize, v.name); err != nil {
 		return err
 	}
@@ -347,7 +348,7 @@ func (d *demo) stepBlock(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		d.out.fact("read", "%s: %s, sha256 %.16s... as written", path, bytesText(size), got)
+		d.out.factf("read", "%s: %s, sha256 %.16s... as written", path, bytesText(size), got)
 		if got != want || size != rawSize {
 			return fmt.Errorf("%s has %d bytes with sha256 %s instead of %d with %s", path, size, got, rawSize, want)
 		}
@@ -371,10 +372,10 @@ func (d *demo) stepMapped(ctx context.Context) error {
 	if err := wrapImage(v.image, from.image, mappedFrom); err != nil {
 		return err
 	}
-	d.out.fact("image", "%s: %s, a file system from byte %d on", v.image, bytesText(smallSize+2*mappedFrom), mappedFrom)
+	d.out.factf("image", "%s: %s, a file system from byte %d on", v.image, bytesText(smallSize+2*mappedFrom), mappedFrom)
 	v.id = "range-of-disk-img"
 	v.context = map[string]string{
-		"image": v.image, "offset": fmt.Sprint(mappedFrom), "sizeLimit": fmt.Sprint(smallSize), "readOnly": "true",
+		"image": v.image, "offset": strconv.FormatInt(mappedFrom, 10), "sizeLimit": strconv.FormatInt(smallSize, 10), "readOnly": "true",
 	}
 	if err := d.stage(ctx, v); err != nil {
 		return err
@@ -397,7 +398,7 @@ func (d *demo) stepMapped(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d.out.fact("file", "%s/filling, %d bytes, sha256 %.16s...", target, size, got)
+	d.out.factf("file", "%s/filling, %d bytes, sha256 %.16s...", target, size, got)
 	if got != want {
 		return fmt.Errorf("the file has sha256 %s instead of %s", got, want)
 	}
@@ -421,7 +422,7 @@ func (d *demo) stepKill(ctx context.Context) error {
 	if err := d.disconnect(); err != nil {
 		return err
 	}
-	d.out.fact("killed", "process %d, %s", pid, d.driver.cmd.ProcessState)
+	d.out.factf("killed", "process %d, %s", pid, d.driver.cmd.ProcessState)
 	if err := d.showFile(d.letter()); err != nil {
 		return fmt.Errorf("without a driver: %w", err)
 	}
@@ -429,7 +430,7 @@ func (d *demo) stepKill(ctx context.Context) error {
 	if err := d.startDriver(ctx); err != nil {
 		return err
 	}
-	d.out.fact("process", "%d, ready after %s", d.driver.cmd.Process.Pid, millis(time.Since(start)))
+	d.out.factf("process", "%d, ready after %s", d.driver.cmd.Process.Pid, millis(time.Since(start)))
 	now, err := d.showLoop(d.cast.files.image, grownSize, false)
 	if err != nil {
 		return err
@@ -464,7 +465,7 @@ func (d *demo) stepTearDown(ctx context.Context) error {
 	if _, err := os.Stat(d.cast.mapped.image); err != nil {
 		return fmt.Errorf("the disk image that was there before: %w", err)
 	}
-	d.out.fact("kept", "%s, which is not the driver's", d.cast.mapped.image)
+	d.out.factf("kept", "%s, which is not the driver's", d.cast.mapped.image)
 	return nil
 }
 
@@ -476,7 +477,7 @@ func (d *demo) stepProof(ctx context.Context) error {
 	if err := d.driver.stop(ctx); err != nil {
 		return fmt.Errorf("the driver: %w", err)
 	}
-	d.out.fact("process", "%d, %s after SIGTERM", pid, d.driver.cmd.ProcessState)
+	d.out.factf("process", "%d, %s after SIGTERM", pid, d.driver.cmd.ProcessState)
 	if _, err := os.Lstat(d.socket()); !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("the socket is still there: %w", orNothing(err))
 	}
@@ -496,12 +497,12 @@ func (d *demo) stepProof(ctx context.Context) error {
 	if len(left) > 0 {
 		return fmt.Errorf("left behind: %v", left)
 	}
-	d.out.fact("loop", "no device over a file of the demo")
-	d.out.fact("mounts", "none below the demo's directory")
-	d.out.fact("pool", "empty")
+	d.out.factf("loop", "no device over a file of the demo")
+	d.out.factf("mounts", "none below the demo's directory")
+	d.out.factf("pool", "empty")
 	if err := d.removeDir(ctx); err != nil {
 		return err
 	}
-	d.out.fact("removed", "%s", d.dir)
+	d.out.factf("removed", "%s", d.dir)
 	return nil
 }
