@@ -21,15 +21,19 @@ func (m *Manager) adopt(ctx context.Context, ref Ref, want *Mapping) (*Device, e
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	h, info, err := m.openRef(ref)
+	h, path, err := m.openRef(ref)
 	if err != nil {
 		return nil, err
 	}
-	if want != nil {
+	info, err := m.describe(ref.Number, path, h)
+	if err == nil && want != nil {
 		if field, _, _ := want.differs(info); field != "" { // cleared since the scan
-			_ = h.Close()
-			return nil, opError("reuse", ref.Number, ErrNotBound)
+			err = opError("reuse", ref.Number, ErrNotBound)
 		}
+	}
+	if err != nil {
+		_ = h.Close()
+		return nil, err
 	}
 	m.mu.Lock()
 	m.attached[ref.Number] = ref.DiskSeq
@@ -41,25 +45,38 @@ func (m *Manager) adopt(ctx context.Context, ref Ref, want *Mapping) (*Device, e
 // openRef opens a device and checks on the open handle that it is that binding.
 // While the handle is open the binding cannot be replaced. ErrNotBound if it is
 // gone, or is on its way out and cannot be opened any more (ENXIO, too).
-func (m *Manager) openRef(ref Ref) (handle, Info, error) {
+func (m *Manager) openRef(ref Ref) (handle, string, error) {
 	h, path, err := m.open(ref.Number, forReading)
 	switch {
 	case errors.Is(err, syscall.ENXIO): // running down
-		return nil, Info{}, opError("open", ref.Number, fmt.Errorf("%w: %w", ErrNotBound, syscall.ENXIO))
+		return nil, "", opError("open", ref.Number, fmt.Errorf("%w: %w", ErrNotBound, syscall.ENXIO))
 	case errors.Is(err, ErrNotExist), errors.Is(err, syscall.ENODEV):
-		return nil, Info{}, opError("open", ref.Number, ErrNotBound)
+		return nil, "", opError("open", ref.Number, ErrNotBound)
 	case err != nil:
-		return nil, Info{}, err
+		return nil, "", err
 	}
-	info, err := m.describe(ref.Number, path, h)
-	if err == nil && info.Ref != ref {
+	bound, err := isBinding(h, ref)
+	if err == nil && !bound {
 		err = opError("open", ref.Number, ErrNotBound)
 	}
 	if err != nil {
 		_ = h.Close()
-		return nil, Info{}, err
+		return nil, "", err
 	}
-	return h, info, nil
+	return h, path, nil
+}
+
+// isBinding tells whether an open device is bound, and that binding.
+func isBinding(h handle, ref Ref) (bool, error) {
+	seq, err := h.DiskSeq()
+	if err != nil {
+		return false, opError("get diskseq", ref.Number, err)
+	}
+	_, err = h.Status()
+	if err != nil && !errors.Is(err, syscall.ENXIO) {
+		return false, opError("get status", ref.Number, err)
+	}
+	return err == nil && seq == ref.DiskSeq, nil
 }
 
 // Detach clears a binding and returns nil when it was seen gone; that it was gone
@@ -137,7 +154,7 @@ func (m *Manager) gone(ref Ref) (bool, error) {
 	}
 	// Diskseq changes and backing_file goes before the kernel is finished: until it
 	// is, open says ENXIO (fact 32).
-	h, err := m.openAny(ref.Number)
+	h, _, err := m.open(ref.Number, forReading)
 	if errors.Is(err, syscall.ENXIO) {
 		return false, nil
 	} else if errors.Is(err, ErrNotExist) || errors.Is(err, syscall.ENODEV) {
@@ -146,20 +163,8 @@ func (m *Manager) gone(ref Ref) (bool, error) {
 		return false, err
 	}
 	defer h.Close()
-	seq, err := h.DiskSeq()
-	if err != nil {
-		return false, opError("get diskseq", ref.Number, err)
-	}
-	_, err = h.Status()
-	if err != nil && !errors.Is(err, syscall.ENXIO) {
-		return false, opError("get status", ref.Number, err)
-	}
-	return err != nil || seq != ref.DiskSeq, nil
-}
-
-func (m *Manager) openAny(number int) (handle, error) {
-	h, _, err := m.open(number, forReading)
-	return h, err
+	bound, err := isBinding(h, ref)
+	return err == nil && !bound, err
 }
 
 // undo detaches a device that Attach must not return.

@@ -37,8 +37,9 @@ type Manager struct {
 }
 
 // New makes a manager after checking that the kernel can do what it needs. If not,
-// the error is ErrUnsupported and says what to do. New registers no device (see
-// Warm) and binds none. The manager must be closed.
+// the error is ErrUnsupported and says what to do. New binds no device, and makes the
+// kernel register one only if there is no idle one to ask. The manager must be
+// closed.
 func New(ctx context.Context, opts ...Option) (*Manager, error) {
 	o := options{warm: 8, max: 256, dev: "/dev", sysfs: "/sys"}
 	for _, opt := range opts {

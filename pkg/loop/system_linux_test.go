@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -51,6 +52,45 @@ func TestBytesOfAWindow(t *testing.T) {
 }
 
 func second(_ int, err error) error { return err }
+
+// Facts 62, 63: with discard masked neither a discard nor zeroing takes blocks from
+// the image; without the mask a discard does.
+func TestDiscardMaskKeepsTheImageAllocated(t *testing.T) {
+	m := realMachine(t)
+	manager := m.manager(t)
+	for _, thin := range []bool{false, true, false} {
+		f := m.image(t, "a")
+		check(t, withFD(f, func(fd int) error { return unix.Fallocate(fd, 0, 0, testSize) }))
+		want := whole
+		want.Discard = thin
+		d := m.attach(t, manager, "a", want)
+		node := must(os.OpenFile(d.Path(), os.O_RDWR, 0))(t)
+		whole := [2]uint64{0, testSize}
+		request := func(op uint) (errno error) {
+			check(t, withFD(node, func(fd int) error {
+				if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), uintptr(op), uintptr(unsafe.Pointer(&whole))); e != 0 {
+					errno = e
+				}
+				return nil
+			}))
+			return errno
+		}
+		discard := request(unix.BLKDISCARD)
+		if thin {
+			check(t, discard)
+		} else {
+			wantErr(t, "discard", discard, unix.EOPNOTSUPP)
+			check(t, request(unix.BLKZEROOUT))
+		}
+		check(t, errors.Join(node.Sync(), node.Close()))
+		st := must(fstat(f))(t)
+		if kept := st.Blocks*512 >= testSize; kept == thin {
+			t.Errorf("thin %v: %d of %d bytes are allocated", thin, st.Blocks*512, testSize)
+		}
+		check(t, f.Close())
+		m.detach(t, manager, d)
+	}
+}
 
 func TestReadOnlyRejectsWrites(t *testing.T) {
 	m := realMachine(t)
@@ -279,6 +319,32 @@ func TestLeaseOnEveryFileSystem(t *testing.T) {
 func leaseIn(t *testing.T, m *machine, test func(*testing.T, *machine)) {
 	t.Setenv("TMPDIR", m.dir)
 	test(t, m)
+}
+
+// Who opens an image while the lease is held breaks it: the holder gets SIGIO, whose
+// default is to end the process. The Go runtime ignores it.
+func TestABrokenLeaseIsHarmless(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a")
+	check(t, os.WriteFile(path, nil, 0o600))
+	f := must(os.OpenFile(path, os.O_RDWR, 0))(t)
+	defer f.Close()
+	check(t, withFD(f, func(fd int) error {
+		return second(unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK))
+	}))
+	_, err := unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	wantErr(t, "open without waiting", err, unix.EWOULDBLOCK)
+	done := make(chan error)
+	go func() {
+		g, err := os.OpenFile(path, os.O_RDWR, 0)
+		done <- errors.Join(err, g.Close())
+	}()
+	if sole, _ := (hostFiles{}).Sole(f, looking); !sole { // takes it again, and drops it
+		t.Log("the lease is being broken")
+		check(t, withFD(f, func(fd int) error {
+			return second(unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_UNLCK))
+		}))
+	}
+	check(t, <-done)
 }
 
 // --- two processes
