@@ -254,8 +254,7 @@ func runChild(t *testing.T, n int, dir string) (done int, dead bool) {
 	if err == nil {
 		return done, false
 	}
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 		if status, ok := exit.Sys().(syscall.WaitStatus); ok && status.Signal() == syscall.SIGKILL {
 			return done, true
 		}

@@ -22,14 +22,17 @@
 //     volumes/ after it (fact 74). A record never promises what the image lacks:
 //     a grown image without a grown record is rolled forward at Open.
 //  5. A thick image has a block for every byte from before its record exists until
-//     it is removed; mkfs may not give any back (facts 48, 62), OpenImage refills.
-//     On btrfs it is NOCOW as well, or it is refused (fact 70).
+//     it is removed; mkfs may not give any back (facts 48, 62), OpenImage refills
+//     the holes, and only those: repeating the fallocate of a whole image fails on
+//     a full XFS. On btrfs it is NOCOW as well, or it is refused (fact 70).
 //  6. Only new files in .new-* are ever formatted. There is no probe for a
 //     filesystem, hence none that can be wrong.
 //  7. Free space, less the reserve, less what thin volumes may still write (divided
 //     by the overcommit ratio), less what calls under way will write, is what a new
 //     volume may have. Capacity, Create and Grow ask the same account, in constant
-//     time. Pools on one filesystem share it.
+//     time. Pools on one filesystem share it. After a Remove, XFS shows its blocks
+//     free some ms later and btrfs up to 30 s; a refusal waits for them, Capacity
+//     does not.
 //  8. A volume's name is never used as a path. Every file is opened beneath the
 //     pool's root descriptor, without following links and without leaving the
 //     filesystem; an image must be a regular file with one link (fact 73).

@@ -57,8 +57,8 @@ func opError(op, path string, err error) error {
 	if err == nil {
 		return nil
 	}
-	var pe *fs.PathError // os.File methods wrap the errno with the path
-	if errors.As(err, &pe) {
+	// os.File methods wrap the errno with the path.
+	if pe, ok := errors.AsType[*fs.PathError](err); ok {
 		err = pe.Err
 	}
 	e := &OpError{Op: op, Path: path, Err: err}

@@ -84,7 +84,7 @@ func toolDirs() []string {
 }
 
 // find returns the mkfs for a filesystem, with its words about itself; it asks
-// the tool once in the life of the store.
+// the tool once in the life of the store (a few ms, in which others wait for it).
 func (t *tools) find(ctx context.Context, filesystem string) (tool, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -71,8 +72,8 @@ func mounted(t *testing.T, p *Pool, v Volume, f func(mountPoint string)) {
 	at := t.TempDir()
 	device := bind(t, filepath.Join(p.Path(), volumesDir, dir, imageFile), v.BlockSize)
 	defer roottest.Run(t, "losetup", "-d", device)
-	if max := filepath.Join("/sys/block", filepath.Base(device), "queue/discard_max_bytes"); v.Allocation == Thick {
-		if err := os.WriteFile(max, []byte("0"), 0o600); err != nil {
+	if attribute := filepath.Join("/sys/block", filepath.Base(device), "queue/discard_max_bytes"); v.Allocation == Thick {
+		if err := os.WriteFile(attribute, []byte("0"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -85,7 +86,7 @@ func mounted(t *testing.T, p *Pool, v Volume, f func(mountPoint string)) {
 func bind(t *testing.T, path string, blockSize int) string {
 	t.Helper()
 	for range 100 {
-		out, err := command(ctx, nil, "/usr/sbin/losetup", []string{"--find", "--show", "--sector-size", fmt.Sprint(blockSize), path})
+		out, err := command(ctx, nil, "/usr/sbin/losetup", []string{"--find", "--show", "--sector-size", strconv.Itoa(blockSize), path})
 		if err == nil {
 			return strings.TrimSpace(out)
 		}
@@ -226,13 +227,13 @@ func TestFullPoolUndoesExactly(t *testing.T) {
 		wantError(t, err, ErrNoSpace)
 		_, err = p.Grow(ctx, thin.ID, 1<<30)
 		wantError(t, err, ErrNoSpace)
-		real := p.account.statfs
+		honest := p.account.statfs
 		blind(p)
 		_, err = p.Create(ctx, Spec{Name: "w", Size: 1 << 30})
 		wantError(t, err, ErrNoSpace, "no space left")
 		_, err = p.Grow(ctx, v.ID, 1<<30)
 		wantError(t, err, ErrNoSpace, "no space left")
-		p.account.statfs = real
+		p.account.statfs = honest
 		// ext4 keeps the extent tree's block that it needed meanwhile.
 		after := observe(t, p, v.ID)
 		if after.Allocated > before.Allocated && after.Allocated <= before.Allocated+4096 {
@@ -264,7 +265,7 @@ func observe(t *testing.T, p *Pool, id string) (st fileStat) {
 
 // TestFilledPool fills the filesystem with somebody else's file.
 func TestFilledPool(t *testing.T) {
-	onEach(t, 512<<20, func(t *testing.T, fsType, dir string) {
+	onEach(t, 512<<20, func(t *testing.T, _, dir string) {
 		s, p := openPool(t, dir)
 		thick := create(t, p, Spec{Name: "thick", Size: 64 * MiB, Filesystem: "ext4"})
 		create(t, p, Spec{Name: "thin", Size: 64 * MiB, Allocation: Thin})
@@ -364,7 +365,8 @@ func TestCapacityCanBeCreated(t *testing.T) {
 		s, p := openPool(t, dir)
 		for _, alloc := range []Allocation{Thick, Thin} {
 			v := create(t, p, Spec{Name: "all", Size: p.Capacity(alloc), Allocation: alloc, Filesystem: "xfs"})
-			if c := p.Capacity(alloc); c > 8*MiB {
+			// btrfs guesses what its metadata will need, in chunks of 64 MiB.
+			if c := p.Capacity(alloc); c > 8*MiB && (p.fsType != "btrfs" || c > 128*MiB) {
 				t.Errorf("%s: %d bytes left of %d", alloc, c, v.Size)
 			}
 			if err := p.Remove(ctx, v.ID); err != nil {

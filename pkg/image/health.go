@@ -54,19 +54,19 @@ func (p *Pool) Check(ctx context.Context) error {
 // Precondition: the store is open.
 func (p *Pool) check() error {
 	err := p.present()
-	p.note(err != nil, Inaccessible, "PoolMissing", "%v", err)
+	p.notef(err != nil, Inaccessible, "PoolMissing", "%v", err)
 	s, statErr := spaceOf(p.root)
 	if statErr != nil {
 		statErr = poolError(p.config, "%w", statErr)
 	} else if s.ReadOnly {
 		statErr = poolError(p.config, "its filesystem became read-only")
 	}
-	p.note(statErr != nil, Inaccessible, "PoolFilesystem", "%v", statErr)
+	p.notef(statErr != nil, Inaccessible, "PoolFilesystem", "%v", statErr)
 	if statErr == nil {
 		promised, reserved := p.promises(s)
-		p.note(s.Free < promised, Degraded, "ThinPromisesUncovered",
+		p.notef(s.Free < promised, Degraded, "ThinPromisesUncovered",
 			"%d bytes are free, thin volumes were promised %d: writes to them may fail", s.Free, promised)
-		p.note(s.Free < reserved, Degraded, "ReserveUsed", "%d bytes are free, %d should be left to others", s.Free, reserved)
+		p.notef(s.Free < reserved, Degraded, "ReserveUsed", "%d bytes are free, %d should be left to others", s.Free, reserved)
 	}
 	return errors.Join(err, statErr)
 }
@@ -77,8 +77,8 @@ func (p *Pool) promises(s space) (promised, reserved int64) {
 	return p.account.ledger.promised, p.account.reserve.of(s.Size)
 }
 
-// note sets or clears the problem with that reason.
-func (p *Pool) note(is bool, kind ProblemKind, reason, format string, args ...any) {
+// notef sets or clears the problem with that reason.
+func (p *Pool) notef(is bool, kind ProblemKind, reason, format string, args ...any) {
 	if is {
 		p.problem(Problem{Kind: kind, Reason: reason, Message: fmt.Sprintf(format, args...)})
 		return
@@ -157,7 +157,7 @@ func (p *Pool) VolumeHealth(ctx context.Context, id string) []Problem {
 
 func (p *Pool) imageHealth(dir string, r record) []Problem {
 	st, err := statAt(p.volumes, dir+"/"+imageFile)
-	problem := Problem{}
+	var problem Problem
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		problem = Problem{DataLoss, "ImageMissing", "its image does not exist"}

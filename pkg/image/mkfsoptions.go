@@ -112,17 +112,19 @@ func ParseMkfsOptions(filesystem string, options []string) ([]string, error) {
 	}
 	var canonical []string
 	seen := map[string]bool{}
-	for i := 0; i < len(options); i++ {
-		name, value, attached := splitOption(options[i])
+	for rest := options; len(rest) > 0; {
+		option := rest[0]
+		rest = rest[1:]
+		name, value, attached := splitOption(option)
 		flag, ok := flags[name]
 		if !ok {
-			return nil, mkfsError(options[i], "not among those allowed for "+filesystem+": "+strings.Join(allowed(flags), " "))
+			return nil, mkfsError(option, "not among those allowed for "+filesystem+": "+strings.Join(allowed(flags), " "))
 		}
 		if flag.refused == "" && !attached && flag.wantsValue() {
-			if i++; i == len(options) {
+			if len(rest) == 0 {
 				return nil, mkfsError(name, "its value is missing")
 			}
-			value = options[i]
+			value, rest = rest[0], rest[1:]
 		}
 		if err := flag.check(name, value); err != nil {
 			return nil, err

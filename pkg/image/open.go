@@ -70,15 +70,16 @@ func Open(ctx context.Context, configs []Config, options ...Option) (_ *Store, e
 		}
 		s.byID[p.ID()], s.byName[c.Name] = p, p
 	}
-	s.start(logger)
+	s.start(ctx)
 	return s, nil
 }
 
-func (s *Store) start(logger klog.Logger) {
+// start begins the work in the background, which outlives the call's ctx.
+func (s *Store) start(ctx context.Context) {
 	if s.refresh <= 0 {
 		return
 	}
-	ctx, stop := context.WithCancel(klog.NewContext(context.Background(), logger))
+	ctx, stop := context.WithCancel(context.WithoutCancel(ctx))
 	s.stop = stop
 	s.loops.Go(func() {
 		t := time.NewTicker(s.refresh)
@@ -348,7 +349,7 @@ func (p *Pool) loadOne(dir string) (r record, allocated int64, err error) {
 	st, err := statAt(d, imageFile)
 	if err != nil || !st.Mode.IsRegular() {
 		// The volume exists and has lost its data: OpenImage and VolumeHealth say so.
-		return r, 0, nil //nolint:nilerr // see above
+		return r, 0, nil
 	}
 	return p.settle(d, dir, r, st)
 }

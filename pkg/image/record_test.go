@@ -101,21 +101,46 @@ func TestParseMkfsOptions(t *testing.T) {
 		in         []string
 	}{
 		{"", []string{"-L", "x"}},
-		{"ext4", []string{"-b", "1024"}}, {"ext4", []string{"-b1024"}}, {"ext4", []string{"-F"}}, {"ext4", []string{"-d", "/etc"}},
-		{"ext4", []string{"-E", "discard"}}, {"ext4", []string{"-E", "stride=1,discard"}}, {"ext4", []string{"-E", "lazy_itable_init=1"}},
-		{"ext4", []string{"-O", "orphan_file"}}, {"ext4", []string{"-O", "none"}}, {"ext4", []string{"-O", "journal_dev"}},
-		{"ext4", []string{"-U", "random"}}, {"ext4", []string{"-J", "device=/dev/sda"}}, {"ext4", []string{"-e", "panic"}},
-		{"ext4", []string{"-L"}}, {"ext4", []string{"-L", "-x"}}, {"ext4", []string{"-L", "a", "-L", "b"}}, {"ext4", []string{"/dev/sda"}},
-		{"ext4", []string{""}}, {"ext4", []string{"-"}}, {"ext4", []string{"--"}}, {"ext4", []string{"-m", "5; rm -rf /"}},
-		{"xfs", []string{"-s", "size=512"}}, {"xfs", []string{"-p", "/etc/passwd"}}, {"xfs", []string{"-d", "name=/dev/sda"}},
-		{"xfs", []string{"-d", "file"}}, {"xfs", []string{"-c", "options=/x"}}, {"xfs", []string{"-m", "uuid=1"}}, {"xfs", []string{"-K"}},
-		{"xfs", []string{"-m", "crc=0"}}, {"xfs", []string{"-l", "logdev=/dev/sda"}}, {"xfs", []string{"-i", "nrext64=1"}},
-		{"btrfs", []string{"--rootdir=/etc"}}, {"btrfs", []string{"-r", "/etc"}}, {"btrfs", []string{"-O", "block-group-tree"}},
-		{"btrfs", []string{"-M=1"}}, {"btrfs", []string{"-d", "raid0"}}, {"btrfs", []string{"-O", "list-all"}},
+		{"ext4", []string{"-b", "1024"}},
+		{"ext4", []string{"-b1024"}},
+		{"ext4", []string{"-F"}},
+		{"ext4", []string{"-d", "/etc"}},
+		{"ext4", []string{"-E", "discard"}},
+		{"ext4", []string{"-E", "stride=1,discard"}},
+		{"ext4", []string{"-E", "lazy_itable_init=1"}},
+		{"ext4", []string{"-O", "orphan_file"}},
+		{"ext4", []string{"-O", "none"}},
+		{"ext4", []string{"-O", "journal_dev"}},
+		{"ext4", []string{"-U", "random"}},
+		{"ext4", []string{"-J", "device=/dev/sda"}},
+		{"ext4", []string{"-e", "panic"}},
+		{"ext4", []string{"-L"}},
+		{"ext4", []string{"-L", "-x"}},
+		{"ext4", []string{"-L", "a", "-L", "b"}},
+		{"ext4", []string{"/dev/sda"}},
+		{"ext4", []string{""}},
+		{"ext4", []string{"-"}},
+		{"ext4", []string{"--"}},
+		{"ext4", []string{"-m", "5; rm -rf /"}},
+		{"xfs", []string{"-s", "size=512"}},
+		{"xfs", []string{"-p", "/etc/passwd"}},
+		{"xfs", []string{"-d", "name=/dev/sda"}},
+		{"xfs", []string{"-d", "file"}},
+		{"xfs", []string{"-c", "options=/x"}},
+		{"xfs", []string{"-m", "uuid=1"}},
+		{"xfs", []string{"-K"}},
+		{"xfs", []string{"-m", "crc=0"}},
+		{"xfs", []string{"-l", "logdev=/dev/sda"}},
+		{"xfs", []string{"-i", "nrext64=1"}},
+		{"btrfs", []string{"--rootdir=/etc"}},
+		{"btrfs", []string{"-r", "/etc"}},
+		{"btrfs", []string{"-O", "block-group-tree"}},
+		{"btrfs", []string{"-M=1"}},
+		{"btrfs", []string{"-d", "raid0"}},
+		{"btrfs", []string{"-O", "list-all"}},
 	} {
 		_, err := ParseMkfsOptions(c.filesystem, c.in)
-		var se *SpecError
-		if !errors.As(err, &se) {
+		if _, ok := errors.AsType[*SpecError](err); !ok {
 			t.Errorf("%s %q: %v", c.filesystem, c.in, err)
 		}
 	}
@@ -128,8 +153,7 @@ func FuzzMkfsOptions(f *testing.F) {
 	f.Fuzz(func(t *testing.T, filesystem, a, b, c string) {
 		got, err := ParseMkfsOptions(filesystem, []string{a, b, c})
 		if err != nil {
-			var se *SpecError
-			if !errors.As(err, &se) {
+			if _, ok := errors.AsType[*SpecError](err); !ok {
 				t.Fatal(err)
 			}
 			return
@@ -148,14 +172,17 @@ func TestNewerFeaturesAreSwitchedOffOnlyWhereKnown(t *testing.T) {
 	}
 	for _, c := range []struct{ got, want []string }{
 		{args("xfs", "-i nrext64=0|1,exchange=0|1 -n parent=0|1"), []string{
-			"-q", "-K", "-b", "size=4096", "-s", "size=512", "-i", "nrext64=0", "-i", "exchange=0", "-n", "parent=0"}},
+			"-q", "-K", "-b", "size=4096", "-s", "size=512", "-i", "nrext64=0", "-i", "exchange=0", "-n", "parent=0",
+		}},
 		{args("xfs", "", "-i", "size=1024"), []string{"-q", "-K", "-b", "size=4096", "-s", "size=512", "-i", "size=1024"}},
 		{args("btrfs", "block-group-tree - x\n", "-O", "no-holes", "-M"), []string{
-			"-q", "-K", "-s", "4096", "-O", "^block-group-tree,no-holes", "-M"}},
+			"-q", "-K", "-s", "4096", "-O", "^block-group-tree,no-holes", "-M",
+		}},
 		{args("btrfs", ""), []string{"-q", "-K", "-s", "4096"}},
 		{args("ext2", "", "-O", "quota", "-E", "stride=2", "-m", "1"), []string{
 			"-q", "-F", "-b", "4096", "-m", "0", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0,stride=2",
-			"-O", extFeatures["ext2"] + ",quota", "-m", "1"}},
+			"-O", extFeatures["ext2"] + ",quota", "-m", "1",
+		}},
 	} {
 		if d := cmp.Diff(c.want, c.got); d != "" {
 			t.Error(d)

@@ -61,15 +61,13 @@ func (p *Pool) Remove(ctx context.Context, id string) error {
 // Precondition: the store was entered.
 func (p *Pool) unlink(ctx context.Context, gone string) {
 	done := make(chan struct{})
-	p.store.work.Add(1) // cannot meet Wait: the caller's own share is still held
-	go func() {
-		defer p.store.work.Done()
+	p.store.work.Go(func() { // cannot meet Wait: the caller's own share is still held
 		defer close(done)
 		p.store.kill("remove: unlinking")
 		p.discard(gone)
 		p.freed.Store(p.store.now().UnixNano())
 		p.store.kill("remove: unlinked")
-	}()
+	})
 	t := time.NewTimer(patience)
 	defer t.Stop()
 	select {

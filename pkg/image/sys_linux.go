@@ -292,7 +292,8 @@ func filesystemUUID(f *os.File, fsType string) (string, error) {
 // has one from 6.0.
 func ownUUID(f *os.File, fsType string) (string, error) {
 	var buf [1024]byte
-	request, at := uint(0), 0
+	var request uint
+	var at int
 	switch fsType {
 	case "xfs":
 		request, at = xfsIocGeometryV1, 64
