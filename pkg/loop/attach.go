@@ -78,46 +78,31 @@ func (m *Manager) attachShared(ctx context.Context, backing *os.File, image File
 	if err != nil {
 		return nil, err
 	}
-	defer lock.Close()
+	defer func() { _ = lock.Close() }()
 	grace := time.Now().Add(m.retry.Settle / 10)
-	for try := 0; try < m.retry.Attempts; try++ {
+	for try := range m.retry.Attempts {
+		if err := m.retry.pause(ctx, try-1); err != nil {
+			return nil, err
+		}
 		if dev == nil {
-			found, err := m.scan(ctx, image)
-			if err != nil {
-				return nil, err
-			}
-			same, err := want.judge(found)
-			if errors.Is(err, ErrBusy) && time.Now().Before(grace) {
-				// A passer-by (udev, another manager's scan) may be the one that keeps it.
-				if err := m.retry.pause(ctx, try); err != nil {
-					return nil, err
-				}
-				continue
-			}
-			if err != nil {
-				return nil, err
-			}
-			if same != nil {
-				reused, err := m.adopt(ctx, same.Ref, &want)
-				if !errors.Is(err, ErrNotBound) {
-					return reused, err
-				}
-				// Unbound since the scan: autoclear, or somebody's losetup -d.
-				if err := m.retry.pause(ctx, try); err != nil {
-					return nil, err
-				}
-				continue
+			reused, err := m.reuse(ctx, image, want)
+			switch {
+			case errors.Is(err, ErrNotBound):
+				continue // unbound since the scan: autoclear, or somebody's losetup -d
+			case errors.Is(err, ErrBusy) && time.Now().Before(grace):
+				continue // what keeps it may be a passer-by: udev, another manager's scan
+			case err != nil || reused != nil:
+				return reused, err
 			}
 			if dev, err = m.bind(ctx, backing, image, want); err != nil {
 				return nil, err
 			}
 		}
-		found, err := m.scan(ctx, image)
+		alone, err := m.alone(ctx, dev, want)
 		if err != nil {
 			return nil, err
 		}
-		found = slices.DeleteFunc(found, func(in Info) bool { return in.Ref == dev.Ref() })
-		if same, err := want.judge(found); err == nil && (same == nil || want.ReadOnly) {
+		if alone {
 			return dev, nil
 		}
 		ours := dev
@@ -125,11 +110,33 @@ func (m *Manager) attachShared(ctx context.Context, backing *os.File, image File
 		if err := m.undo(ctx, ours); err != nil {
 			return nil, err
 		}
-		if err := m.retry.pause(ctx, try); err != nil {
-			return nil, err
-		}
 	}
 	return nil, fmt.Errorf("%w: image is being attached by others, %d tries", ErrBusy, m.retry.Attempts)
+}
+
+// reuse adopts a device that shows what is wanted; nil if a new one is to be bound.
+func (m *Manager) reuse(ctx context.Context, image FileID, want Mapping) (*Device, error) {
+	found, err := m.scan(ctx, image)
+	if err != nil {
+		return nil, err
+	}
+	same, err := want.judge(found)
+	if err != nil || same == nil {
+		return nil, err
+	}
+	return m.adopt(ctx, same.Ref, &want)
+}
+
+// alone tells whether a device that was just bound may stay beside all others over
+// the same image.
+func (m *Manager) alone(ctx context.Context, dev *Device, want Mapping) (bool, error) {
+	found, err := m.scan(ctx, dev.info.Image)
+	if err != nil {
+		return false, err
+	}
+	found = slices.DeleteFunc(found, func(in Info) bool { return in.Ref == dev.Ref() })
+	same, err := want.judge(found)
+	return err == nil && (same == nil || want.ReadOnly), nil
 }
 
 // judge decides what to do beside the devices found over the same file: reuse one,

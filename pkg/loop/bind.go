@@ -18,7 +18,7 @@ func (m *Manager) bind(ctx context.Context, backing *os.File, image FileID, want
 	var ref *Ref
 	defer func() { m.settleReservation(ref) }()
 	candidate := -1
-	for try := 0; try < m.retry.Attempts; try++ {
+	for range m.retry.Attempts {
 		number, h, err := m.configure(ctx, backing, image, want, candidate)
 		if err != nil {
 			return nil, err
@@ -48,7 +48,7 @@ func (m *Manager) configure(ctx context.Context, backing *os.File, image FileID,
 	defer m.alloc.unlock()
 	var last error
 	previous, same := -1, 0
-	for try := 0; try < m.retry.Attempts; try++ {
+	for try := range m.retry.Attempts {
 		if err := ctx.Err(); err != nil {
 			return 0, nil, err
 		}
@@ -94,7 +94,7 @@ func (m *Manager) candidate(number int, fresh bool) (int, error) {
 		err = opError("get free", -1, err)
 	}
 	if err == nil {
-		m.note(number, true)
+		m.note(number)
 	}
 	return number, err
 }
@@ -106,9 +106,9 @@ func (m *Manager) configureNumber(number int, backing *os.File, image FileID, wa
 	}
 	c := config{
 		File:      backing,
-		Offset:    uint64(want.Offset),    //nolint:gosec // validated
-		SizeLimit: uint64(want.SizeLimit), //nolint:gosec // validated
-		BlockSize: uint32(want.BlockSize), //nolint:gosec // validated
+		Offset:    uint64(want.Offset),
+		SizeLimit: uint64(want.SizeLimit),
+		BlockSize: uint32(want.BlockSize),
 		Tag:       want.Tag,
 	}
 	if want.ReadOnly {
@@ -232,7 +232,7 @@ func (m *Manager) recycle(number int) (int, error) {
 	if err != nil {
 		return 0, opError("add "+strconv.Itoa(add), -1, err)
 	}
-	m.note(n, true)
+	m.note(n)
 	return n, nil
 }
 

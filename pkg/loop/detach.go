@@ -155,11 +155,12 @@ func (m *Manager) gone(ref Ref) (bool, error) {
 	// Diskseq changes and backing_file goes before the kernel is finished: until it
 	// is, open says ENXIO (fact 32).
 	h, _, err := m.open(ref.Number, forReading)
-	if errors.Is(err, syscall.ENXIO) {
+	switch {
+	case errors.Is(err, syscall.ENXIO):
 		return false, nil
-	} else if errors.Is(err, ErrNotExist) || errors.Is(err, syscall.ENODEV) {
+	case errors.Is(err, ErrNotExist), errors.Is(err, syscall.ENODEV):
 		return true, nil
-	} else if err != nil {
+	case err != nil:
 		return false, err
 	}
 	defer h.Close()

@@ -13,7 +13,7 @@ import (
 // FileIDOf identifies an open file. The error is that of fstat.
 func FileIDOf(f *os.File) (FileID, error) {
 	st, err := fstat(f)
-	return FileID{Dev: uint64(st.Dev), Ino: st.Ino}, err //nolint:unconvert // Dev is 32 bits wide on some architectures
+	return FileID{Dev: uint64(st.Dev), Ino: st.Ino}, err
 }
 
 // withFD runs fn with the file's descriptor, and keeps the file open meanwhile. It
@@ -50,7 +50,7 @@ func (hostFiles) Stat(f *os.File) (out fileStat, err error) {
 			return err
 		}
 		out = fileStat{
-			ID:       FileID{Dev: uint64(st.Dev), Ino: st.Ino}, //nolint:unconvert // see FileIDOf
+			ID:       FileID{Dev: uint64(st.Dev), Ino: st.Ino},
 			Size:     st.Size,
 			Regular:  st.Mode&unix.S_IFMT == unix.S_IFREG,
 			Writable: flags&unix.O_ACCMODE == unix.O_RDWR,

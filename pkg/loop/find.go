@@ -143,7 +143,7 @@ func (m *Manager) describe(number int, path string, h handle) (Info, error) {
 		return info, opError("get status", number, err)
 	}
 	info.Image, info.Tag = st.Image, st.Tag
-	info.Offset, info.SizeLimit = int64(st.Offset), int64(st.SizeLimit) //nolint:gosec // the kernel keeps both below 2^63 (fact 4)
+	info.Offset, info.SizeLimit = int64(st.Offset), int64(st.SizeLimit)
 	info.ReadOnly = st.Flags&flagReadOnly != 0
 	info.DirectIO = st.Flags&flagDirectIO != 0
 	info.Autoclear = st.Flags&flagAutoclear != 0

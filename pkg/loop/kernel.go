@@ -57,19 +57,24 @@ type files interface {
 
 // handle is an open loop device.
 type handle interface {
+	inquiry
 	// Configure is LOOP_CONFIGURE.
 	Configure(c config) error
+	// Clear is LOOP_CLR_FD (fact 31).
+	Clear() error
+	// SetCapacity is LOOP_SET_CAPACITY (fact 40).
+	SetCapacity() error
+	io.Closer
+}
+
+// inquiry is what changes nothing.
+type inquiry interface {
 	// Status is LOOP_GET_STATUS64: ENXIO if unbound or running down.
 	Status() (status, error)
 	// Geometry is BLKGETSIZE64 and BLKSSZGET, in bytes.
 	Geometry() (size int64, blockSize int, err error)
 	// DiskSeq is BLKGETDISKSEQ.
 	DiskSeq() (uint64, error)
-	// Clear is LOOP_CLR_FD (fact 31).
-	Clear() error
-	// SetCapacity is LOOP_SET_CAPACITY (fact 40).
-	SetCapacity() error
-	io.Closer
 }
 
 // access is how a device node is opened. All of them add O_CLOEXEC and O_NONBLOCK.

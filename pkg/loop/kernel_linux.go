@@ -177,7 +177,7 @@ func makeNode(path, id string, kind uint32) error {
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(temp)
+	defer func() { _ = os.RemoveAll(temp) }()
 	node := filepath.Join(temp, "node")
 	if err := unix.Mknod(node, kind|0o600, int(unix.Mkdev(uint32(a), uint32(b)))); err != nil {
 		return err

@@ -98,7 +98,7 @@ func (m *Manager) checkOne() error {
 	if err != nil {
 		return opError("get free", -1, err)
 	}
-	m.note(n, true)
+	m.note(n)
 	h, path, err := m.open(n, forReading)
 	if err != nil {
 		return err
@@ -164,14 +164,14 @@ func (m *Manager) open(number int, how access) (handle, string, error) {
 	return h, path, nil
 }
 
-// note remembers that a number exists. If it is new and fresh is true, it counts as
+// note remembers that the kernel gave us a number. If it is new it counts as
 // registered by this manager, and Trim may remove it. (GET_FREE does not say
 // whether it made the device. A device that another program registered since we
 // looked last, and that GET_FREE gave to us, passes for ours too.)
-func (m *Manager) note(number int, fresh bool) {
+func (m *Manager) note(number int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if fresh && !m.seen[number] {
+	if !m.seen[number] {
 		m.registered[number] = true
 	}
 	m.seen[number] = true

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -252,7 +253,7 @@ func (m *machine) faultyCycle(t *testing.T, want Mapping, n int, errno error, fa
 	if d.Size() != testSize || m.fake.openHandles() != 1 {
 		t.Errorf("call %d (%s): size %d, %d handles open", n, failed, d.Size(), m.fake.openHandles())
 	}
-	if errno != syscall.EIO {
+	if !errors.Is(errno, syscall.EIO) {
 		m.fake.before = nil // these errnos are the proof that Detach waits for
 	}
 	check(t, d.Close())
@@ -366,7 +367,7 @@ func TestWarmAndTrim(t *testing.T) {
 		}
 		var devices []*Device
 		for i := range 10 {
-			devices = append(devices, m.attach(t, manager, fmt.Sprint(i), whole))
+			devices = append(devices, m.attach(t, manager, strconv.Itoa(i), whole))
 		}
 		m.detach(t, manager, devices...)
 		foreign := must(m.Add(-1))(t)
@@ -387,7 +388,7 @@ func TestTrimOnTheKernelLeavesOthersAlone(t *testing.T) {
 	t.Cleanup(func() { _ = m.Remove(foreign) })
 	manager := m.manager(t, WithWarm(0))
 	ours := must(manager.kernel.Add(-1))(t)
-	manager.note(ours, true)
+	manager.note(ours)
 	check(t, manager.Trim(t.Context()))
 	if _, err := m.Attr(foreign, attrDev); err != nil {
 		t.Errorf("the foreign loop%d: %v", foreign, err)

@@ -23,8 +23,12 @@ func (r Retry) withDefaults() Retry {
 }
 
 // pause waits before try number try+1, at most until ctx ends. Several managers
-// contend for the lowest number, so equal pauses would make them meet again.
+// contend for the lowest number, so equal pauses would make them meet again. Before
+// the first try, number 0, there is none.
 func (r Retry) pause(ctx context.Context, try int) error {
+	if try < 0 {
+		return ctx.Err()
+	}
 	d := r.MaxDelay
 	if try < 20 && r.Delay<<try < d {
 		d = r.Delay << try
@@ -88,7 +92,7 @@ func (k *keyedLock) lock(ctx context.Context, id FileID) (func(), error) {
 			delete(k.locks, id)
 		}
 	}
-	if err := e.semaphore.lock(ctx); err != nil {
+	if err := e.lock(ctx); err != nil {
 		leave()
 		return nil, err
 	}

@@ -23,7 +23,7 @@ func (m *Manager) Warm(ctx context.Context) error {
 		if err != nil {
 			return opError("add", -1, err)
 		}
-		m.note(n, true)
+		m.note(n)
 	}
 	return nil
 }
