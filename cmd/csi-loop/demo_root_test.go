@@ -161,3 +161,23 @@ func TestDemoCleansUpAfterCtrlC(t *testing.T) {
 	}
 	nothingLeft(t, dir)
 }
+
+func TestDemoWantsRoom(t *testing.T) {
+	roottest.Require(t)
+	small := roottest.Pool(t, "ext4", 64<<20)
+	for dir, want := range map[string]string{
+		small:                    "choose another directory with --dir",
+		"/nonexistent/directory": "choose another place with --dir",
+	} {
+		c := spawn(t, nil, "demo", "--dir="+dir)
+		if code := c.wait(); code != exitFailure {
+			t.Errorf("%s: exit status %d, want %d", dir, code, exitFailure)
+		}
+		if got := c.complaint(); !strings.Contains(got, want) {
+			t.Errorf("%s: it says %q, want %q in it", dir, got, want)
+		}
+		if left, err := filepath.Glob(dir + "/csi-loop-demo-*"); err != nil || len(left) > 0 {
+			t.Errorf("left: %v, %v", left, err)
+		}
+	}
+}

@@ -60,7 +60,7 @@ func Run(ctx context.Context, opts Options) (err error) {
 	}
 	dir, err := os.MkdirTemp(base, "csi-loop-demo-")
 	if err != nil {
-		return err
+		return fmt.Errorf("make a directory: %w: choose another place with --dir", err)
 	}
 	// Mount points are compared with what mountinfo shows, which has no links.
 	if dir, err = filepath.EvalSymlinks(dir); err != nil {

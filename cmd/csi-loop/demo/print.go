@@ -23,6 +23,7 @@ type printer struct {
 	out    io.Writer
 	colour bool
 	dir    string // begins most paths, and is shortened
+	now    func() time.Time
 
 	open    bool // between begin and finish
 	number  int
@@ -35,7 +36,7 @@ type printer struct {
 const short = "..."
 
 func newPrinter(out io.Writer, colour bool, dir string) *printer {
-	return &printer{out: out, colour: colour, dir: dir}
+	return &printer{out: out, colour: colour, dir: dir, now: time.Now}
 }
 
 // paint wraps text in an escape, if there are colours.
@@ -70,14 +71,14 @@ func (p *printer) call(method, volume string, took time.Duration) {
 }
 
 func (p *printer) begin(number int, title string) {
-	p.open, p.number, p.heading, p.start, p.lines = true, number, title, time.Now(), nil
+	p.open, p.number, p.heading, p.start, p.lines = true, number, title, p.now(), nil
 }
 
 const titleWidth = 76
 
 func (p *printer) finish(ok bool) {
 	p.open = false
-	took := millis(time.Since(p.start))
+	took := millis(p.now().Sub(p.start))
 	mark, colour := "ok", green
 	if !ok {
 		mark, colour = "FAILED", red

@@ -23,7 +23,9 @@ func (d *demo) rescue(ctx context.Context, cause error) error {
 			d.out.line("  " + l)
 		}
 	}
-	d.out.line("\nCleaning up.")
+	if d.driver != nil {
+		d.out.line("\nCleaning up.")
+	}
 	err := d.byDriver(ctx)
 	if left, lerr := leftovers(d.dir); lerr != nil || len(left) > 0 {
 		// The driver could not. What it said is what a reader needs to know.
