@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"sync"
 	"time"
@@ -47,7 +48,7 @@ func serve(ctx context.Context, p plan, unknown []string) (err error) {
 	defer func() { err = errors.Join(err, images.Close()) }()
 	dirs, err := image.OpenDirs(p.imageDirs, images.Pools()...)
 	if err != nil {
-		return err
+		return fmt.Errorf("--image-dir: %w: make it, or name another", err)
 	}
 	d, err := driver.New(p.driver, images, dirs, loops, mount.New())
 	if err != nil {

@@ -262,7 +262,7 @@ func TestStartFailures(t *testing.T) {
 		},
 		"image directory is missing": {
 			func(_ *testing.T, p place) []string { return p.args("--image-dir=" + p.dir + "/images") },
-			[]string{"/images", "no such file or directory"},
+			[]string{"--image-dir", "/images", "no such file or directory", "make it"},
 		},
 		"image directory is the pool": {
 			func(_ *testing.T, p place) []string { return p.args("--image-dir=" + p.pool) },
