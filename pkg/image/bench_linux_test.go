@@ -93,16 +93,7 @@ func floor(b *testing.B, p *Pool, s Spec) {
 func BenchmarkThousand(b *testing.B) {
 	roottest.Require(b)
 	dir := poolDir(b)
-	s, p, err := tryOpen(dir)
-	if err != nil {
-		b.Fatal(err)
-	}
-	for i := range 1000 {
-		create(b, p, Spec{Name: fmt.Sprintf("pvc-00000000-0000-0000-0000-%012d", i), Size: 8 * MiB, Allocation: Thin})
-	}
-	if err := s.Close(); err != nil {
-		b.Fatal(err)
-	}
+	makeThousand(b, dir)
 	b.Run("open", func(b *testing.B) {
 		for b.Loop() {
 			s, _, err := tryOpen(dir)
@@ -115,9 +106,9 @@ func BenchmarkThousand(b *testing.B) {
 		}
 	})
 	var before, after runtime.MemStats
-	runtime.GC() // s and p are dead until they are set anew
+	runtime.GC()
 	runtime.ReadMemStats(&before)
-	s, p, err = tryOpen(dir)
+	s, p, err := tryOpen(dir)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -155,4 +146,18 @@ func BenchmarkThousand(b *testing.B) {
 			p.refresh(ctx)
 		}
 	})
+}
+
+func makeThousand(b *testing.B, dir string) {
+	b.Helper()
+	s, p, err := tryOpen(dir)
+	if err != nil {
+		b.Fatal(err)
+	}
+	for i := range 1000 {
+		create(b, p, Spec{Name: fmt.Sprintf("pvc-00000000-0000-0000-0000-%012d", i), Size: 8 * MiB, Allocation: Thin})
+	}
+	if err := s.Close(); err != nil {
+		b.Fatal(err)
+	}
 }

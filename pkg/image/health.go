@@ -156,7 +156,7 @@ func (p *Pool) VolumeHealth(ctx context.Context, id string) []Problem {
 }
 
 func (p *Pool) imageHealth(dir string, r record) []Problem {
-	st, err := statAt(p.volumes, dir+"/"+imageFile)
+	st, err := p.imageStat(dir)
 	var problem Problem
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -176,6 +176,17 @@ func (p *Pool) imageHealth(dir string, r record) []Problem {
 		return nil
 	}
 	return []Problem{problem}
+}
+
+// imageStat looks at what stands in the place of a volume's image, without
+// judging it and without following a link.
+func (p *Pool) imageStat(dir string) (fileStat, error) {
+	d, err := openDirAt(p.volumes, dir)
+	if err != nil {
+		return fileStat{}, err
+	}
+	defer d.Close()
+	return statAt(d, imageFile)
 }
 
 func (p *Pool) thinUncovered() bool {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 )
 
@@ -38,6 +39,29 @@ func (p *Pool) OpenImage(ctx context.Context, id string, readOnly bool) (*os.Fil
 	}
 	p.refreshOne(dir)
 	return f, nil
+}
+
+// ImageInode returns the device and inode of the file in the place of a volume's
+// image, sound or not, so that who is about to remove it can look whether anybody
+// uses it. ErrNotFound when there is no volume or no regular file.
+func (p *Pool) ImageInode(ctx context.Context, id string) (dev, ino uint64, err error) {
+	dir, ok := p.dirOf(id)
+	if !ok {
+		return 0, 0, fmt.Errorf("%w: %q", ErrNotFound, id)
+	}
+	leave, err := p.enter(ctx, dir)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer leave()
+	st, err := p.imageStat(dir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), err == nil && !st.Mode.IsRegular():
+		return 0, 0, fmt.Errorf("%w: image of %q", ErrNotFound, id)
+	case err != nil:
+		return 0, 0, fmt.Errorf("image of %q: %w", id, err)
+	}
+	return st.Dev, st.Ino, nil
 }
 
 // openVolume opens a volume's directory and its image, and looks whether the
