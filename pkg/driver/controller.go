@@ -12,6 +12,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/loop"
 )
 
 // controllerServer is the CSI Controller service over the pools of this node.
@@ -260,6 +261,13 @@ func (d *Driver) removable(ctx context.Context, pool *image.Pool, id string) err
 		if live {
 			return preconditionf("volume %q is staged at %q", id, r.StagingPath)
 		}
+		left, err := d.publicationsLeft(ctx, r)
+		if err != nil {
+			return err
+		}
+		if len(left) > 0 {
+			return preconditionf("volume %q is published at %q", id, left)
+		}
 	}
 	return d.unattached(ctx, pool, id)
 }
@@ -271,9 +279,7 @@ func (d *Driver) unattached(ctx context.Context, pool *image.Pool, id string) er
 	case errors.Is(err, image.ErrNotFound):
 		return nil
 	case errors.Is(err, image.ErrDamaged):
-		// No sound image, so nothing of ours can be bound to it; a volume that
-		// is broken must still be deletable.
-		return nil
+		return d.unattachedDamaged(ctx, pool, id) // it must still be deletable
 	case err != nil:
 		return err
 	}
@@ -284,6 +290,29 @@ func (d *Driver) unattached(ctx context.Context, pool *image.Pool, id string) er
 	}
 	if len(bound) > 0 {
 		return preconditionf("volume %q is attached to %s", id, bound[0].Path)
+	}
+	return nil
+}
+
+// unattachedDamaged is unattached for a volume whose image is not what it should
+// be: a device may show what stands in its place.
+func (d *Driver) unattachedDamaged(ctx context.Context, pool *image.Pool, id string) error {
+	dev, ino, err := pool.ImageInode(ctx, id)
+	if errors.Is(err, image.ErrNotFound) {
+		return nil // no file that could be attached
+	}
+	if err != nil {
+		klog.FromContext(ctx).Info("Cannot look at a damaged image before its removal", "volume", id, "err", err.Error())
+		return nil // a link in the place of the directory: removal takes the link
+	}
+	all, err := d.table.FindAll(ctx)
+	if err != nil {
+		return err
+	}
+	for _, info := range all {
+		if info.Image == (loop.FileID{Dev: dev, Ino: ino}) {
+			return preconditionf("volume %q is attached to %s", id, info.Path)
+		}
 	}
 	return nil
 }
@@ -301,8 +330,8 @@ func (s *controllerServer) ValidateVolumeCapabilities(_ context.Context, req *cs
 	if err != nil {
 		return nil, err
 	}
-	if err := s.d.confirm(src, req); err != nil {
-		return &csi.ValidateVolumeCapabilitiesResponse{Message: err.Error()}, nil
+	if no := s.d.confirm(src, req); no != nil {
+		return &csi.ValidateVolumeCapabilitiesResponse{Message: no.Error()}, nil
 	}
 	return &csi.ValidateVolumeCapabilitiesResponse{Confirmed: &csi.ValidateVolumeCapabilitiesResponse_Confirmed{
 		VolumeContext:      req.GetVolumeContext(),

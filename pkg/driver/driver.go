@@ -9,8 +9,6 @@ import (
 	"regexp"
 	"sync"
 
-	"golang.org/x/sync/errgroup"
-
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
@@ -217,14 +215,4 @@ func (a loopAdapter) Hold(ctx context.Context, ref loop.Ref) (attached, error) {
 		return nil, err
 	}
 	return dev, nil
-}
-
-// forEach runs f for every item, at most eight at a time, and returns the first error.
-func forEach[T any](ctx context.Context, items []T, f func(context.Context, T) error) error {
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(8)
-	for _, item := range items {
-		g.Go(func() error { return f(ctx, item) })
-	}
-	return g.Wait()
 }

@@ -18,8 +18,6 @@ import (
 
 	"github.com/csi-loop/csi-loop/internal/roottest"
 	"github.com/csi-loop/csi-loop/pkg/image"
-	"github.com/csi-loop/csi-loop/pkg/loop"
-	"github.com/csi-loop/csi-loop/pkg/mount"
 )
 
 const mib = int64(1) << 20
@@ -40,7 +38,7 @@ type node struct {
 	pool []image.Config
 	dirs []string
 
-	fake *fakeKernel // nil: the real thing
+	fake *fakeKernel
 
 	socket string
 	d      *Driver
@@ -59,15 +57,6 @@ func newFake(t *testing.T) *node {
 	n.defaults(filepath.Join(dir, "pool"))
 	n.start()
 	t.Cleanup(func() { n.fake.clean(t) })
-	return n
-}
-
-// newReal makes a node over real loop devices and mounts, with the pool at path.
-func newReal(t *testing.T, pool string) *node {
-	roottest.Require(t)
-	n := &node{t: t, dir: t.TempDir()}
-	n.defaults(pool)
-	n.start()
 	return n
 }
 
@@ -96,15 +85,7 @@ func (n *node) start() {
 	n.must(err)
 	dirs, err := image.OpenDirs(n.dirs, store.Pools()...)
 	n.must(err)
-	var d *Driver
-	var manager *loop.Manager
-	if n.fake != nil {
-		d, err = newDriver(n.cfg, store, dirs, n.fake, n.fake, fakeMounts{n.fake}, n.fake)
-	} else {
-		manager, err = loop.New(ctx, loop.WithWarm(0), loop.WithNodeDir(filepath.Join(n.dir, "dev")))
-		n.must(err)
-		d, err = New(n.cfg, store, dirs, manager, mount.New())
-	}
+	d, err := newDriver(n.cfg, store, dirs, n.fake, n.fake, fakeMounts{n.fake}, n.fake)
 	n.must(err)
 	n.must(d.Reconcile(ctx))
 	// A UNIX socket's path is short, a test's name may be long.
@@ -126,9 +107,6 @@ func (n *node) start() {
 		cancel()
 		n.must(<-done)
 		n.must(d.Close())
-		if manager != nil {
-			n.must(manager.Close())
-		}
 		n.must(store.Close())
 	}
 }

@@ -26,7 +26,7 @@ const (
 // CSI forbids.
 type problems []*csi.VolumeHealth_VolumeHealthEntry
 
-func (p *problems) add(status csi.VolumeHealthErrorType, reason, format string, args ...any) {
+func (p *problems) addf(status csi.VolumeHealthErrorType, reason, format string, args ...any) {
 	for _, have := range *p {
 		if have.GetStatus() == status && have.GetReason() == reason {
 			return
@@ -40,11 +40,11 @@ func (d *Driver) imageProblems(ctx context.Context, v image.Volume) problems {
 	var p problems
 	pool, ok := d.images.Pool(v.Pool)
 	if !ok {
-		p.add(csi.VolumeHealthErrorType_INACCESSIBLE, "PoolMissing", "pool %q is not configured", v.Pool)
+		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, "PoolMissing", "pool %q is not configured", v.Pool)
 		return p
 	}
 	for _, found := range pool.VolumeHealth(ctx, v.ID) {
-		p.add(healthStatus(found.Kind), found.Reason, "%s", found.Message)
+		p.addf(healthStatus(found.Kind), found.Reason, "%s", found.Message)
 	}
 	return p
 }
@@ -97,8 +97,8 @@ func (s *controllerServer) ControllerListVolumeHealth(ctx context.Context, req *
 		if len(found) == 0 {
 			continue
 		}
-		if limit > 0 && len(resp.Entries) == int(limit) {
-			resp.NextToken = makeToken(resp.Entries[limit-1].GetVolumeId())
+		if limit > 0 && len(resp.GetEntries()) == int(limit) {
+			resp.NextToken = makeToken(resp.GetEntries()[limit-1].GetVolumeId())
 			break
 		}
 		resp.Entries = append(resp.Entries, &csi.VolumeHealth{VolumeId: v.ID, HealthStatuses: found})
@@ -122,7 +122,7 @@ func (s *nodeServer) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVo
 	if err == nil {
 		p = d.imageProblems(ctx, v)
 	} else if r.Mapped == nil && !r.Ephemeral {
-		p.add(csi.VolumeHealthErrorType_INACCESSIBLE, reasonUnknown, "%v", err)
+		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, reasonUnknown, "%v", err)
 	}
 	if staged {
 		d.stagingProblems(ctx, r, v, &p)
@@ -135,14 +135,14 @@ func (d *Driver) stagingProblems(ctx context.Context, r stageRecord, v image.Vol
 	info, err := d.table.Inspect(ctx, r.Device.Number)
 	switch {
 	case errors.Is(err, loop.ErrNotBound), errors.Is(err, loop.ErrNotExist), err == nil && (info.Ref != r.Device || info.Image != r.Image):
-		p.add(csi.VolumeHealthErrorType_INACCESSIBLE, reasonDetached, "loop device %d no longer shows the volume: delete the pods that use it, so that it is staged anew", r.Device.Number)
+		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, reasonDetached, "loop device %d no longer shows the volume: delete the pods that use it, so that it is staged anew", r.Device.Number)
 		return
 	case err != nil:
-		p.add(csi.VolumeHealthErrorType_DEGRADED, reasonUnknown, "loop device %d: %v", r.Device.Number, err)
+		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonUnknown, "loop device %d: %v", r.Device.Number, err)
 		return
 	}
 	if v.ID != "" && info.Size < v.Size {
-		p.add(csi.VolumeHealthErrorType_DEGRADED, reasonDeviceSmaller, "%s has %d bytes, the volume %d: the expansion is not finished on this node", info.Path, info.Size, v.Size)
+		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonDeviceSmaller, "%s has %d bytes, the volume %d: the expansion is not finished on this node", info.Path, info.Size, v.Size)
 	}
 	if r.Block {
 		return
@@ -150,11 +150,11 @@ func (d *Driver) stagingProblems(ctx context.Context, r stageRecord, v image.Vol
 	m, ours, err := d.mountedAt(r.StagingPath, r)
 	switch {
 	case err != nil:
-		p.add(csi.VolumeHealthErrorType_DEGRADED, reasonUnknown, "%q: %v", r.StagingPath, err)
+		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonUnknown, "%q: %v", r.StagingPath, err)
 	case !ours:
-		p.add(csi.VolumeHealthErrorType_INACCESSIBLE, reasonUnmounted, "the filesystem is no longer mounted at %q: delete the pods that use it, so that it is staged anew", r.StagingPath)
+		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, reasonUnmounted, "the filesystem is no longer mounted at %q: delete the pods that use it, so that it is staged anew", r.StagingPath)
 	case m.ReadOnly && !r.ReadOnly:
-		p.add(csi.VolumeHealthErrorType_INACCESSIBLE, reasonReadOnly, "the kernel made the filesystem read-only, usually after an I/O error: see the kernel log for %s, then delete the pods that use it; it is checked when it is staged anew", info.Path)
+		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, reasonReadOnly, "the kernel made the filesystem read-only, usually after an I/O error: see the kernel log for %s, then delete the pods that use it; it is checked when it is staged anew", info.Path)
 	}
 	if ours {
 		d.sizeProblem(r, info, p)
@@ -168,7 +168,7 @@ func (d *Driver) sizeProblem(r stageRecord, info loop.Info, p *problems) {
 	}
 	small, err := d.mtab.NeedsGrow(mount.GrowSpec{FSType: r.FSType, Device: info.Path, Path: r.StagingPath})
 	if err == nil && small {
-		p.add(csi.VolumeHealthErrorType_DEGRADED, reasonNotGrown, "the filesystem is smaller than its device of %d bytes: expand the volume again, or see the driver's log for why it could not grow", info.Size)
+		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonNotGrown, "the filesystem is smaller than its device of %d bytes: expand the volume again, or see the driver's log for why it could not grow", info.Size)
 	}
 }
 

@@ -82,7 +82,7 @@ func (s *nodeServer) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolu
 		VolumeID: id, StagingPath: staging, Block: a.block, FSType: or(a.fsType, src.fsType), Flags: a.flags,
 		Mode: a.mode.String(), ReadOnly: a.readOnly() || src.readOnly, Mapped: src.mapped,
 	}
-	done, err := d.alreadyStaged(ctx, want)
+	done, err := d.alreadyStaged(ctx, &want)
 	if err != nil || done {
 		return &csi.NodeStageVolumeResponse{}, err
 	}
@@ -99,7 +99,9 @@ func (s *nodeServer) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolu
 
 // alreadyStaged says whether the volume is staged just as want asks, and
 // ALREADY_EXISTS or FAILED_PRECONDITION when it is staged otherwise.
-func (d *Driver) alreadyStaged(ctx context.Context, want stageRecord) (bool, error) {
+// Of a staging that is gone want inherits the targets that still have to be
+// unpublished.
+func (d *Driver) alreadyStaged(ctx context.Context, want *stageRecord) (bool, error) {
 	have, ok := d.state.get(want.VolumeID)
 	if !ok {
 		return false, nil
@@ -111,8 +113,9 @@ func (d *Driver) alreadyStaged(ctx context.Context, want stageRecord) (bool, err
 	if err != nil {
 		return false, err
 	}
-	if !live {
-		return false, nil // a record without its device: stage anew
+	if !live { // a record without its device: stage anew
+		want.Targets = have.Targets
+		return false, nil
 	}
 	switch {
 	case have.StagingPath != want.StagingPath:
@@ -139,14 +142,8 @@ func (r stageRecord) describe() string {
 // stagingAlive asks the kernel whether what the record describes is in force:
 // the device bound and held, or the filesystem mounted.
 func (d *Driver) stagingAlive(ctx context.Context, r stageRecord) (bool, error) {
-	if r.Device == (loop.Ref{}) {
-		return false, nil
-	}
-	info, err := d.table.Inspect(ctx, r.Device.Number)
-	if errors.Is(err, loop.ErrNotBound) || errors.Is(err, loop.ErrNotExist) || err == nil && (info.Ref != r.Device || info.Image != r.Image) {
-		return false, nil
-	}
-	if err != nil {
+	live, err := d.bindingAlive(ctx, r)
+	if err != nil || !live {
 		return false, err
 	}
 	if r.Block {
@@ -154,6 +151,19 @@ func (d *Driver) stagingAlive(ctx context.Context, r stageRecord) (bool, error) 
 	}
 	_, mounted, err := d.mountedAt(r.StagingPath, r)
 	return mounted, err
+}
+
+// bindingAlive asks the kernel whether the volume's device still is the binding
+// that the record names.
+func (d *Driver) bindingAlive(ctx context.Context, r stageRecord) (bool, error) {
+	if r.Device == (loop.Ref{}) {
+		return false, nil
+	}
+	info, err := d.table.Inspect(ctx, r.Device.Number)
+	if errors.Is(err, loop.ErrNotBound) || errors.Is(err, loop.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil && info.Ref == r.Device && info.Image == r.Image, err
 }
 
 // mountedAt says what is mounted at path and whether it is the volume of r, with
@@ -253,7 +263,15 @@ func (d *Driver) mountFilesystem(ctx context.Context, spec mount.Spec, src sourc
 			return err
 		}
 	}
-	if err := d.mounts.Mount(ctx, spec); err != nil {
+	err := d.mounts.Mount(ctx, spec)
+	if errors.Is(err, mount.ErrDamaged) && sameFilesystem("ext4", sb.Type) && !info.ReadOnly && !sb.NeedsCheck {
+		// Damage that only the mount finds. The device is claimed by nobody, or the
+		// check refuses.
+		if err = d.mounts.Check(ctx, sb.Type, spec.Source); err == nil {
+			err = d.mounts.Mount(ctx, spec)
+		}
+	}
+	if err != nil {
 		return err
 	}
 	if src.fixed || spec.ReadOnly || sb.FillsDevice(info.Size) {
@@ -333,7 +351,7 @@ func (s *nodeServer) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstage
 		return &csi.NodeUnstageVolumeResponse{}, nil // not staged there
 	}
 	if !ok || r.Device == (loop.Ref{}) {
-		if r, err = d.findStaging(ctx, r, ok, id, staging); err != nil {
+		if r, err = d.recoverStaging(ctx, r, id, staging); err != nil {
 			return nil, fmt.Errorf("unstage volume %q: %w", id, err)
 		}
 	}
@@ -341,26 +359,6 @@ func (s *nodeServer) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstage
 		return nil, fmt.Errorf("unstage volume %q: %w", id, err)
 	}
 	return &csi.NodeUnstageVolumeResponse{}, nil
-}
-
-// findStaging completes the record of a staging that a crash cut short, or makes
-// one when the state directory was lost, from what is mounted at the path. The
-// mount is believed only if the kernel shows that its device is over the image of
-// this very volume. Nothing mounted is a staging with nothing to undo.
-func (d *Driver) findStaging(ctx context.Context, r stageRecord, recorded bool, id, staging string) (stageRecord, error) {
-	if !recorded {
-		r = stageRecord{VolumeID: id, StagingPath: staging}
-	}
-	m, mounted, err := d.mtab.At(staging)
-	if err != nil || !mounted || r.Block {
-		return r, err
-	}
-	info, err := d.deviceOf(ctx, r, m)
-	if err != nil {
-		return r, err
-	}
-	r.Image, r.Device = info.Image, info.Ref
-	return r, nil
 }
 
 // unstage ends a staging: first it proves that no publication is left, since a
@@ -409,47 +407,6 @@ func (d *Driver) detachBlock(ctx context.Context, r stageRecord) error {
 		}
 	}
 	return nil
-}
-
-// deviceOf proves that a mount shows the volume of r, and returns its device.
-// Without an image in the record, the image of the volume's ID counts.
-func (d *Driver) deviceOf(ctx context.Context, r stageRecord, m mount.Mount) (loop.Info, error) {
-	number, ok := loopNumber(m)
-	if !ok {
-		return loop.Info{}, preconditionf("%s is mounted at %q, not the volume", m.Source, m.Path)
-	}
-	if r.Image == (loop.FileID{}) {
-		var err error
-		if r.Image, err = d.imageOf(ctx, r.VolumeID); err != nil {
-			return loop.Info{}, err
-		}
-	}
-	info, err := d.table.Inspect(ctx, number)
-	if err != nil {
-		return info, err
-	}
-	if info.Image != r.Image {
-		return info, preconditionf("%s is mounted at %q and does not show the volume", m.Source, m.Path)
-	}
-	return info, nil
-}
-
-// imageOf is the identity of the image of a volume that a pool knows, by its ID
-// or, for an inline ephemeral volume, by its name.
-func (d *Driver) imageOf(ctx context.Context, id string) (loop.FileID, error) {
-	v, ok := d.images.Find(id)
-	if !ok || v.Ephemeral == nil {
-		var err error
-		if v, err = d.images.Get(id); err != nil {
-			return loop.FileID{}, err
-		}
-	}
-	f, err := d.poolSource(v).open(ctx, true)
-	if err != nil {
-		return loop.FileID{}, err
-	}
-	defer f.Close()
-	return loop.FileIDOf(f)
 }
 
 // cleanPath checks a path that a CO gave and takes a trailing slash off it. What

@@ -2,6 +2,7 @@ package driver
 
 import (
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -103,13 +104,14 @@ func TestUndo(t *testing.T) {
 			v := n.create("pvc-1", 16*mib, kind, nil)
 			n.fake.failOnce(step, boom)
 			err := v.stage()
-			if step == "bind" {
+			switch {
+			case step == "bind":
 				n.must(err)
 				code(t, v.publish("a", false), codes.Internal)
 				code(t, v.publish("a", true), codes.OK)
 				n.must(v.unpublish("a"))
 				n.must(v.unstage())
-			} else if err != nil {
+			case err != nil:
 				code(t, err, codes.Internal)
 				n.fake.clean(t)
 				if files, _ := os.ReadDir(filepath.Join(n.cfg.StateDir, n.cfg.NodeID)); len(files) > 0 {
@@ -117,7 +119,7 @@ func TestUndo(t *testing.T) {
 				}
 				n.must(v.stage())
 				n.must(v.unstage())
-			} else {
+			default:
 				n.must(v.unstage()) // a raw block volume is not mounted
 			}
 			n.fake.failOnce("", nil)
@@ -326,9 +328,7 @@ func TestEphemeral(t *testing.T) {
 	n := newFake(t)
 	inline := func(context map[string]string) volume {
 		c := map[string]string{"csi.storage.k8s.io/ephemeral": "true", "csi.storage.k8s.io/pod.name": "p"}
-		for k, v := range context {
-			c[k] = v
-		}
+		maps.Copy(c, context)
 		return volume{n: n, id: "csi-0123456789", cap: mountCap("ext4", manyWriters), context: c}
 	}
 	code(t, inline(map[string]string{"size": "2Gi"}).publish("a", false), codes.OutOfRange)

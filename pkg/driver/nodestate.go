@@ -44,8 +44,14 @@ type stageRecord struct {
 
 // targetRecord is one publication.
 type targetRecord struct {
-	ReadOnly bool   `json:"readOnly,omitempty"`
-	Mode     string `json:"mode,omitempty"`
+	ReadOnly bool     `json:"readOnly,omitempty"`
+	Mode     string   `json:"mode,omitempty"`
+	Device   loop.Ref `json:"device"` // what it shows
+}
+
+// sameAs says whether a repeated publication asks for the same.
+func (t targetRecord) sameAs(o targetRecord) bool {
+	return t.ReadOnly == o.ReadOnly && t.Mode == o.Mode
 }
 
 // devices are the bindings that serve the volume; the read-only one first.
@@ -97,7 +103,7 @@ func openNodeState(dir string) (*nodeState, error) {
 		if err != nil {
 			return nil, fmt.Errorf("stage record: %w", err)
 		}
-		if json.Unmarshal(data, &r) != nil || r.VolumeID == "" || s.path(r.VolumeID) != path {
+		if json.Unmarshal(data, &r) != nil || r.VolumeID == "" || s.path(r.VolumeID) != path { //nolint:musttag // the fields of loop.Ref and loop.FileID keep their names
 			_ = os.Remove(path)
 			continue
 		}
@@ -135,7 +141,7 @@ func (s *nodeState) list() []stageRecord {
 // put writes the record, replacing what was there in one step.
 // Precondition: the caller holds the volume's lock.
 func (s *nodeState) put(r stageRecord) error {
-	data, err := json.Marshal(r)
+	data, err := json.Marshal(r) //nolint:musttag // as above
 	if err != nil {
 		return fmt.Errorf("stage record of %q: %w", r.VolumeID, err)
 	}

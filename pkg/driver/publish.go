@@ -85,10 +85,25 @@ func (d *Driver) stagedRecord(ctx context.Context, req *csi.NodePublishVolumeReq
 		return stageRecord{}, err
 	}
 	r, ok := d.state.get(id)
-	if !ok || r.Ephemeral {
-		if _, err := d.source(id, req.GetVolumeContext()); err != nil {
+	if !ok {
+		src, err := d.source(id, req.GetVolumeContext())
+		if err != nil {
 			return r, err
 		}
+		if r, err = d.recoverStaging(ctx, r, id, staging); err != nil {
+			return r, err
+		}
+		r.Mapped, r.Mode, r.Flags = src.mapped, req.GetVolumeCapability().GetAccessMode().GetMode().String(), req.GetVolumeCapability().GetMount().GetMountFlags()
+		ok = r.Device != (loop.Ref{})
+		if ok && r.Block {
+			for _, ref := range r.devices() {
+				if err := d.holdRef(ctx, ref); err != nil {
+					return r, err
+				}
+			}
+		}
+	}
+	if !ok || r.Ephemeral {
 		return r, preconditionf("the volume is not staged")
 	}
 	if r.StagingPath != staging {
@@ -116,8 +131,8 @@ func (d *Driver) admit(r *stageRecord, path string, want targetRecord, a access)
 		switch {
 		case !there:
 			delete(r.Targets, other)
-		case other == path && have != want:
-			return existsf("the volume is published there already as %+v, the request asks for %+v", have, want)
+		case other == path && !have.sameAs(want):
+			return existsf("the volume is published there already as %s, the request asks for %s", have, want)
 		case other != path && (a.exclusive() || exclusiveMode(have.Mode)):
 			return preconditionf("the volume is published at %q and its access mode %s allows one target", other, a.mode)
 		}
@@ -134,10 +149,16 @@ func exclusiveMode(mode string) bool {
 	return access{mode: csi.VolumeCapability_AccessMode_Mode(csi.VolumeCapability_AccessMode_Mode_value[mode])}.exclusive()
 }
 
-// publishedAt asks the kernel whether the volume is at a target.
+// publishedAt asks the kernel whether the volume is at a target: with one of its
+// devices, or with the one that the target got, which may be gone since.
 func (d *Driver) publishedAt(r stageRecord, path string) (bool, error) {
-	_, ours, err := d.mountedAt(path, r)
-	return ours, err
+	m, mounted, err := d.mtab.At(path)
+	if err != nil || !mounted {
+		return false, err
+	}
+	number, ok := loopNumber(m)
+	at := r.Targets[path].Device
+	return shows(m, r) || ok && at != (loop.Ref{}) && at.Number == number, nil
 }
 
 // publishFilesystem bind-mounts the staged filesystem.
@@ -150,6 +171,8 @@ func (d *Driver) publishFilesystem(ctx context.Context, r stageRecord, path stri
 	if err != nil {
 		return err
 	}
+	target.Device = r.Device
+	r.Targets[path] = target
 	if err := d.state.put(r); err != nil {
 		return d.undoPublish(ctx, path, err)
 	}
@@ -175,6 +198,8 @@ func (d *Driver) publishBlock(ctx context.Context, r stageRecord, path string, t
 		err = d.mounts.Bind(ctx, mount.BindSpec{Source: info.Path, Target: path})
 	}
 	if err == nil {
+		target.Device = ref
+		r.Targets[path] = target
 		if err = d.state.put(r); err == nil {
 			return nil
 		}
@@ -246,6 +271,13 @@ func (d *Driver) undoPublish(ctx context.Context, path string, cause error) erro
 	return errors.Join(cause, d.mounts.Remove(undo, path))
 }
 
+func (t targetRecord) String() string {
+	if t.ReadOnly {
+		return "read-only, " + t.Mode
+	}
+	return "writable, " + t.Mode
+}
+
 func withoutTarget(r stageRecord, path string) stageRecord {
 	r = r.clone()
 	delete(r.Targets, path)
@@ -315,7 +347,12 @@ func (d *Driver) releaseReadDevice(ctx context.Context, r stageRecord) error {
 // behind what is; none when nothing is mounted.
 func (d *Driver) mayUnpublish(ctx context.Context, r stageRecord, target string) (loop.Ref, error) {
 	m, mounted, err := d.mtab.At(target)
-	if err != nil || !mounted || shows(m, r) {
+	if err != nil || !mounted {
+		return r.Device, err
+	}
+	// A bind of a node that the record lists is ours to unmount, whatever the
+	// number is now bound to: that touches no device.
+	if ours, err := d.publishedAt(r, target); err != nil || ours {
 		return r.Device, err
 	}
 	info, err := d.deviceOf(ctx, r, m)
@@ -342,19 +379,9 @@ func (d *Driver) mountsOf(number int) ([]string, error) {
 // For a raw block volume every mount of its nodes counts, known or not: none of
 // them keeps the device bound, so all must be gone before it is cleared (fact 36).
 // For a filesystem only the publications of CSI count; other mounts of it keep
-// the device bound by themselves.
-func (d *Driver) publicationsLeft(_ context.Context, r stageRecord) ([]string, error) {
-	if r.Block {
-		var left []string
-		for _, ref := range r.devices() {
-			paths, err := d.mountsOf(ref.Number)
-			if err != nil {
-				return nil, err
-			}
-			left = append(left, paths...)
-		}
-		return left, nil
-	}
+// the device bound by themselves. So too when the binding is gone already: then
+// other mounts of the node are those of whoever got the number.
+func (d *Driver) publicationsLeft(ctx context.Context, r stageRecord) ([]string, error) {
 	var left []string
 	for path := range r.Targets {
 		there, err := d.publishedAt(r, path)
@@ -365,6 +392,17 @@ func (d *Driver) publicationsLeft(_ context.Context, r stageRecord) ([]string, e
 			left = append(left, path)
 		}
 	}
+	if live, err := d.bindingAlive(ctx, r); err != nil {
+		return nil, err
+	} else if live && r.Block {
+		for _, ref := range r.devices() {
+			paths, err := d.mountsOf(ref.Number)
+			if err != nil {
+				return nil, err
+			}
+			left = append(left, paths...)
+		}
+	}
 	slices.Sort(left)
-	return left, nil
+	return slices.Compact(left), nil
 }

@@ -81,9 +81,20 @@ func (d *Driver) reconcileRecord(ctx context.Context, r stageRecord, bound []loo
 			return nil
 		}
 	}
-	if r.Ephemeral {
-		// The image stays until its pod is unpublished or found gone.
-		klog.FromContext(ctx).V(2).Info("Inline ephemeral volume is not mounted", "volume", r.VolumeID)
+	return d.forget(ctx, r)
+}
+
+// forget drops the record of a staging that is gone, unless something is still
+// mounted at one of its targets: a raw block volume's node there does not keep the
+// device bound, and the target can only be unpublished by who knows it.
+func (d *Driver) forget(ctx context.Context, r stageRecord) error {
+	left, err := d.publicationsLeft(ctx, r)
+	if err != nil {
+		return err
+	}
+	if len(left) > 0 {
+		klog.FromContext(ctx).Info("The device of a published volume is gone", "volume", r.VolumeID, "device", r.Device.Number, "targets", left)
+		return nil
 	}
 	klog.FromContext(ctx).Info("Forgetting a staging that is gone", "volume", r.VolumeID, "path", r.StagingPath)
 	return d.state.drop(r.VolumeID)
@@ -119,18 +130,17 @@ func (d *Driver) adopt(ctx context.Context, ref loop.Ref) error {
 func (d *Driver) reconcileBlock(ctx context.Context, r stageRecord, bound []loop.Info) error {
 	wasPending := r.ReadPending
 	main, found := pick(bound, r.Device, func(i loop.Info) bool {
-		return r.Device == (loop.Ref{}) && i.ReadOnly == r.ReadOnly && i.Tag == tagOf(r.VolumeID)
+		return r.Device == (loop.Ref{}) && i.ReadOnly == r.ReadOnly && i.Tag == tagOf(r.VolumeID, r.Mapped != nil)
 	})
 	if !found {
-		klog.FromContext(ctx).Info("Forgetting a staging that is gone", "volume", r.VolumeID, "path", r.StagingPath)
-		return d.state.drop(r.VolumeID)
+		return d.forget(ctx, r)
 	}
 	if err := d.holdRef(ctx, main.Ref); err != nil {
 		return err
 	}
 	r.Device, r.ReadPending = main.Ref, false
 	second, found := pick(bound, r.ReadDevice, func(i loop.Info) bool {
-		return wasPending && r.ReadDevice == (loop.Ref{}) && i.Ref != main.Ref && i.ReadOnly && i.Tag == tagOf(r.VolumeID)
+		return wasPending && r.ReadDevice == (loop.Ref{}) && i.Ref != main.Ref && i.ReadOnly && i.Tag == tagOf(r.VolumeID, r.Mapped != nil)
 	})
 	r.ReadDevice = second.Ref
 	if found {

@@ -2,6 +2,8 @@ package driver
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"io"
 	"os"
@@ -67,7 +69,7 @@ func (d *Driver) poolSource(v image.Volume) source {
 			BlockSize: v.BlockSize,
 			DirectIO:  directIO(v.DirectIO),
 			Discard:   v.Allocation == image.Thin,
-			Tag:       tagOf(v.ID),
+			Tag:       tagOf(v.ID, false),
 		},
 		fsType: v.Filesystem,
 		raw:    v.Filesystem == "",
@@ -85,7 +87,7 @@ func (d *Driver) mappedSource(id string, m *mappedAttributes) source {
 		mapping: loop.Mapping{
 			Offset: m.Offset, SizeLimit: m.SizeLimit, BlockSize: m.BlockSize,
 			DirectIO: directIO(m.DirectIO),
-			Tag:      tagOf(id),
+			Tag:      tagOf(id, true),
 		},
 		fixed:    true,
 		readOnly: m.ReadOnly,
@@ -138,6 +140,19 @@ func (s source) superblock(f *os.File) (mount.Superblock, error) {
 	return sb, nil
 }
 
-// tagOf is what a device shows of its volume's ID: lo_file_name has room for 63
-// bytes (fact 22).
-func tagOf(id string) string { return id[:min(len(id), 63)] }
+// tagOf is what the devices of a volume show as lo_file_name, which has room for
+// 63 bytes (fact 22): the volume's ID, or as much of it as fits and a hash of it
+// all. Mapped volumes have a prefix, since their IDs are free text and may equal
+// the path that losetup puts there. A tag says which volume a device was bound
+// for; that it was bound by us is for the image to prove, where there is one.
+func tagOf(id string, mapped bool) string {
+	if mapped {
+		id = "mapped:" + id
+	}
+	const room, head = 63, 40
+	if len(id) <= room {
+		return id
+	}
+	sum := sha256.Sum256([]byte(id))
+	return id[:head] + "~" + hex.EncodeToString(sum[:(room-head-1)/2])
+}

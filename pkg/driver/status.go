@@ -79,8 +79,12 @@ var sentinelCodes = []struct {
 	{loop.ErrBusy, codes.Aborted},
 	{loop.ErrLimit, codes.ResourceExhausted},
 	{loop.ErrDirectIO, codes.FailedPrecondition},
+	// The device went away under us: detached by hand, or by a reboot.
+	{loop.ErrNotBound, codes.FailedPrecondition},
+	{loop.ErrNotExist, codes.FailedPrecondition},
 
 	{mount.ErrBusy, codes.Aborted},
+	{mount.ErrDamaged, codes.FailedPrecondition},
 	{mount.ErrUnknownFilesystem, codes.FailedPrecondition},
 	{mount.ErrPermission, codes.FailedPrecondition},
 	{mount.ErrUnsupported, codes.FailedPrecondition},
@@ -88,8 +92,7 @@ var sentinelCodes = []struct {
 
 // codeOf finds the gRPC code of an error.
 func codeOf(err error) codes.Code {
-	var coded *codeError
-	if errors.As(err, &coded) {
+	if coded, ok := errors.AsType[*codeError](err); ok {
 		return coded.code
 	}
 	if errors.As(err, new(*busyError)) {

@@ -17,6 +17,9 @@ var (
 	// ErrPermission means that the kernel wants a capability that this process
 	// does not have.
 	ErrPermission = errors.New("operation not permitted")
+	// ErrDamaged means that the kernel found the filesystem not intact. For the ext
+	// family Check may mend it; for others a person has to.
+	ErrDamaged = errors.New("filesystem is damaged")
 	// ErrUnsupported means that this kernel, filesystem or platform cannot do
 	// it, whoever asks. It is also an errors.ErrUnsupported.
 	ErrUnsupported = fmt.Errorf("mount: %w", errors.ErrUnsupported)

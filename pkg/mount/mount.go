@@ -123,8 +123,11 @@ func explain(err error, spec Spec, target string) error {
 		words = advice
 	}
 	out := &OpError{Op: c.op + " " + spec.FSType + " of " + shorten(spec.Source) + " for", Path: target, Err: c.err, Words: words}
-	if errors.Is(c.err, syscall.ENODEV) && c.op == opDriver {
+	switch {
+	case errors.Is(c.err, syscall.ENODEV) && c.op == opDriver:
 		out.Err = errors.Join(c.err, ErrUnsupported)
+	case errors.Is(c.err, syscall.EUCLEAN), errors.Is(c.err, syscall.EBADMSG), errors.Is(c.err, syscall.EIO):
+		out.Err = errors.Join(c.err, ErrDamaged)
 	}
 	return out
 }
@@ -144,12 +147,26 @@ func advise(c *configError, spec Spec) string {
 	case errors.Is(c.err, syscall.EINVAL) && len(spec.Options) > 0:
 		return "no intact " + spec.FSType + " there, one with features that this kernel lacks, or options that do not fit it (" +
 			shorten(strings.Join(spec.Options, ",")) + "); its log has the details"
+	case errors.Is(c.err, syscall.EUCLEAN), errors.Is(c.err, syscall.EBADMSG):
+		return "the kernel log has the details; it is for a person to repair, with " + repairTool(spec.FSType) + " on the image"
 	case errors.Is(c.err, syscall.EINVAL), errors.Is(c.err, syscall.EIO):
 		return "no intact " + spec.FSType + " there, or one with features that this kernel lacks; its log has the details"
 	case errors.Is(c.err, syscall.EPERM):
 		return "needs CAP_SYS_ADMIN"
 	}
 	return ""
+}
+
+// repairTool is what a person repairs a filesystem with.
+func repairTool(fsType string) string {
+	switch fsType {
+	case "xfs":
+		return "xfs_repair"
+	case "btrfs":
+		return "btrfs check"
+	default:
+		return "e2fsck"
+	}
 }
 
 // onTarget makes the target if need be, opens it and hands it to do. When do
