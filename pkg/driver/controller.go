@@ -331,7 +331,7 @@ func (s *controllerServer) ValidateVolumeCapabilities(_ context.Context, req *cs
 		return nil, err
 	}
 	if no := s.d.confirm(src, req); no != nil {
-		return &csi.ValidateVolumeCapabilitiesResponse{Message: no.Error()}, nil
+		return &csi.ValidateVolumeCapabilitiesResponse{Message: no.Error()}, nil //nolint:nilerr // not confirmed is an answer
 	}
 	return &csi.ValidateVolumeCapabilitiesResponse{Confirmed: &csi.ValidateVolumeCapabilitiesResponse_Confirmed{
 		VolumeContext:      req.GetVolumeContext(),

@@ -1,0 +1,155 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+// driver is a driver process and a client of it.
+type driver struct {
+	binary string
+	dir    string
+	cmd    *exec.Cmd
+	conn   *grpc.ClientConn
+	ctrl   csi.ControllerClient
+	node   csi.NodeClient
+	ids    map[string]string // volume IDs by name
+}
+
+// startDriver runs the driver with a new pool below dir.
+func startDriver(ctx context.Context, binary, dir string) (*driver, error) {
+	d := &driver{binary: binary, dir: dir, ids: make(map[string]string)}
+	for _, sub := range []string{"pool", "staging", "pod"} {
+		if err := os.MkdirAll(filepath.Join(dir, sub), 0o750); err != nil {
+			return nil, err
+		}
+	}
+	socket := filepath.Join(dir, "csi.sock")
+	// Not CommandContext: stop ends it, after the volumes are gone.
+	d.cmd = exec.Command(binary, "serve", "--endpoint=unix://"+socket, "--node-id=bench",
+		"--pool=default="+filepath.Join(dir, "pool"), "--state-dir="+filepath.Join(dir, "state"))
+	log, err := os.Create(filepath.Join(dir, "log"))
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	d.cmd.Stdout, d.cmd.Stderr = log, log
+	if err := d.cmd.Start(); err != nil {
+		return nil, err
+	}
+	d.conn, err = grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, errors.Join(err, d.stop())
+	}
+	d.ctrl, d.node = csi.NewControllerClient(d.conn), csi.NewNodeClient(d.conn)
+	wait, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	if _, err := csi.NewIdentityClient(d.conn).Probe(wait, &csi.ProbeRequest{}, grpc.WaitForReady(true)); err != nil {
+		out, _ := os.ReadFile(filepath.Join(dir, "log"))
+		return nil, errors.Join(fmt.Errorf("the driver does not answer: %w\n%s", err, out), d.stop())
+	}
+	return d, nil
+}
+
+func (d *driver) stop() error {
+	if d.conn != nil {
+		_ = d.conn.Close()
+	}
+	_ = d.cmd.Process.Signal(syscall.SIGTERM)
+	return d.cmd.Wait()
+}
+
+// memory is the resident set of the driver, in bytes.
+func (d *driver) memory() int64 {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", d.cmd.Process.Pid))
+	if err != nil {
+		return 0
+	}
+	pages, _ := strconv.ParseInt(strings.Fields(string(b))[1], 10, 64)
+	return pages * int64(os.Getpagesize())
+}
+
+func capability(kind string) *csi.VolumeCapability {
+	c := &csi.VolumeCapability{AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER}}
+	if kind == "block" {
+		c.AccessType = &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}}
+	} else {
+		c.AccessType = &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{FsType: kind}}
+	}
+	return c
+}
+
+// cycle is one whole life of a volume.
+func (d *driver) cycle(ctx context.Context, kind, name string, size int64) (timing, error) {
+	c, id := capability(kind), ""
+	staging, target := filepath.Join(d.dir, "staging"), filepath.Join(d.dir, "pod", "mount")
+	calls := map[string]func() error{
+		"create": func() error {
+			resp, err := d.ctrl.CreateVolume(ctx, &csi.CreateVolumeRequest{
+				Name: name, CapacityRange: &csi.CapacityRange{RequiredBytes: size}, VolumeCapabilities: []*csi.VolumeCapability{c},
+			})
+			id = resp.GetVolume().GetVolumeId()
+			return err
+		},
+		"stage": func() error {
+			_, err := d.node.NodeStageVolume(ctx, &csi.NodeStageVolumeRequest{VolumeId: id, StagingTargetPath: staging, VolumeCapability: c})
+			return err
+		},
+		"publish": func() error {
+			_, err := d.node.NodePublishVolume(ctx, &csi.NodePublishVolumeRequest{VolumeId: id, StagingTargetPath: staging, TargetPath: target, VolumeCapability: c})
+			return err
+		},
+		"unpublish": func() error {
+			_, err := d.node.NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: id, TargetPath: target})
+			return err
+		},
+		"unstage": func() error {
+			_, err := d.node.NodeUnstageVolume(ctx, &csi.NodeUnstageVolumeRequest{VolumeId: id, StagingTargetPath: staging})
+			return err
+		},
+		"delete": func() error { return d.delete(ctx, id) },
+	}
+	return measure(calls)
+}
+
+// measure times the steps in order.
+func measure(calls map[string]func() error) (timing, error) {
+	t := timing{}
+	for _, step := range steps {
+		start := time.Now()
+		if err := calls[step](); err != nil {
+			return nil, fmt.Errorf("%s: %w", step, err)
+		}
+		t[step] = time.Since(start)
+	}
+	return t, nil
+}
+
+func (d *driver) delete(ctx context.Context, id string) error {
+	_, err := d.ctrl.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: id})
+	return err
+}
+
+// createThin makes a sparse raw volume.
+func (d *driver) createThin(ctx context.Context, name string) error {
+	resp, err := d.ctrl.CreateVolume(ctx, &csi.CreateVolumeRequest{
+		Name: name, CapacityRange: &csi.CapacityRange{RequiredBytes: mib},
+		VolumeCapabilities: []*csi.VolumeCapability{capability("block")}, Parameters: map[string]string{"allocation": "thin"},
+	})
+	d.ids[name] = resp.GetVolume().GetVolumeId()
+	return err
+}

@@ -1,0 +1,160 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-loop/csi-loop/pkg/image"
+)
+
+// floor makes the same kernel calls as the driver, in the simplest way that can
+// work: no locks, no checks, no records of who uses what, no errors but fatal ones.
+// What it leaves out on purpose is what a driver is for; what it does not leave out
+// is durability: the same files are written and synced in the same order.
+type floor struct {
+	root    string
+	size    int64
+	mkfs    map[string][]string
+	number  int
+	holder  *os.File
+	control *os.File
+}
+
+func newFloor(ctx context.Context, root string, size int64) (*floor, error) {
+	f := &floor{root: root, size: size, mkfs: make(map[string][]string)}
+	for _, sub := range []string{"volumes", "staging", "pod"} {
+		if err := os.MkdirAll(filepath.Join(root, sub), 0o700); err != nil {
+			return nil, err
+		}
+	}
+	for _, kind := range []string{"ext4", "xfs", "btrfs"} {
+		argv, err := image.MkfsCommand(ctx, image.Spec{Name: "floor", Size: size, Filesystem: kind})
+		if err != nil {
+			return nil, err
+		}
+		f.mkfs[kind] = argv
+	}
+	var err error
+	f.control, err = os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	return f, err
+}
+
+// cycle is one whole life of an image.
+func (f *floor) cycle(ctx context.Context, kind string) (timing, error) {
+	staging, target := filepath.Join(f.root, "staging"), filepath.Join(f.root, "pod", "mount")
+	volume := filepath.Join(f.root, "volumes", "v")
+	node := func() string { return fmt.Sprintf("/dev/loop%d", f.number) }
+	block := kind == "block"
+	return measure(map[string]func() error{
+		"create": func() error { return f.create(ctx, kind, volume) },
+		"stage": func() error {
+			if err := f.bind(filepath.Join(volume, "disk.img"), !block); err != nil || block {
+				return err
+			}
+			return errors.Join(unix.Mount(node(), staging, kind, 0, ""), f.holder.Close())
+		},
+		"publish": func() error {
+			if !block {
+				return errors.Join(os.Mkdir(target, 0o750), unix.Mount(staging, target, "", unix.MS_BIND, ""))
+			}
+			return errors.Join(os.WriteFile(target, nil, 0o600), unix.Mount(node(), target, "", unix.MS_BIND, ""))
+		},
+		"unpublish": func() error { return errors.Join(unix.Unmount(target, 0), os.Remove(target)) },
+		"unstage": func() error {
+			if !block {
+				return unix.Unmount(staging, 0)
+			}
+			return errors.Join(unix.IoctlSetInt(int(f.holder.Fd()), unix.LOOP_CLR_FD, 0), f.holder.Close())
+		},
+		"delete": func() error { return f.remove(volume) },
+	})
+}
+
+// create makes an image and a record, synced and renamed into place.
+func (f *floor) create(ctx context.Context, kind, volume string) error {
+	work := filepath.Join(f.root, ".new-v")
+	if err := os.Mkdir(work, 0o700); err != nil {
+		return err
+	}
+	img, err := os.OpenFile(filepath.Join(work, "disk.img"), os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	defer img.Close()
+	if err := unix.Fallocate(int(img.Fd()), 0, 0, f.size); err != nil {
+		return err
+	}
+	if argv := f.mkfs[kind]; argv != nil {
+		cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+		cmd.Dir = work
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+	}
+	record, err := os.Create(filepath.Join(work, "volume.json"))
+	if err != nil {
+		return err
+	}
+	_, err = record.WriteString(`{"formatVersion":1}`)
+	return errors.Join(err, img.Sync(), record.Sync(), record.Close(), os.Rename(work, volume), syncDir(filepath.Dir(volume)))
+}
+
+// bind attaches the image and keeps a descriptor of the device in f.holder.
+func (f *floor) bind(path string, autoclear bool) error {
+	img, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer img.Close()
+	f.number, err = unix.IoctlRetInt(int(f.control.Fd()), unix.LOOP_CTL_GET_FREE)
+	if err != nil {
+		return err
+	}
+	dev, err := os.OpenFile(fmt.Sprintf("/dev/loop%d", f.number), os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	config := unix.LoopConfig{Fd: uint32(img.Fd()), Size: 4096}
+	config.Info.Flags = unix.LO_FLAGS_DIRECT_IO
+	if autoclear {
+		config.Info.Flags |= unix.LO_FLAGS_AUTOCLEAR
+	}
+	err = unix.IoctlLoopConfigure(int(dev.Fd()), &config)
+	runtime.KeepAlive(img)
+	f.holder = dev
+	return errors.Join(err, os.WriteFile(fmt.Sprintf("/sys/block/loop%d/queue/discard_max_bytes", f.number), []byte("0"), 0))
+}
+
+// remove deletes an image the way the driver commits a removal.
+func (f *floor) remove(volume string) error {
+	gone := filepath.Join(f.root, ".gone-v")
+	return errors.Join(os.Rename(volume, gone), syncDir(filepath.Dir(volume)), os.RemoveAll(gone))
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// attachOnce binds and clears without a mount.
+func (f *floor) attachOnce(path string) (time.Duration, error) {
+	start := time.Now()
+	if err := f.bind(path, false); err != nil {
+		return 0, err
+	}
+	err := errors.Join(unix.IoctlSetInt(int(f.holder.Fd()), unix.LOOP_CLR_FD, 0), f.holder.Close())
+	return time.Since(start), err
+}
