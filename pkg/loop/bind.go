@@ -29,14 +29,18 @@ func (m *Manager) bind(ctx context.Context, backing *os.File, image FileID, want
 			ref = &r
 			return dev, nil
 		}
-		if !errors.Is(err, errMasked) {
-			return nil, err
-		}
-		if candidate, err = m.recycle(number); err != nil {
+		switch {
+		case errors.Is(err, errMasked):
+			if candidate, err = m.recycle(number); err != nil {
+				return nil, err
+			}
+		case errors.Is(err, errCleared):
+			candidate = -1
+		default:
 			return nil, err
 		}
 	}
-	return nil, fmt.Errorf("%w: found no device without a discard mask in %d tries", ErrBusy, m.retry.Attempts)
+	return nil, fmt.Errorf("%w: found no device that stays as it was bound in %d tries", ErrBusy, m.retry.Attempts)
 }
 
 // configure takes a free device, or candidate if that is not -1, and binds it. The
@@ -138,8 +142,15 @@ func (m *Manager) configureNumber(number int, backing *os.File, image FileID, wa
 	return h, nil
 }
 
-// errMasked: a former binding's discard mask sticks to the number (fact 63).
-var errMasked = errors.New("discard is masked")
+// What a device that was just bound can suffer from that another try may spare it.
+var (
+	// errMasked: a former binding's discard mask sticks to the number (fact 63).
+	errMasked = errors.New("discard is masked")
+	// errCleared: somebody cleared the number, which was another device's before.
+	// Seen with tools that free a device by its name after an unmount that freed it
+	// already.
+	errCleared = errors.New("cleared by another program")
+)
 
 // finish turns a device that was just bound into one that is as wanted, held for
 // reading only. On an error the device is unbound again.
@@ -149,7 +160,7 @@ func (m *Manager) finish(ctx context.Context, number int, writable handle, backi
 	defer func() {
 		if err != nil {
 			uerr := m.unbind(ctx, Ref{number, seq}, undo)
-			if uerr != nil && errors.Is(err, errMasked) {
+			if uerr != nil && (errors.Is(err, errMasked) || errors.Is(err, errCleared)) {
 				err = uerr // no second device beside one that is still there
 			} else {
 				err = errors.Join(err, uerr)
@@ -243,6 +254,9 @@ func (m Mapping) verify(in Info, image FileID, fileSize int64) error {
 	}
 	if in.DirectIO != (m.DirectIO == DirectIOOn) && m.DirectIO != DirectIOAuto {
 		return opError("verify", in.Number, fmt.Errorf("direct I/O is %v: %w", in.DirectIO, ErrDirectIO))
+	}
+	if in.Autoclear && !m.Autoclear {
+		return opError("verify", in.Number, errCleared)
 	}
 	field, have, want := m.differs(in)
 	if size := m.size(fileSize); field == "" && in.Size != size {

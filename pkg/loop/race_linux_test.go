@@ -82,6 +82,25 @@ func TestTheLowestNumberIsClaimedAndNeverBound(t *testing.T) {
 	})
 }
 
+func TestAnotherClearsTheNumberAfterTheBind(t *testing.T) {
+	onEveryMachineFake(t, func(t *testing.T, m *machine) {
+		manager := m.manager(t)
+		m.fake.once("Status", 1, func() {
+			h := must(m.node(m.fake.bound()[0], forReading))(t)
+			check(t, errors.Join(h.Clear(), h.Close()))
+		})
+		before := m.fake.count("Configure")
+		d := m.attach(t, manager, "a", whole)
+		if n := m.fake.count("Configure") - before; n != 2 {
+			t.Errorf("bound %d times, want a second try", n)
+		}
+		if d.Info().Autoclear || d.Reused() {
+			t.Errorf("got %+v", d.Info())
+		}
+		m.detach(t, manager, d)
+	})
+}
+
 func TestTheNumberIsRemovedBetweenGetFreeAndOpen(t *testing.T) {
 	onFakes(t, func(t *testing.T, m *machine) {
 		manager := m.manager(t)
