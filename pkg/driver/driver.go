@@ -52,6 +52,7 @@ type loopDevices interface {
 	Detach(ctx context.Context, ref loop.Ref) error
 	WaitUnbound(ctx context.Context, ref loop.Ref) error
 	Grow(ctx context.Context, ref loop.Ref) (int64, error)
+	DropCache(ctx context.Context, ref loop.Ref) error
 }
 
 // loopTable tells what is bound to what; *loop.Manager does.

@@ -198,6 +198,15 @@ func (k *fakeKernel) Grow(_ context.Context, ref loop.Ref) (int64, error) {
 	return d.info.Size, nil
 }
 
+func (k *fakeKernel) DropCache(_ context.Context, ref loop.Ref) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if d, ok := k.devices[ref.Number]; !ok || d.info.Ref != ref {
+		return loop.ErrNotBound
+	}
+	return k.failing("drop")
+}
+
 func (k *fakeKernel) Find(_ context.Context, backing *os.File) ([]loop.Info, error) {
 	id, err := loop.FileIDOf(backing)
 	if err != nil {

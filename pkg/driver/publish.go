@@ -189,6 +189,13 @@ func (d *Driver) publishBlock(ctx context.Context, r stageRecord, path string, t
 			return err
 		}
 		ref = r.ReadDevice
+		if !fresh {
+			// What an earlier reader left in this device's cache may be older than
+			// what was written through the other one.
+			if err := d.loops.DropCache(ctx, ref); err != nil {
+				return err
+			}
+		}
 	}
 	info, err := d.table.Inspect(ctx, ref.Number)
 	if err == nil && info.Ref != ref {

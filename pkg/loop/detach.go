@@ -214,3 +214,20 @@ func (m *Manager) Grow(ctx context.Context, ref Ref) (int64, error) {
 	size, _, err := h.Geometry()
 	return size, opError("get size", ref.Number, err)
 }
+
+// DropCache makes the device's page cache forget what was read through it, so that
+// the next read comes from the image. Needed where an image has two devices: each
+// has a cache of its own, which lives until the device's last close, so that a
+// reader on one would go on seeing what the other has overwritten since.
+// ErrNotBound if the binding does not exist any more.
+func (m *Manager) DropCache(ctx context.Context, ref Ref) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	h, _, err := m.openRef(ref)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	return opError("drop cache", ref.Number, h.DropCache())
+}

@@ -493,6 +493,8 @@ func (k *fake) unbind(l *fakeLoop) {
 	l.seq = k.seq
 }
 
+func (h *fakeHandle) DropCache() error { return h.k.enter("DropCache") }
+
 func (h *fakeHandle) SetCapacity() error {
 	if err := h.k.enter("SetCapacity"); err != nil {
 		return err

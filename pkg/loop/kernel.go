@@ -64,6 +64,8 @@ type handle interface {
 	Clear() error
 	// SetCapacity is LOOP_SET_CAPACITY (fact 40).
 	SetCapacity() error
+	// DropCache is BLKFLSBUF: writes dirty pages of the device and forgets all.
+	DropCache() error
 	io.Closer
 }
 

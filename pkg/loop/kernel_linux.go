@@ -239,6 +239,8 @@ func (h linuxHandle) DiskSeq() (uint64, error) { return h.get64(unix.BLKGETDISKS
 
 func (h linuxHandle) Clear() error { return unix.IoctlSetInt(int(h), unix.LOOP_CLR_FD, 0) }
 
+func (h linuxHandle) DropCache() error { return unix.IoctlSetInt(int(h), unix.BLKFLSBUF, 0) }
+
 func (h linuxHandle) SetCapacity() error {
 	return unix.IoctlSetInt(int(h), unix.LOOP_SET_CAPACITY, 0)
 }

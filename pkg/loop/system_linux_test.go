@@ -109,6 +109,39 @@ func TestReadOnlyRejectsWrites(t *testing.T) {
 	}
 }
 
+// TestDropCache: two devices over one image have two page caches.
+func TestDropCache(t *testing.T) {
+	m := realMachine(t)
+	manager := m.manager(t)
+	m.image(t, "a")
+	attach := func(flags int, readOnly bool) (*Device, *os.File) {
+		d, err := manager.Attach(t.Context(), m.reopen(t, "a", flags), Mapping{BlockSize: 4096, ReadOnly: readOnly, DirectIO: DirectIOAuto})
+		check(t, err)
+		node, err := os.OpenFile(d.Path(), flags, 0)
+		check(t, err)
+		return d, node
+	}
+	w, writer := attach(os.O_RDWR, false)
+	r, reader := attach(os.O_RDONLY, true)
+	for round := byte(1); round <= 3; round++ {
+		block := bytes.Repeat([]byte{round}, 4096)
+		check(t, second(writer.WriteAt(block, 0)))
+		check(t, writer.Sync())
+		check(t, manager.DropCache(t.Context(), r.Ref()))
+		got := make([]byte, 4096)
+		check(t, second(reader.ReadAt(got, 0)))
+		if !bytes.Equal(got, block) {
+			t.Fatalf("round %d: read %d", round, got[0])
+		}
+	}
+	check(t, writer.Close())
+	check(t, reader.Close())
+	gone := r.Ref()
+	m.detach(t, manager, r)
+	m.detach(t, manager, w)
+	wantErr(t, "stale", manager.DropCache(t.Context(), gone), ErrNotBound)
+}
+
 func TestMountHoldsAnAutoclearDevice(t *testing.T) {
 	m := realMachine(t)
 	manager := m.manager(t)

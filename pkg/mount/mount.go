@@ -126,7 +126,7 @@ func explain(err error, spec Spec, target string) error {
 	switch {
 	case errors.Is(c.err, syscall.ENODEV) && c.op == opDriver:
 		out.Err = errors.Join(c.err, ErrUnsupported)
-	case errors.Is(c.err, syscall.EUCLEAN), errors.Is(c.err, syscall.EBADMSG), errors.Is(c.err, syscall.EIO):
+	case errors.Is(c.err, errUnclean), errors.Is(c.err, syscall.EBADMSG), errors.Is(c.err, syscall.EIO):
 		out.Err = errors.Join(c.err, ErrDamaged)
 	}
 	return out
@@ -147,7 +147,7 @@ func advise(c *configError, spec Spec) string {
 	case errors.Is(c.err, syscall.EINVAL) && len(spec.Options) > 0:
 		return "no intact " + spec.FSType + " there, one with features that this kernel lacks, or options that do not fit it (" +
 			shorten(strings.Join(spec.Options, ",")) + "); its log has the details"
-	case errors.Is(c.err, syscall.EUCLEAN), errors.Is(c.err, syscall.EBADMSG):
+	case errors.Is(c.err, errUnclean), errors.Is(c.err, syscall.EBADMSG):
 		return "the kernel log has the details; it is for a person to repair, with " + repairTool(spec.FSType) + " on the image"
 	case errors.Is(c.err, syscall.EINVAL), errors.Is(c.err, syscall.EIO):
 		return "no intact " + spec.FSType + " there, or one with features that this kernel lacks; its log has the details"

@@ -120,7 +120,7 @@ func (m *Mounter) at(path string) (Mount, bool, error) {
 // and a root directory that the filesystem itself calls damaged.
 func isDead(err error) bool {
 	var errno syscall.Errno
-	return errors.As(err, &errno) && (mountutils.IsCorruptedMnt(errno) || errno == syscall.EUCLEAN)
+	return errors.As(err, &errno) && (mountutils.IsCorruptedMnt(errno) || errno == errUnclean)
 }
 
 // describe returns the mount with the number that a look at path found.

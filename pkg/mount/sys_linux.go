@@ -8,6 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// errUnclean is what the kernel answers when a structure of a filesystem is damaged.
+const errUnclean = unix.EUCLEAN
+
 // openPath opens what is at path, without following a symbolic link there, and
 // without the right or the need to read it: this works on a dead filesystem too.
 func openPath(path string) (int, error) {

@@ -2,10 +2,16 @@
 
 package mount
 
-import "errors"
+import (
+	"errors"
+	"syscall"
+)
 
 // Mounts are Linux's. The pure parts (options, superblocks, mountinfo) work
 // everywhere, so that they can be tested everywhere.
+
+// errUnclean stands in for an errno of Linux that not every system has.
+const errUnclean = syscall.EBADMSG
 
 var errNoStatmount = errors.New("statmount does not exist")
 
