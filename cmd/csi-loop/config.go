@@ -155,7 +155,7 @@ func (c *config) resolve(version string) (plan, error) {
 		// would be bound to a node that is gone with it.
 		return p, usagef("no node ID: give --node-id=NAME: in Kubernetes the node's name (spec.nodeName), on a machine of its own for example its host name")
 	case c.Endpoint == "":
-		return p, usagef("no endpoint: give --endpoint=unix:///run/csi-loop/csi.sock, or set CSI_ENDPOINT")
+		return p, usagef("no endpoint: give --endpoint=unix:///run/csi/csi-loop.sock, or set CSI_ENDPOINT")
 	case len(c.Pools) == 0:
 		return p, usagef("no pool: give --pool=default=/var/lib/csi-loop, a directory for the image files")
 	case c.LoopDevicesMax < 1 || c.LoopDevicesMax > 1<<20:
@@ -179,6 +179,9 @@ func (c *config) resolve(version string) (plan, error) {
 		return p, err
 	}
 	p.driver = driver.Config{Name: c.DriverName, Version: version, NodeID: c.NodeID, StateDir: c.StateDir}
+	if err := p.driver.Validate(); err != nil {
+		return p, usagef("%w", err)
+	}
 	if p.driver.DefaultPool, err = c.defaultPool(); err != nil {
 		return p, err
 	}

@@ -20,7 +20,7 @@ const envPrefix = "CSILOOP_"
 const serveHelp = `Run the CSI driver: all CSI services on one UNIX socket, over pools of image
 files on this machine. It needs root.
 
-  csi-loop serve --endpoint=unix:///run/csi-loop/csi.sock --node-id=NAME --pool=default=/some/dir
+  csi-loop serve --endpoint=unix:///run/csi/csi-loop.sock --node-id=NAME --pool=default=/some/dir
 
 Every flag has an environment equivalent: CSILOOP_ and the flag's name in upper
 case with "_" for "-", as in CSILOOP_NODE_ID. The endpoint's is CSI_ENDPOINT.

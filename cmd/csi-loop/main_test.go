@@ -167,6 +167,8 @@ func TestUsageErrorsAreOneLine(t *testing.T) {
 		"malformed flag":    {[]string{"serve", "--loop-devices-max=x"}, "--loop-devices-max"},
 		"stray argument":    {[]string{"serve", "x"}, `unknown command "x"`},
 		"no node ID":        {[]string{"serve"}, "no node ID: give --node-id=NAME"},
+		"node ID":           {append([]string{"serve"}, minimal("--node-id=my node")...), `node ID "my node": it is a topology value and needs 1 to 63 letters, digits`},
+		"driver name":       {append([]string{"serve", "--driver-name=My_Driver"}, minimal()...), `driver name "My_Driver": need at most 63 lower-case letters`},
 		"logging format":    {append([]string{"serve", "--logging-format=xml"}, minimal()...), "logging"},
 		"version in French": {[]string{"version", "-o", "fr"}, "use text or json"},
 	} {

@@ -252,14 +252,6 @@ func TestStartFailures(t *testing.T) {
 			func(_ *testing.T, p place) []string { return replace(p.args(), "--endpoint", "unix:///run/csi") },
 			[]string{"end in .sock"},
 		},
-		"node ID is no topology value": {
-			func(_ *testing.T, p place) []string { return replace(p.args(), "--node-id", "my node") },
-			[]string{`node ID "my node"`, "letters, digits"},
-		},
-		"driver name is no domain": {
-			func(_ *testing.T, p place) []string { return p.args("--driver-name=My_Driver") },
-			[]string{`driver name "My_Driver"`, "lower-case letters"},
-		},
 		"image directory is missing": {
 			func(_ *testing.T, p place) []string { return p.args("--image-dir=" + p.dir + "/images") },
 			[]string{"--image-dir", "/images", "no such file or directory", "make it"},

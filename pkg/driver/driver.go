@@ -108,6 +108,18 @@ var (
 	validNodeID = regexp.MustCompile(`^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$`)
 )
 
+// Validate checks what can be checked without the pools: the names. New does it
+// too; a program that makes pools first can ask before that.
+func (c Config) Validate() error {
+	if name := or(c.Name, DefaultName); len(name) > 63 || !validName.MatchString(name) {
+		return fmt.Errorf("driver name %q: need at most 63 lower-case letters, digits, '-' and '.', with a letter or digit at both ends", name)
+	}
+	if len(c.NodeID) > 63 || !validNodeID.MatchString(c.NodeID) {
+		return fmt.Errorf("node ID %q: it is a topology value and needs 1 to 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends", c.NodeID)
+	}
+	return nil
+}
+
 // New makes the driver. It changes nothing yet; call Reconcile before serving.
 func New(cfg Config, images *image.Store, dirs *image.Dirs, loops *loop.Manager, mounts *mount.Mounter) (*Driver, error) {
 	return newDriver(cfg, images, dirs, loopAdapter{loops}, loops, mounts, mounts)
@@ -117,11 +129,8 @@ func newDriver(cfg Config, images *image.Store, dirs *image.Dirs, loops loopDevi
 	if cfg.Name == "" {
 		cfg.Name = DefaultName
 	}
-	if len(cfg.Name) > 63 || !validName.MatchString(cfg.Name) {
-		return nil, fmt.Errorf("driver name %q: need at most 63 lower-case letters, digits, '-' and '.', with a letter or digit at both ends", cfg.Name)
-	}
-	if len(cfg.NodeID) > 63 || !validNodeID.MatchString(cfg.NodeID) {
-		return nil, fmt.Errorf("node ID %q: it is a topology value and needs 1 to 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends", cfg.NodeID)
+	if err := cfg.Validate(); err != nil {
+		return nil, err
 	}
 	if _, ok := images.Pool(cfg.DefaultPool); !ok {
 		return nil, fmt.Errorf("default pool %q is not one of the pools", cfg.DefaultPool)

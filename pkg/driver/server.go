@@ -41,12 +41,12 @@ func Listen(ctx context.Context, endpoint string) (net.Listener, error) {
 func socketPath(endpoint string) (string, error) {
 	path, ok := strings.CutPrefix(endpoint, "unix:")
 	if !ok && strings.Contains(endpoint, ":") {
-		return "", fmt.Errorf("endpoint %q: only UNIX sockets are supported, as in unix:///run/csi-loop/csi.sock", endpoint)
+		return "", fmt.Errorf("endpoint %q: only UNIX sockets are supported, as in unix:///run/csi/csi-loop.sock", endpoint)
 	}
 	path = filepath.Clean(strings.Replace(path, "//", "", 1))
 	switch {
 	case !filepath.IsAbs(path):
-		return "", fmt.Errorf("endpoint %q: the path of the socket must be absolute, as in unix:///run/csi-loop/csi.sock", endpoint)
+		return "", fmt.Errorf("endpoint %q: the path of the socket must be absolute, as in unix:///run/csi/csi-loop.sock", endpoint)
 	case !strings.HasSuffix(path, ".sock"):
 		return "", fmt.Errorf("endpoint %q: CSI wants the name of a socket to end in .sock", endpoint)
 	case len(path) > 107:
