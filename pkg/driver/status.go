@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -84,7 +85,7 @@ var sentinelCodes = []struct {
 	{loop.ErrNotExist, codes.FailedPrecondition},
 
 	{mount.ErrBusy, codes.Aborted},
-	{mount.ErrDamaged, codes.FailedPrecondition},
+	{mount.ErrRefused, codes.FailedPrecondition},
 	{mount.ErrUnknownFilesystem, codes.FailedPrecondition},
 	{mount.ErrPermission, codes.FailedPrecondition},
 	{mount.ErrUnsupported, codes.FailedPrecondition},
@@ -121,5 +122,6 @@ func toStatus(err error) error {
 	if _, ok := status.FromError(err); ok {
 		return err
 	}
-	return status.Error(codeOf(err), err.Error())
+	// Joined errors come on lines of their own, and COs show messages on one.
+	return status.Error(codeOf(err), strings.ReplaceAll(err.Error(), "\n", "; "))
 }

@@ -19,7 +19,11 @@ var (
 	ErrPermission = errors.New("operation not permitted")
 	// ErrDamaged means that the kernel found the filesystem not intact. For the ext
 	// family Check may mend it; for others a person has to.
-	ErrDamaged = errors.New("filesystem is damaged")
+	ErrDamaged = fmt.Errorf("filesystem is damaged: %w", ErrRefused)
+	// ErrRefused means that the kernel does not mount this filesystem this way: it
+	// lacks a feature, its log has to be replayed on a device that is read-only, or
+	// one with its UUID is mounted. ErrDamaged is a case of it.
+	ErrRefused = errors.New("refused by the kernel")
 	// ErrUnsupported means that this kernel, filesystem or platform cannot do
 	// it, whoever asks. It is also an errors.ErrUnsupported.
 	ErrUnsupported = fmt.Errorf("mount: %w", errors.ErrUnsupported)

@@ -125,9 +125,11 @@ func explain(err error, spec Spec, target string) error {
 	out := &OpError{Op: c.op + " " + spec.FSType + " of " + shorten(spec.Source) + " for", Path: target, Err: c.err, Words: words}
 	switch {
 	case errors.Is(c.err, syscall.ENODEV) && c.op == opDriver:
-		out.Err = errors.Join(c.err, ErrUnsupported)
+		out.Err = fmt.Errorf("%w: %w", c.err, ErrUnsupported)
 	case errors.Is(c.err, errUnclean), errors.Is(c.err, syscall.EBADMSG), errors.Is(c.err, syscall.EIO):
-		out.Err = errors.Join(c.err, ErrDamaged)
+		out.Err = fmt.Errorf("%w: %w", c.err, ErrDamaged)
+	case errors.Is(c.err, syscall.EINVAL), errors.Is(c.err, syscall.EROFS), errors.Is(c.err, syscall.EACCES):
+		out.Err = fmt.Errorf("%w: %w", c.err, ErrRefused)
 	}
 	return out
 }
@@ -144,6 +146,9 @@ func advise(c *configError, spec Spec) string {
 		return "its log has to be replayed first, and the device is read-only"
 	case errors.Is(c.err, syscall.EBUSY):
 		return "the device is claimed, or mounted elsewhere with another read-only setting"
+	case errors.Is(c.err, syscall.EINVAL) && spec.FSType == "xfs":
+		return "no intact xfs there, one with features that this kernel lacks, or one with the same UUID is mounted already " +
+			"(a copy of it; the mount option nouuid allows that); its log has the details"
 	case errors.Is(c.err, syscall.EINVAL) && len(spec.Options) > 0:
 		return "no intact " + spec.FSType + " there, one with features that this kernel lacks, or options that do not fit it (" +
 			shorten(strings.Join(spec.Options, ",")) + "); its log has the details"
