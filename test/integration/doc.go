@@ -6,6 +6,7 @@
 // Environment:
 //
 //	CSI_LOOP_BIN    the csi-loop binary to test; without it one is built
+//	CSI_LOOP_RACE   "1" builds it with the race detector
 //	CSI_LOOP_LONG   "1" runs the long form of the tests that have one: more
 //	                kills, more cycles, and a kill after every step of every kind
 //	CSI_LOOP_SEED   seed of the random tests, to repeat a run; they print it

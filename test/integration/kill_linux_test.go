@@ -167,3 +167,82 @@ func TestKillWhileCreating(t *testing.T) {
 		s.checkClean()
 	}
 }
+
+// TestKillInsideRPC sweeps the moment of the kill through each call of a volume's life. Half of the time the CO
+// repeats the call; the other half it has lost interest, because the pod is gone, and takes the opposite call.
+func TestKillInsideRPC(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, siteConfig{})
+	publish := func(v *volume) error { return v.publish(0, false) }
+	unpublish := func(v *volume) error { return v.unpublish(0) }
+	reader := func(v *volume) error { return v.publish(1, true) }
+	endReader := func(v *volume) error { return v.unpublish(1) }
+	grow := func(v *volume) error { return v.expand(v.size + 4*mib) }
+	type victim struct {
+		name             string
+		before           []func(*volume) error
+		do               func(*volume) error
+		opposite, ending []func(*volume) error
+	}
+	create, stage, unstage := (*volume).create, (*volume).stage, (*volume).unstage
+	steps := func(f ...func(*volume) error) []func(*volume) error { return f }
+	victims := []victim{
+		{"stage", steps(create), stage, steps(unstage), steps(unstage)},
+		{"publish", steps(create, stage), publish, steps(unpublish), steps(unpublish, unstage)},
+		{"publish read-only", steps(create, stage, publish), reader, steps(endReader), steps(endReader, unpublish, unstage)},
+		{"unpublish read-only", steps(create, stage, publish, reader), endReader, steps(reader, endReader), steps(unpublish, unstage)},
+		{"expand", steps(create, stage, publish), grow, steps(unpublish), steps(unpublish, unstage)},
+		{"unpublish", steps(create, stage, publish), unpublish, steps(publish, unpublish), steps(unpublish, unstage)},
+		{"unstage", steps(create, stage), unstage, steps(stage, unstage), steps(unstage)},
+	}
+	for _, k := range []kind{{name: "ext4", fs: "ext4", size: 8 * mib}, {name: "block", size: 2 * mib}, mapped, {name: "ephemeral", fs: "ext4", size: 8 * mib, ephemeral: true}} {
+		for _, c := range victims {
+			if k.ephemeral && c.name != "publish" && c.name != "unpublish" || c.name == "expand" && k.name != "block" {
+				continue
+			}
+			took := s.timing(k, c.before, c.do, c.ending)
+			rounds := times(4, 10, 60)
+			for i := range rounds {
+				v := s.volume(k, fmt.Sprintf("inside-%s-%d", strings.ReplaceAll(c.name, " ", "-"), i))
+				for _, f := range c.before {
+					v.step("prepare", f(v))
+				}
+				s.killAfter(took*time.Duration(i)/time.Duration(rounds-1), func() { _ = c.do(v) })
+				s.start()
+				next, how := steps(c.do), "again"
+				if i%2 == 0 {
+					next, how = c.opposite, "then the opposite"
+				}
+				for _, f := range next {
+					v.step(fmt.Sprintf("%s of %s, killed %d/%d through, %s:", c.name, k.name, i, rounds-1, how), f(v))
+				}
+				for _, f := range c.ending {
+					v.step("end", f(v))
+				}
+				v.want = v.size
+				v.step("delete", v.remove())
+				s.checkClean()
+				if t.Failed() {
+					return
+				}
+			}
+		}
+	}
+}
+
+// timing measures a call, to know when to kill it.
+func (s *site) timing(k kind, before []func(*volume) error, do func(*volume) error, ending []func(*volume) error) time.Duration {
+	s.t.Helper()
+	v := s.volume(k, "timing")
+	for _, f := range before {
+		v.step("prepare", f(v))
+	}
+	start := time.Now()
+	v.step("measured call", do(v))
+	took := time.Since(start)
+	for _, f := range ending {
+		v.step("end", f(v))
+	}
+	v.step("delete", v.remove())
+	return took + took/5
+}

@@ -24,7 +24,11 @@ var binary = sync.OnceValues(func() (string, error) {
 		return filepath.Abs(path)
 	}
 	path := filepath.Join(os.Getenv("TMPDIR"), "csi-loop")
-	out, err := exec.Command("go", "build", "-o", path, "github.com/csi-loop/csi-loop/cmd/csi-loop").CombinedOutput()
+	args := []string{"build", "-o", path}
+	if os.Getenv("CSI_LOOP_RACE") == "1" {
+		args = append(args, "-race")
+	}
+	out, err := exec.Command("go", append(args, "github.com/csi-loop/csi-loop/cmd/csi-loop")...).CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("go build: %w\n%s", err, out)
 	}

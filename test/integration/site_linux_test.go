@@ -252,6 +252,7 @@ func (s *site) close() {
 	} else if c := s.client(); c != nil {
 		_ = c.Close()
 	}
+	s.checkLogs()
 	if t.Failed() && p != nil {
 		t.Logf("the end of the driver's log:\n%s", p.tail(12))
 	}
@@ -259,6 +260,21 @@ func (s *site) close() {
 		s.checkClean()
 	}
 	s.scrub()
+}
+
+// checkLogs fails the test when a driver process met a bug that no answer shows.
+func (s *site) checkLogs() {
+	s.t.Helper()
+	logs, _ := filepath.Glob(s.dir + "/log-*")
+	for _, l := range logs {
+		b, err := os.ReadFile(l)
+		must(s.t, err)
+		for _, bug := range []string{"DATA RACE", "BUG: ", "panic: ", "goroutine 1 ["} {
+			if i := bytes.Index(b, []byte(bug)); i >= 0 {
+				s.t.Errorf("the driver's log has %q:\n%s", bug, b[i:min(len(b), i+4000)])
+			}
+		}
+	}
 }
 
 // checkClean fails the test when something is left.
@@ -369,9 +385,13 @@ func mountsBelow(dir string) []string {
 	return found
 }
 
-// call makes a context for one RPC, as long as kubelet's.
-func (s *site) call() (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.Background(), 2*time.Minute)
+// call makes a context for one RPC.
+func (v *volume) call() (context.Context, context.CancelFunc) {
+	limit := 2 * time.Minute
+	if v.limit != nil {
+		limit = v.limit()
+	}
+	return context.WithTimeout(context.Background(), limit)
 }
 
 // explain is an RPC's error with its code.

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
@@ -55,6 +57,9 @@ type volume struct {
 	mode    csi.VolumeCapability_AccessMode_Mode
 	flags   []string
 	seed    uint64 // of its data
+	base    string // directory of its staging path and targets; "" is the site's
+	// limit bounds the calls about it; nil is as long as kubelet waits.
+	limit func() time.Duration
 }
 
 // volume describes a volume that does not exist yet.
@@ -78,10 +83,10 @@ func (v *volume) capability() *csi.VolumeCapability {
 }
 
 // staging and target are the paths a CO gives; n numbers the targets.
-func (v *volume) staging() string { return filepath.Join(v.dir, "stage", v.key()) }
+func (v *volume) staging() string { return filepath.Join(cmp.Or(v.base, v.dir), "stage", v.key()) }
 
 func (v *volume) target(n int) string {
-	return filepath.Join(v.dir, "pods", fmt.Sprintf("%s-%d", v.key(), n))
+	return filepath.Join(cmp.Or(v.base, v.dir), "pods", fmt.Sprintf("%s-%d", v.key(), n))
 }
 
 // key is the part of the ID after the pool's.
@@ -265,17 +270,12 @@ func (v *volume) remove() error {
 // expand makes the image larger, and what is published follows. Where the kernel
 // does not let a mounted ext4 grow, that is what the node must say.
 func (v *volume) expand(size int64) error {
+	if err := v.expandImage(size); err != nil {
+		return err
+	}
 	ctx, cancel := v.call()
 	defer cancel()
 	want := &csi.CapacityRange{RequiredBytes: size}
-	r, err := v.controller().ControllerExpandVolume(ctx, &csi.ControllerExpandVolumeRequest{VolumeId: v.id, CapacityRange: want, VolumeCapability: v.capability()})
-	if err != nil {
-		return err
-	}
-	v.want = size
-	if r.GetCapacityBytes() != size || !r.GetNodeExpansionRequired() {
-		return fmt.Errorf("ControllerExpandVolume = %v, want %d bytes and the node's part", r, size)
-	}
 	n, err := v.node().NodeExpandVolume(ctx, &csi.NodeExpandVolumeRequest{VolumeId: v.id, VolumePath: v.target(0), StagingTargetPath: v.staging(), CapacityRange: want, VolumeCapability: v.capability()})
 	if v.fs == "ext4" && !canGrowExt4() {
 		if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "CAP_SYS_RESOURCE") {
@@ -290,6 +290,23 @@ func (v *volume) expand(size int64) error {
 		return fmt.Errorf("NodeExpandVolume = %v, want %d bytes", n, size)
 	}
 	return v.checkSize()
+}
+
+// expandImage is the controller's part of expand.
+func (v *volume) expandImage(size int64) error {
+	ctx, cancel := v.call()
+	defer cancel()
+	r, err := v.controller().ControllerExpandVolume(ctx, &csi.ControllerExpandVolumeRequest{
+		VolumeId: v.id, CapacityRange: &csi.CapacityRange{RequiredBytes: size}, VolumeCapability: v.capability(),
+	})
+	if err != nil {
+		return err
+	}
+	v.want = size
+	if r.GetCapacityBytes() != size || !r.GetNodeExpansionRequired() {
+		return fmt.Errorf("ControllerExpandVolume = %v, want %d bytes and the node's part", r, size)
+	}
+	return nil
 }
 
 // checkSize compares the device, the image and, roughly, the filesystem with the
