@@ -25,7 +25,7 @@ ROOTTEST := CSI_LOOP_ROOT_TESTS=1 $(GO) test -exec $(ROOT) -count=1 -p 2 -timeou
 export GINKGO_NO_COLOR := TRUE
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-unit test-root sanity test-vm bench bench-smoke check lint fmt generate image clean
+.PHONY: help build demo test test-unit test-root sanity test-vm test-growth bench bench-smoke check lint fmt generate image clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ demo: ## show the whole life of a volume on this machine, in seconds (root)
 
 test: ## run every test: unit, root, sanity, and a virtual machine where this one lacks a capability
 	@hack/deps root
-	@if hack/has-capability sys_resource; then vm=; else vm=test-vm; fi; \
+	@if hack/has-capability sys_resource; then vm=; else vm=test-growth; fi; \
 	  MAKE='$(MAKE)' hack/steps test-unit test-root sanity $$vm
 
 test-unit: ## run the tests that need no root, with the race detector
@@ -58,6 +58,10 @@ sanity: ## run the CSI conformance tests against the driver on real loop devices
 test-vm: ## run the root tests on other kernels in virtual machines, needs no root
 	@hack/deps vm
 	$(GO) run ./test/vm -kernels $(VM_KERNELS) $(VM_ARGS) $(VM_PKGS)
+
+test-growth: VM_KERNELS = 6.1
+test-growth: VM_PKGS = ./test/vm/guest ./pkg/mount ./test/sanity
+test-growth: test-vm ## run what needs CAP_SYS_RESOURCE (growing a mounted ext4) in a virtual machine, needs no root
 
 bench: ## measure each CSI call beside a floor of bare kernel calls (root)
 	@hack/deps root

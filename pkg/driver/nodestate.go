@@ -162,6 +162,9 @@ func (s *nodeState) put(r stageRecord) error {
 // drop forgets a volume. Unknown is success.
 // Precondition: the caller holds the volume's lock.
 func (s *nodeState) drop(id string) error {
+	if _, ok := s.get(id); !ok {
+		return nil
+	}
 	if err := removeFile(s.path(id)); err != nil {
 		return fmt.Errorf("stage record of %q: %w", id, err)
 	}

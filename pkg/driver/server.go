@@ -77,6 +77,9 @@ func clearSocket(ctx context.Context, path string) error {
 	return os.Remove(path)
 }
 
+// window is the flow control window of the connections, in bytes.
+const window = 1 << 20
+
 // stopTime is how long Serve lets running calls finish by default.
 const stopTime = 30 * time.Second
 
@@ -89,7 +92,9 @@ func (d *Driver) Serve(ctx context.Context, l net.Listener, grace time.Duration)
 	}
 	logger := klog.FromContext(ctx)
 	calls := &running{}
-	srv := grpc.NewServer(grpc.UnaryInterceptor(calls.intercept(logger)))
+	// Windows of a fixed size: growing them costs a ping for each call, and CSI
+	// messages are small.
+	srv := grpc.NewServer(grpc.UnaryInterceptor(calls.intercept(logger)), grpc.InitialWindowSize(window), grpc.InitialConnWindowSize(window))
 	csi.RegisterIdentityServer(srv, &identityServer{d: d})
 	csi.RegisterControllerServer(srv, &controllerServer{d: d})
 	csi.RegisterNodeServer(srv, &nodeServer{d: d})

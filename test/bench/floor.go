@@ -132,7 +132,17 @@ func (f *floor) bind(path string, autoclear bool) error {
 	err = unix.IoctlLoopConfigure(int(dev.Fd()), &config)
 	runtime.KeepAlive(img)
 	f.holder = dev
-	return errors.Join(err, os.WriteFile(fmt.Sprintf("/sys/block/loop%d/queue/discard_max_bytes", f.number), []byte("0"), 0))
+	return errors.Join(err, f.mask())
+}
+
+// mask switches discard off. The write freezes the queue for milliseconds, and
+// the mask of an earlier binding stays on many kernels, so look first.
+func (f *floor) mask() error {
+	path := fmt.Sprintf("/sys/block/loop%d/queue/discard_max_bytes", f.number)
+	if b, err := os.ReadFile(path); err != nil || string(b) == "0\n" {
+		return err
+	}
+	return os.WriteFile(path, []byte("0"), 0)
 }
 
 // remove deletes an image the way the driver commits a removal.
