@@ -79,6 +79,20 @@ func isBinding(h handle, ref Ref) (bool, error) {
 	return err == nil && seq == ref.DiskSeq, nil
 }
 
+// Status describes a binding, or returns ErrNotBound if it does not exist any more.
+// It claims nothing, so State is Bound also for an autoclear device in Rundown.
+func (m *Manager) Status(ctx context.Context, ref Ref) (Info, error) {
+	if err := ctx.Err(); err != nil {
+		return Info{}, err
+	}
+	h, path, err := m.openRef(ref)
+	if err != nil {
+		return Info{}, err
+	}
+	defer h.Close()
+	return m.describe(ref.Number, path, h)
+}
+
 // Detach clears a binding and returns nil when it was seen gone; that it was gone
 // already is success. All Devices of the binding must be closed first.
 //

@@ -3,6 +3,7 @@ package loop
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"syscall"
@@ -136,6 +137,9 @@ func (m *Manager) describe(number int, path string, h handle) (Info, error) {
 		return Info{}, opError("get diskseq", number, err)
 	}
 	info := Info{Ref: Ref{Number: number, DiskSeq: seq}, State: Bound, Path: path}
+	if info.Major, info.Minor, err = m.numbers(number); err != nil {
+		return info, err
+	}
 	st, err := h.Status()
 	if errors.Is(err, syscall.ENXIO) {
 		return info, opError("get status", number, ErrNotBound)
@@ -177,4 +181,16 @@ func (m *Manager) stateOf(info Info) State {
 	}
 	_ = h.Close()
 	return Rundown
+}
+
+// numbers reads a device's major and minor numbers.
+func (m *Manager) numbers(number int) (major, minor uint32, err error) {
+	id, err := m.kernel.Attr(number, attrDev)
+	if err != nil {
+		return 0, 0, opError("read "+attrDev, number, err)
+	}
+	if _, err := fmt.Sscanf(id, "%d:%d", &major, &minor); err != nil {
+		return 0, 0, opError("read "+attrDev, number, fmt.Errorf("%q: %w", id, err))
+	}
+	return major, minor, nil
 }

@@ -2,6 +2,7 @@ package loop
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -61,6 +62,7 @@ func TestAttachAndDetach(t *testing.T) {
 				Offset: c.Offset, SizeLimit: c.SizeLimit, Size: c.size, BlockSize: c.BlockSize,
 				ReadOnly: c.ReadOnly, Autoclear: c.Autoclear, Discard: c.Discard, Tag: c.Tag,
 			}
+			check(t, second(fmt.Sscanf(must(m.Attr(d.Ref().Number, attrDev))(t), "%d:%d", &want.Major, &want.Minor)))
 			if diff := cmp.Diff(want, d.Info()); diff != "" {
 				t.Errorf("%s: -want +got\n%s", c.name, diff)
 			}
@@ -519,4 +521,21 @@ func TestNewOnAKernelThatLacksSomething(t *testing.T) {
 	_, err := New(t.Context(), WithDev(t.TempDir()), WithSysfs(t.TempDir()))
 	wantErr(t, "no loop driver", err, ErrUnsupported)
 	t.Log(err)
+}
+
+func TestStatusIsOfOneBinding(t *testing.T) {
+	onEveryMachine(t, func(t *testing.T, m *machine) {
+		manager := m.manager(t)
+		d := m.attach(t, manager, "a", whole)
+		in := must(manager.Status(t.Context(), d.Ref()))(t)
+		if diff := cmp.Diff(d.Info(), in); diff != "" {
+			t.Errorf("-attached +status\n%s", diff)
+		}
+		if id := must(m.Attr(in.Number, attrDev))(t); id != fmt.Sprintf("%d:%d", in.Major, in.Minor) {
+			t.Errorf("numbers %d:%d, sysfs says %s", in.Major, in.Minor, id)
+		}
+		m.detach(t, manager, d)
+		_, err := manager.Status(t.Context(), d.Ref())
+		wantErr(t, "stale", err, ErrNotBound)
+	})
 }

@@ -143,8 +143,10 @@ type Info struct {
 	Ref
 	State State
 	// Path is a node of the device that this process can open.
-	Path  string
-	Image FileID
+	Path string
+	// Major and Minor are the device's numbers. Read, not computed (fact 10).
+	Major, Minor uint32
+	Image        FileID
 	// BackingPath is the kernel's idea of the image's path, for people only: it
 	// depends on the mount namespace and follows renames (facts 24, 25).
 	BackingPath string

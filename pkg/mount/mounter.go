@@ -176,11 +176,18 @@ func (m *Mounter) OfDevice(major, minor uint32) ([]Mount, error) {
 	}
 	var out []Mount
 	for _, found := range mounts {
-		if found.Major == major && found.Minor == minor || shows(found, major, minor) {
+		if found.IsOf(major, minor) {
 			out = append(out, found)
 		}
 	}
 	return out, nil
+}
+
+// IsOf reports whether a mount shows the block device with these numbers: its
+// filesystem, or a bind of a node of it, whatever the names of both. It may look
+// at Path, but not if a server would have to answer.
+func (m Mount) IsOf(major, minor uint32) bool {
+	return m.Major == major && m.Minor == minor || shows(m, major, minor)
 }
 
 // shows finds the two kinds of mounts that mountinfo does not number by their
