@@ -3,6 +3,7 @@ package integration
 import (
 	"context"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -83,8 +85,9 @@ func TestKillDuringRPCs(t *testing.T) {
 			}
 		})
 		if err := s.tryStart(); err != nil {
-			t.Error(err)
-			break
+			cancel() // the clients would wait in vain
+			workers.Wait()
+			t.Fatal(err)
 		}
 		if len(failed) > 0 {
 			break
@@ -245,4 +248,23 @@ func (s *site) timing(k kind, before []func(*volume) error, do func(*volume) err
 	}
 	v.step("delete", v.remove())
 	return took + took/5
+}
+
+// TestStartWhileLockLingers: a child that a killed driver was about to start shares its locks until it execs. The next
+// start waits for that, and does not take it for another driver.
+func TestStartWhileLockLingers(t *testing.T) {
+	s := newSite(t, siteConfig{})
+	s.kill()
+	for _, dir := range []string{s.pool, filepath.Join(s.state, s.name)} {
+		f, err := os.Open(dir)
+		must(t, err)
+		must(t, unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB))
+		timer := time.AfterFunc(300*time.Millisecond, func() { _ = f.Close() })
+		if err := s.tryStart(); err != nil {
+			t.Errorf("%s is locked for a moment: %v", dir, err)
+		}
+		timer.Stop()
+		_ = f.Close()
+		s.kill()
+	}
 }
