@@ -67,18 +67,49 @@ func runWhole(ctx context.Context, name string, args ...string) (output string, 
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	// Away from our process group: a Ctrl-C for us must not end it half way.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	text, err := cmd.CombinedOutput()
-	output = tail(strings.TrimSpace(string(text)))
+	// A filesystem that is a tenant's decides how much e2fsck has to say.
+	var said tail
+	cmd.Stdout, cmd.Stderr = &said, &said
+	err = cmd.Run()
+	output = strings.TrimSpace(said.String())
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 		return output, exit.ExitCode(), nil
 	}
 	return output, 0, err
 }
 
-func tail(s string) string {
-	const most = 4096
-	if len(s) > most {
-		s = "..." + s[len(s)-most+3:]
+// tail keeps the end of what is written to it.
+type tail struct {
+	kept []byte // at most twice mostSaid, so that not every write moves it
+	cut  bool
+}
+
+const mostSaid = 4096
+
+func (t *tail) Write(b []byte) (int, error) {
+	n := len(b)
+	if len(b) > mostSaid {
+		b, t.cut = b[len(b)-mostSaid:], true
 	}
-	return s
+	if len(t.kept)+len(b) > 2*mostSaid {
+		t.shorten()
+	}
+	t.kept = append(t.kept, b...)
+	return n, nil
+}
+
+func (t *tail) shorten() {
+	if over := len(t.kept) - mostSaid; over > 0 {
+		t.kept, t.cut = append(t.kept[:0], t.kept[over:]...), true
+	}
+}
+
+// String is at most mostSaid bytes, and begins with dots when there was more.
+func (t *tail) String() string {
+	t.shorten()
+	if !t.cut {
+		return string(t.kept)
+	}
+	const dots = "..."
+	return dots + string(t.kept[max(0, len(t.kept)-mostSaid+len(dots)):])
 }
