@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -177,5 +178,18 @@ func TestLeftoversAreSwept(t *testing.T) {
 	}
 	if len(s.List()) != 1 || len(p.Health()) != 0 {
 		t.Fatal(p.Health())
+	}
+}
+
+func TestDamageIsWhatIsProved(t *testing.T) {
+	proofs := []error{errNotRegular, syscall.ENOENT, syscall.ENOTDIR, syscall.ELOOP, syscall.EXDEV}
+	others := []error{
+		errNoProc, syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EINTR, syscall.EAGAIN, syscall.EIO, syscall.EACCES, syscall.EPERM, syscall.ESTALE, syscall.EBUSY, syscall.EROFS,
+	}
+	for _, err := range slices.Concat(proofs, others) {
+		got := openError("x", &os.PathError{Op: "open", Path: "x", Err: err})
+		if errors.Is(got, ErrDamaged) != slices.Contains(proofs, err) || !errors.Is(got, err) {
+			t.Errorf("%v: %v", err, got)
+		}
 	}
 }

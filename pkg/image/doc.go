@@ -9,7 +9,8 @@
 //
 //  1. A volume exists if and only if volumes/<directory>/volume.json can be read.
 //     A record that cannot be read is never guessed at: that volume is refused,
-//     every other one is served.
+//     every other one is served. Damage is what was looked at and found wrong;
+//     that something could not be looked at is never taken for it.
 //  2. Create commits with one rename out of .new-*, Remove with one rename into
 //     .gone-*. Whatever a crash leaves has one of these prefixes and is gone after
 //     the next Open.

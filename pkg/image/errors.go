@@ -18,7 +18,8 @@ var (
 	// ErrSize: the size is below the filesystem's minimum or above what the pool's
 	// filesystem can hold in one file.
 	ErrSize = errors.New("size is not possible")
-	// ErrDamaged: the record or the image is not what csi-loop left there.
+	// ErrDamaged: the record or the image is not what csi-loop left there. Never
+	// that it could not be looked at.
 	ErrDamaged = errors.New("volume is damaged")
 	// ErrNotAllowed: a mapped file is outside the allowed directories, or is not
 	// a plain file.
@@ -73,4 +74,35 @@ func opError(op, path string, err error) error {
 		return fmt.Errorf("%w: %w", ErrUnsupported, e)
 	}
 	return e
+}
+
+// openError makes the error of opening a file of a pool. It wraps ErrDamaged only
+// when the errno proves that something else is in the file's place. All others,
+// such as a lack of descriptors or an I/O error, say nothing about the file, and
+// who takes them for damage may give up a volume that is well.
+func openError(path string, err error) error {
+	for _, proof := range []error{
+		syscall.ENOENT, syscall.ENOTDIR, // it is gone, or its directory is
+		syscall.ELOOP, syscall.EXDEV, // a link, a mount point: openat2 does not pass
+		errNotRegular,
+	} {
+		if errors.Is(err, proof) {
+			return fmt.Errorf("%w: %s: %w", ErrDamaged, path, err)
+		}
+	}
+	return opError("open", path, err)
+}
+
+// scarce tells whether an error is a lack of something that this process or this
+// machine has too little of now.
+func scarce(err error) bool {
+	for _, errno := range []syscall.Errno{
+		syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM,
+		syscall.EINTR, syscall.EAGAIN, // a call that was tried again too often
+	} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
 }

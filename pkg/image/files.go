@@ -25,7 +25,10 @@ type space struct {
 	ReadOnly   bool
 }
 
-var errNotRegular = errors.New("not a regular file")
+var (
+	errNotRegular = errors.New("not a regular file")
+	errNoProc     = errors.New("/proc is not mounted")
+)
 
 // writeSynced makes a new file with the given content and syncs it.
 func writeSynced(dir *os.File, name string, content []byte) error {
@@ -59,23 +62,6 @@ func replaceSynced(dir *os.File, name, temporary string, content []byte, kill fu
 	}
 	kill("record synced")
 	return true, nil
-}
-
-// readFile reads a whole small file of a pool.
-func readFile(dir *os.File, name string, limit int64) ([]byte, error) {
-	f, err := openAt(dir, name, false)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	st, err := statFile(f)
-	if err != nil {
-		return nil, err
-	}
-	if st.Links != 1 {
-		return nil, errors.New("it has more than one link")
-	}
-	return readSmall(f, limit)
 }
 
 // names lists a directory that is open already, from its beginning.

@@ -94,6 +94,8 @@ func decodeStrict(b []byte, version int, v any) error {
 	return d.Decode(v)
 }
 
+var errTooLarge = errors.New("too large")
+
 // readSmall reads a whole file of at most limit bytes.
 func readSmall(f *os.File, limit int64) ([]byte, error) {
 	b, err := io.ReadAll(io.LimitReader(f, limit+1))
@@ -101,7 +103,7 @@ func readSmall(f *os.File, limit int64) ([]byte, error) {
 		return nil, err
 	}
 	if int64(len(b)) > limit {
-		return nil, fmt.Errorf("larger than %d bytes", limit)
+		return nil, fmt.Errorf("%w: more than %d bytes", errTooLarge, limit)
 	}
 	return b, nil
 }

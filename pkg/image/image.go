@@ -12,7 +12,8 @@ import (
 // it returns is a regular file with one link, inside the pool, and exactly as large
 // as recorded. A thick image that is opened for writing has all its blocks (lost
 // ones are replaced; ErrNoSpace when the pool is full). Otherwise ErrDamaged with
-// the reason, or ErrNotFound.
+// the reason, or ErrNotFound. Another error, such as a lack of descriptors, says
+// nothing about the volume.
 func (p *Pool) OpenImage(ctx context.Context, id string, readOnly bool) (*os.File, error) {
 	dir, ok := p.dirOf(id)
 	if !ok {
@@ -43,7 +44,8 @@ func (p *Pool) OpenImage(ctx context.Context, id string, readOnly bool) (*os.Fil
 
 // ImageInode returns the device and inode of the file in the place of a volume's
 // image, sound or not, so that who is about to remove it can look whether anybody
-// uses it. ErrNotFound when there is no volume or no regular file.
+// uses it. ErrNotFound when there is no volume or no regular file. Any other error
+// leaves open whether there is one.
 func (p *Pool) ImageInode(ctx context.Context, id string) (dev, ino uint64, err error) {
 	dir, ok := p.dirOf(id)
 	if !ok {
@@ -65,25 +67,23 @@ func (p *Pool) ImageInode(ctx context.Context, id string) (dev, ino uint64, err 
 }
 
 // openVolume opens a volume's directory and its image, and looks whether the
-// image is what the record says.
+// image is what the record says. ErrDamaged is only what that look has proved.
 func (p *Pool) openVolume(dir string, r record, write bool) (d, f *os.File, err error) {
-	damaged := func(err error) error {
-		return fmt.Errorf("%w: %s/%s/%s/%s: %w", ErrDamaged, p.Path(), volumesDir, dir, imageFile, err)
-	}
+	path := fmt.Sprintf("%s/%s/%s/%s", p.Path(), volumesDir, dir, imageFile)
 	d, err = openDirAt(p.volumes, dir)
 	if err != nil {
-		return nil, nil, damaged(err)
+		return nil, nil, openError(path, err)
 	}
 	f, err = openAt(d, imageFile, write)
 	if err != nil {
-		return nil, nil, errors.Join(damaged(err), d.Close())
+		return nil, nil, errors.Join(openError(path, err), d.Close())
 	}
 	st, err := statFile(f)
-	if err == nil {
-		err = p.checkImage(r, st)
-	}
 	if err != nil {
-		return nil, nil, errors.Join(damaged(err), f.Close(), d.Close())
+		return nil, nil, errors.Join(opError("look at", path, err), f.Close(), d.Close())
+	}
+	if err := p.checkImage(r, st); err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("%w: %s: %w", ErrDamaged, path, err), f.Close(), d.Close())
 	}
 	return d, f, nil
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 )
 
 // Dirs are the directories whose files may be mapped as volumes. It holds nothing
@@ -48,13 +49,19 @@ func within(path, dir string) bool { return path == dir || strings.HasPrefix(pat
 // Open opens a file by its absolute path, which must be plain (no "..", "." or
 // empty component) and lie in an allowed directory, with no link on the way below
 // that. What it returns is a regular file with one link (fact 73). Everything else
-// is ErrNotAllowed; a path that does not exist is that and fs.ErrNotExist.
+// is ErrNotAllowed; a path that does not exist is that and fs.ErrNotExist. A lack
+// of descriptors or memory says nothing about the file, and is neither.
 func (d *Dirs) Open(path string, readOnly bool) (*os.File, error) {
 	dir, rest, err := d.split(path)
 	if err != nil {
 		return nil, err
 	}
-	refused := func(err error) error { return fmt.Errorf("%w: %q: %w", ErrNotAllowed, path, err) }
+	refused := func(err error) error {
+		if scarce(err) || errors.Is(err, syscall.EIO) {
+			return opError("open", path, err)
+		}
+		return fmt.Errorf("%w: %q: %w", ErrNotAllowed, path, err)
+	}
 	base, err := openPath(dir)
 	if err != nil {
 		return nil, refused(err)

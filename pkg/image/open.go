@@ -133,7 +133,7 @@ func (p *Pool) open(ctx context.Context, ledgers map[string]*ledger) error {
 			return poolError(p.config, "it is the same directory as pool %q", other.Name())
 		}
 	}
-	if err := lockDir(root); err != nil {
+	if err := lockRoot(ctx, root); err != nil {
 		if errors.Is(err, syscall.EWOULDBLOCK) {
 			return poolError(p.config, "it is in use by another csi-loop process; stop that one first")
 		}
@@ -303,7 +303,9 @@ func (p *Pool) leftBehind(name string, err error) {
 	})
 }
 
-// load reads every record. Only a directory listing that fails is an error.
+// load reads every record. One that cannot be read makes its volume refused, and
+// no more; a listing that fails, and a lack of descriptors or memory, which says
+// nothing about the records, are errors.
 func (p *Pool) load(ctx context.Context) error {
 	content, err := names(p.volumes)
 	if err != nil {
@@ -314,8 +316,11 @@ func (p *Pool) load(ctx context.Context) error {
 			return err
 		}
 		r, allocated, err := p.loadOne(dir)
+		if scarce(err) {
+			return poolError(p.config, "%s/%s: %w", volumesDir, dir, err)
+		}
 		if err != nil {
-			err = fmt.Errorf("%w: %s/%s/%s: %w", ErrDamaged, p.Path(), volumesDir, dir, err)
+			err = fmt.Errorf("%s/%s/%s: %w", p.Path(), volumesDir, dir, err)
 			p.logger.Error(err, "Refusing a volume", "volume", VolumeID(p.ID(), dir))
 			p.damaged[dir] = err
 			continue
@@ -326,21 +331,18 @@ func (p *Pool) load(ctx context.Context) error {
 	return nil
 }
 
+// loadOne reads one record; ErrDamaged when it was looked at and is not sound.
 func (p *Pool) loadOne(dir string) (r record, allocated int64, err error) {
 	if !validDir(dir) {
-		return r, 0, errors.New("not a name that csi-loop gives")
+		return r, 0, fmt.Errorf("%w: not a name that csi-loop gives", ErrDamaged)
 	}
 	d, err := openDirAt(p.volumes, dir)
 	if err != nil {
-		return r, 0, err
+		return r, 0, openError(dir, err)
 	}
 	defer d.Close()
-	b, err := readFile(d, recordFile, maxRecordSize)
-	if err == nil {
-		r, err = parseRecord(b, dir)
-	}
-	if err != nil {
-		return r, 0, fmt.Errorf("%s: %w", recordFile, err)
+	if r, err = readRecord(d, dir); err != nil {
+		return r, 0, err
 	}
 	// The rest of a replacement that a crash interrupted.
 	if err := removeTree(d, recordNew); err != nil {
@@ -352,6 +354,33 @@ func (p *Pool) loadOne(dir string) (r record, allocated int64, err error) {
 		return r, 0, nil
 	}
 	return p.settle(d, dir, r, st)
+}
+
+func readRecord(d *os.File, dir string) (record, error) {
+	f, err := openAt(d, recordFile, false)
+	if err != nil {
+		return record{}, openError(recordFile, err)
+	}
+	defer f.Close()
+	st, err := statFile(f)
+	if err != nil {
+		return record{}, opError("look at", recordFile, err)
+	}
+	if st.Links != 1 {
+		return record{}, fmt.Errorf("%w: %s has more than one link", ErrDamaged, recordFile)
+	}
+	b, err := readSmall(f, maxRecordSize)
+	if err != nil && !errors.Is(err, errTooLarge) {
+		return record{}, opError("read", recordFile, err)
+	}
+	var r record
+	if err == nil {
+		r, err = parseRecord(b, dir)
+	}
+	if err != nil {
+		return record{}, fmt.Errorf("%w: %s: %w", ErrDamaged, recordFile, err)
+	}
+	return r, nil
 }
 
 // settle finishes a Grow that a crash interrupted: blocks past the end are given

@@ -77,8 +77,8 @@ func (s *Store) Lookup(id string) (p *Pool, dir string, ok bool) {
 	return p, dir, ok
 }
 
-// Get returns a volume by its ID: ErrNotFound, or ErrDamaged when its record
-// cannot be read.
+// Get returns a volume by its ID: ErrNotFound, ErrDamaged when its record is not
+// sound, or another error when the record could not be read at the start.
 func (s *Store) Get(id string) (Volume, error) {
 	p, dir, ok := s.Lookup(id)
 	if !ok {
@@ -213,7 +213,8 @@ func (p *Pool) Damaged() map[string]error {
 	return maps.Clone(p.damaged)
 }
 
-// get returns a record by directory: ErrNotFound or ErrDamaged.
+// get returns a record by directory: ErrNotFound, ErrDamaged, or why it could not
+// be read.
 func (p *Pool) get(dir string) (record, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

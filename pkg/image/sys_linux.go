@@ -115,6 +115,9 @@ func openExisting(dir *os.File, name string, write bool, resolve uint64) (*os.Fi
 		return err
 	})
 	runtime.KeepAlive(path)
+	if errors.Is(err, unix.ENOENT) {
+		return nil, errNoProc // the file exists: it is open
+	}
 	if err != nil {
 		return nil, err
 	}
