@@ -46,7 +46,7 @@ func serve(ctx context.Context, p plan, unknown []string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, images.Close()) }()
-	dirs, err := image.OpenDirs(p.imageDirs, images.Pools()...)
+	dirs, err := images.OpenDirs(p.imageDirs)
 	if err != nil {
 		return fmt.Errorf("--image-dir: %w: make it, or name another", err)
 	}
@@ -58,19 +58,22 @@ func serve(ctx context.Context, p plan, unknown []string) (err error) {
 	if err := d.Reconcile(ctx); err != nil {
 		return err
 	}
-	return listenAndServe(ctx, d, p)
+	return listenAndServe(ctx, d, p, images)
 }
 
-func listenAndServe(ctx context.Context, d *driver.Driver, p plan) error {
+func listenAndServe(ctx context.Context, d *driver.Driver, p plan, images *image.Store) error {
 	l, err := driver.Listen(ctx, p.endpoint)
 	if err != nil {
 		return err
 	}
-	names := make([]string, len(p.pools))
-	for i, pool := range p.pools {
-		names[i] = pool.Name + "=" + pool.Path
+	pools, absent := []string{}, []string{}
+	for _, pool := range images.Pools() {
+		pools = append(pools, pool.Name()+"="+pool.Path())
 	}
-	klog.FromContext(ctx).Info("Serving", "version", p.driver.Version, "endpoint", p.endpoint, "node", p.driver.NodeID, "pools", names)
+	for _, pool := range images.Absent() {
+		absent = append(absent, pool.Name+"="+pool.Path)
+	}
+	klog.FromContext(ctx).Info("Serving", "version", p.driver.Version, "endpoint", p.endpoint, "node", p.driver.NodeID, "pools", pools, "absentPools", absent)
 	return d.Serve(ctx, l, p.stopTimeout)
 }
 

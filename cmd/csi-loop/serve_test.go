@@ -141,6 +141,23 @@ func TestServeFromEnvironmentAndFile(t *testing.T) {
 	s.stop()
 }
 
+// One disk that is missing is no reason not to serve the volumes of the others.
+func TestServeWithoutOneOfThePools(t *testing.T) {
+	roottest.Require(t)
+	p := newPlace(t)
+	s := spawn(t, nil, p.args("--pool=second="+p.dir+"/second", "--image-dir="+t.TempDir())...)
+	s.waitFor("Serving")
+	probe(t, p.socket)
+	s.stop()
+	for _, want := range []string{
+		"A pool is absent", `pool="second"`, "create it, or mount its disk", `absentPools=["second=` + p.dir + `/second"]`, `pools=["default=` + p.pool + `"]`,
+	} {
+		if !strings.Contains(s.errors(), want) {
+			t.Errorf("%q is not in %q", want, s.errors())
+		}
+	}
+}
+
 // Every way to fail at the start is one line that says what to do, and exit
 // status 1. What needs no root is in TestConfigurationMistakes.
 func TestStartFailures(t *testing.T) {
@@ -152,6 +169,18 @@ func TestStartFailures(t *testing.T) {
 		"pool is missing": {
 			func(_ *testing.T, p place) []string { return replace(p.args(), "--pool", "default="+p.dir+"/none") },
 			[]string{`pool "default"`, "/none", "create it, or mount its disk"},
+		},
+		"all pools are missing": {
+			func(_ *testing.T, p place) []string {
+				return append(replace(p.args(), "--pool", "default="+p.dir+"/none"), "--pool=second="+p.dir+"/second")
+			},
+			[]string{`pool "default"`, "/none", `pool "second"`, "/second", "mount its disk"},
+		},
+		"image directory overlaps a pool that is missing": {
+			func(_ *testing.T, p place) []string {
+				return p.args("--pool=second="+p.dir+"/images/second", "--image-dir="+p.dir)
+			},
+			[]string{"overlaps pool"},
 		},
 		"pool is not a directory": {
 			func(t *testing.T, p place) []string {

@@ -136,7 +136,7 @@ func (p *Pool) build(ctx context.Context, dir string, r record, space *reservati
 // discard removes what is not a volume yet, or no more.
 func (p *Pool) discard(name string) {
 	if err := removeTree(p.root, name); err != nil {
-		p.leftBehind(name, err)
+		p.leftBehind(p.logger, name, err)
 	}
 }
 

@@ -38,6 +38,10 @@
 //     pool's root descriptor, without following links and without leaving the
 //     filesystem; an image must be a regular file with one link (fact 73).
 //  9. One process per pool, one pool per directory, one directory per pool ID.
+//     Whatever breaks this fails the whole Open.
+//  10. A pool that merely cannot be used is absent: the others are served, and it
+//     is tried again until it opens. While it is absent its ID is unknown, so that
+//     none of its volumes is taken for one that does not exist.
 //
 // Not for: files other programs write, directories on network filesystems (no
 // space can be promised there), images that are in use. Callers must not Remove an

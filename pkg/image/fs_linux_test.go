@@ -431,7 +431,7 @@ func TestGuardKnowsTheFilesystem(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p := s.pools[0]
+		p := s.Pools()[0]
 		create(t, p, Spec{Name: "v", Size: MiB})
 		expect.PoolID, expect.Existing = p.ID(), true
 		s.Close()
@@ -445,7 +445,7 @@ func TestGuardKnowsTheFilesystem(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer s.Close()
-		p = s.pools[0]
+		p = s.Pools()[0]
 		roottest.Run(t, "mount", "-o", "remount,ro", mountPoint)
 		wantError(t, p.Check(ctx), ErrPool, "read-only")
 		_, err = p.Create(ctx, Spec{Name: "w", Size: MiB})
@@ -460,6 +460,53 @@ func TestGuardKnowsTheFilesystem(t *testing.T) {
 		}
 		wantAccount(t, s, p)
 	})
+}
+
+func TestPoolWhoseDiskIsMountedLater(t *testing.T) {
+	disk := roottest.Pool(t, "ext4", 64<<20)
+	if err := os.Chmod(disk, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	at := poolDir(t)
+	a, b := madePool(t, "a"), Config{Name: "b", Path: at, Expect: Expect{Filesystem: "ext4", MountPoint: true}}
+	mount := func() { roottest.Run(t, "mount", "--bind", disk, at) }
+	unmount := func() { roottest.Run(t, "umount", at) }
+
+	s := openStore(ctx, t, 0, a, b)
+	wantPools(t, s, "a/b")
+	wantError(t, s.Absent()[0].Err, ErrPool, "not a mount point")
+	s.retry(ctx)
+	mount()
+	s.retry(ctx)
+	wantPools(t, s, "a b/") // the mount point is proof enough to make a new pool
+	p, _ := s.Pool("b")
+	v := create(t, p, Spec{Name: "v", Size: size})
+	b.Expect.PoolID = p.ID()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	unmount()
+	if entries, err := os.ReadDir(at); err != nil || len(entries) > 0 {
+		t.Fatalf("something was made below the mount point: %v %v", entries, err)
+	}
+
+	mount()
+	roottest.Run(t, "mount", "-o", "remount,bind,ro", at)
+	s = openStore(ctx, t, time.Millisecond, a, b)
+	wantPools(t, s, "a/b")
+	wantError(t, s.Absent()[0].Err, ErrPool, "read-only")
+	roottest.Run(t, "mount", "-o", "remount,bind,rw", at)
+	for len(s.Absent()) > 0 {
+		<-time.After(time.Millisecond)
+	}
+	got, err := s.Get(v.ID)
+	if err != nil || got.Size != size {
+		t.Fatal(got, err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	unmount()
 }
 
 // TestOlderUUIDCalls are those of kernels before FS_IOC_GETFSUUID.
@@ -492,7 +539,7 @@ func TestPoolsOnOneFilesystemShareItsSpace(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	pa, pb := s.pools[0], s.pools[1]
+	pa, pb := s.Pools()[0], s.Pools()[1]
 	before := pb.Capacity(Thick)
 	create(t, pa, Spec{Name: "v", Size: 200 * MiB, Allocation: Thin})
 	if got := before - pb.Capacity(Thick); got < 99*MiB || got > 110*MiB {

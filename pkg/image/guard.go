@@ -43,6 +43,16 @@ func poolError(c Config, format string, args ...any) error {
 	return fmt.Errorf("%w: pool %q at %s: %w", ErrPool, c.Name, c.Path, fmt.Errorf(format, args...))
 }
 
+// conflictError is what makes Open refuse all pools: going on without this one
+// would hide a mistake that is dangerous to the others.
+type conflictError struct{ error }
+
+func (e *conflictError) Unwrap() error { return e.error }
+
+func conflict(c Config, format string, args ...any) error {
+	return &conflictError{poolError(c, format, args...)}
+}
+
 func (c Config) validate() error {
 	if len(c.Name) > maxPlainName || !plainName.MatchString(c.Name) {
 		return poolError(c, "its name must consist of a-z, 0-9 and -")
@@ -60,7 +70,7 @@ func (c Config) validate() error {
 }
 
 func validateConfigs(configs []Config) error {
-	seen := map[string]bool{}
+	seen, paths := map[string]bool{}, map[string]string{}
 	for _, c := range configs {
 		if err := c.validate(); err != nil {
 			return err
@@ -69,6 +79,11 @@ func validateConfigs(configs []Config) error {
 			return poolError(c, "there are two pools of this name")
 		}
 		seen[c.Name] = true
+		path := filepath.Clean(c.Path)
+		if other, ok := paths[path]; ok {
+			return poolError(c, "it is the same directory as pool %q", other)
+		}
+		paths[path] = c.Name
 	}
 	return nil
 }

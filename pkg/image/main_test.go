@@ -37,7 +37,7 @@ func tryOpen(dir string, options ...Option) (*Store, *Pool, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	return s, s.pools[0], nil
+	return s, s.Pools()[0], nil
 }
 
 // openPool opens one pool and closes it when the test ends.

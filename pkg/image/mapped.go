@@ -18,6 +18,24 @@ type Dirs struct{ dirs []string }
 // directories that exist, none of them /, none of them in or around one of the
 // given pools, whose images are nobody's to map. The error wraps ErrNotAllowed.
 func OpenDirs(dirs []string, pools ...*Pool) (*Dirs, error) {
+	configs := make([]Config, len(pools))
+	for i, p := range pools {
+		configs[i] = p.config
+	}
+	return openDirs(dirs, configs)
+}
+
+// OpenDirs is the function of that name with all configured pools, absent ones
+// too.
+func (s *Store) OpenDirs(dirs []string) (*Dirs, error) {
+	configs := make([]Config, len(s.members))
+	for i, m := range s.members {
+		configs[i] = m.config
+	}
+	return openDirs(dirs, configs)
+}
+
+func openDirs(dirs []string, pools []Config) (*Dirs, error) {
 	d := &Dirs{}
 	for _, dir := range dirs {
 		if !filepath.IsAbs(dir) || filepath.Clean(dir) == "/" {
@@ -31,17 +49,38 @@ func OpenDirs(dirs []string, pools ...*Pool) (*Dirs, error) {
 			return nil, fmt.Errorf("%w: %q is not a directory", ErrNotAllowed, dir)
 		}
 		for _, p := range pools {
-			pool, err := filepath.EvalSymlinks(p.Path())
+			pool, err := resolve(p.Path)
 			if err != nil {
-				return nil, fmt.Errorf("%w: pool %q: %w", ErrNotAllowed, p.Name(), err)
+				return nil, fmt.Errorf("%w: pool %q: %w", ErrNotAllowed, p.Name, err)
 			}
 			if within(resolved, pool) || within(pool, resolved) {
-				return nil, fmt.Errorf("%w: directory %q overlaps pool %q", ErrNotAllowed, dir, p.Name())
+				return nil, fmt.Errorf("%w: directory %q overlaps pool %q", ErrNotAllowed, dir, p.Name)
 			}
 		}
 		d.dirs = append(d.dirs, filepath.Clean(dir))
 	}
 	return d, nil
+}
+
+// resolve is filepath.EvalSymlinks, also for a path that cannot be followed
+// now, because its disk is missing: it is where that path would be.
+func resolve(path string) (string, error) {
+	rest := ""
+	for range 1000 { // links may form a circle
+		resolved, err := filepath.EvalSymlinks(path)
+		if err == nil {
+			return filepath.Join(resolved, rest), nil
+		}
+		if target, err := os.Readlink(path); err == nil { // it leads nowhere
+			if !filepath.IsAbs(target) {
+				target = filepath.Join(filepath.Dir(path), target)
+			}
+			path = target
+			continue
+		}
+		path, rest = filepath.Dir(path), filepath.Join(filepath.Base(path), rest)
+	}
+	return "", syscall.ELOOP
 }
 
 func within(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }

@@ -8,7 +8,6 @@ import (
 	"os"
 	"strings"
 	"syscall"
-	"time"
 
 	"k8s.io/klog/v2"
 )
@@ -20,106 +19,9 @@ const (
 	snapshotsDir = "snapshots"
 )
 
-// Option changes how Open works.
-type Option func(*Store)
-
-// WithRefresh sets how often the allocation of thin volumes and the health of the
-// pools are looked at; 30 s unless given, 0 for never.
-func WithRefresh(interval time.Duration) Option { return func(s *Store) { s.refresh = interval } }
-
-// WithToolDirs sets where the mkfs programs are looked for, instead of PATH and
-// the sbin directories.
-func WithToolDirs(dirs ...string) Option { return func(s *Store) { s.tools = newTools(dirs) } }
-
-// withKill is for crash tests: f is called after every step that a crash may
-// follow.
-func withKill(f func(point string)) Option { return func(s *Store) { s.kill = f } }
-
-// Open opens every pool, or none. It makes a pool in a directory that is empty,
-// finishes what a crash interrupted, and reads all records. The error wraps
-// ErrPool and says which pool is refused and what to do.
-//
-// ctx bounds the call, and gives its logger to the work in the background, which
-// goes on until Close.
-func Open(ctx context.Context, configs []Config, options ...Option) (_ *Store, err error) {
-	s := &Store{
-		byID: map[string]*Pool{}, byName: map[string]*Pool{}, tools: newTools(toolDirs()),
-		now: time.Now, kill: func(string) {}, refresh: 30 * time.Second,
-	}
-	for _, o := range options {
-		o(s)
-	}
-	if err := validateConfigs(configs); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, s.Close())
-		}
-	}()
-	logger := klog.FromContext(ctx)
-	ledgers := map[string]*ledger{}
-	for _, c := range configs {
-		p := &Pool{
-			config: c, store: s, logger: logger.WithValues("pool", c.Name),
-			records: map[string]record{}, damaged: map[string]error{}, problems: map[string]Problem{},
-		}
-		s.pools = append(s.pools, p)
-		if err := p.open(ctx, ledgers); err != nil {
-			return nil, err
-		}
-		s.byID[p.ID()], s.byName[c.Name] = p, p
-	}
-	s.start(ctx)
-	return s, nil
-}
-
-// start begins the work in the background, which outlives the call's ctx.
-func (s *Store) start(ctx context.Context) {
-	if s.refresh <= 0 {
-		return
-	}
-	ctx, stop := context.WithCancel(context.WithoutCancel(ctx))
-	s.stop = stop
-	s.loops.Go(func() {
-		t := time.NewTicker(s.refresh)
-		defer t.Stop()
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-t.C:
-			}
-			for _, p := range s.pools {
-				p.refresh(ctx)
-				// What is wrong is kept for Health.
-				_ = p.check()
-			}
-		}
-	})
-}
-
-// refresh looks how many blocks the thin volumes have by now. Between two looks
-// the account believes that they may still take what they took meanwhile: too
-// little is given away, not too much.
-func (p *Pool) refresh(ctx context.Context) {
-	for _, dir := range p.account.thinDirs() {
-		if ctx.Err() != nil {
-			return
-		}
-		p.refreshOne(dir)
-	}
-}
-
-func (p *Pool) refreshOne(dir string) {
-	// Its blocks are not worth an error: OpenImage and VolumeHealth report what
-	// is wrong with an image.
-	if st, err := statAt(p.volumes, dir+"/"+imageFile); err == nil && st.Mode.IsRegular() {
-		p.account.seen(dir, st.Allocated)
-	}
-}
-
-func (p *Pool) open(ctx context.Context, ledgers map[string]*ledger) error {
+// open opens the pool, which it makes in a directory that is empty. After an
+// error it must be closed. A *conflictError is a reason to refuse all pools.
+func (p *Pool) open(ctx context.Context) error {
 	root, uuid, err := openRoot(p.config)
 	if err != nil {
 		return err
@@ -128,28 +30,29 @@ func (p *Pool) open(ctx context.Context, ledgers map[string]*ledger) error {
 	if p.rootStat, err = statFile(root); err != nil {
 		return poolError(p.config, "%w", err)
 	}
-	for _, other := range p.store.byName {
+	set := p.store.set.Load()
+	for _, other := range set.pools {
 		if other.rootStat.Dev == p.rootStat.Dev && other.rootStat.Ino == p.rootStat.Ino {
-			return poolError(p.config, "it is the same directory as pool %q", other.Name())
+			return conflict(p.config, "it is the same directory as pool %q", other.Name())
 		}
 	}
-	if err := lockRoot(ctx, root); err != nil {
+	if err := lockDir(root); err != nil {
 		if errors.Is(err, syscall.EWOULDBLOCK) {
-			return poolError(p.config, "it is in use by another csi-loop process; stop that one first")
+			return conflict(p.config, "it is in use by another csi-loop process; stop that one first")
 		}
 		return poolError(p.config, "lock: %w", err)
 	}
-	if err := p.openIdentity(ctx); err != nil {
+	if err := p.openIdentity(); err != nil {
 		return err
 	}
-	if other, ok := p.store.byID[p.ID()]; ok {
-		return poolError(p.config, "it has the same ID %s as pool %q at %s: one is a copy of the other; remove the copy, or its pool.json and volumes",
+	if other, ok := set.byID[p.ID()]; ok {
+		return conflict(p.config, "it has the same ID %s as pool %q at %s: one is a copy of the other; remove the copy, or its pool.json and volumes",
 			p.ID(), other.Name(), other.Path())
 	}
-	return p.openContent(ctx, uuid, ledgers)
+	return p.openContent(ctx, uuid)
 }
 
-func (p *Pool) openContent(ctx context.Context, uuid string, ledgers map[string]*ledger) error {
+func (p *Pool) openContent(ctx context.Context, uuid string) error {
 	s, err := spaceOf(p.root)
 	if err != nil {
 		return poolError(p.config, "%w", err)
@@ -160,10 +63,7 @@ func (p *Pool) openContent(ctx context.Context, uuid string, ledgers map[string]
 	if key == "" {
 		key = fmt.Sprintf("device %d", p.rootStat.Dev)
 	}
-	if ledgers[key] == nil {
-		ledgers[key] = newLedger()
-	}
-	p.account = newAccount(ledgers[key], func() (space, error) { return spaceOf(p.root) },
+	p.account = newAccount(p.store.ledger(key), func() (space, error) { return spaceOf(p.root) },
 		p.config.Reserve, max(1, p.config.Overcommit))
 	p.account.lag = p.lag
 	if p.volumes, err = p.ensureDir(volumesDir); err != nil {
@@ -204,11 +104,11 @@ func (p *Pool) ensureDir(name string) (*os.File, error) {
 }
 
 // openIdentity reads pool.json, or makes it in an empty directory.
-func (p *Pool) openIdentity(ctx context.Context) error {
+func (p *Pool) openIdentity() error {
 	b, err := p.readIdentity()
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		if err := p.makeIdentity(ctx); err != nil {
+		if err := p.makeIdentity(); err != nil {
 			return err
 		}
 	case err != nil:
@@ -246,7 +146,7 @@ func keepPrivate(f *os.File, mode fs.FileMode) error {
 	return f.Chmod(mode)
 }
 
-func (p *Pool) makeIdentity(ctx context.Context) error {
+func (p *Pool) makeIdentity() error {
 	if p.config.Expect.Existing || p.config.Expect.PoolID != "" {
 		return poolError(p.config, "there is no %s, and an existing pool is expected; is its disk mounted?", identityFile)
 	}
@@ -260,6 +160,9 @@ func (p *Pool) makeIdentity(ctx context.Context) error {
 		}
 		return poolError(p.config, "it has no %s but is not empty (%s); use an empty directory, or restore the file", identityFile, n)
 	}
+	if e := p.config.Expect; p.late && !e.MountPoint && e.UUID == "" {
+		return poolError(p.config, "it is empty, and may be where its disk is not mounted yet; mount the disk, or restart csi-loop to make a new pool here")
+	}
 	i, err := newIdentity(p.store.now())
 	if err != nil {
 		return poolError(p.config, "make a key: %w", err)
@@ -268,7 +171,7 @@ func (p *Pool) makeIdentity(ctx context.Context) error {
 	if err != nil {
 		return poolError(p.config, "%w", err)
 	}
-	klog.FromContext(ctx).Info("Making a new pool", "pool", p.Name(), "path", p.Path(), "poolID", i.ID)
+	p.once("make").Info("Making a new pool", "path", p.Path(), "poolID", i.ID)
 	if _, err := replaceSynced(p.root, identityFile, newPrefix+identityFile, b, p.store.kill); err != nil {
 		return poolError(p.config, "%s: %w", identityFile, opError("write", identityFile, err))
 	}
@@ -287,16 +190,16 @@ func (p *Pool) sweep() error {
 		if !strings.HasPrefix(n, newPrefix) && !strings.HasPrefix(n, gonePrefix) {
 			continue
 		}
-		p.logger.Info("Removing what an interrupted call left", "path", p.Path()+"/"+n)
+		p.once("remove "+n).Info("Removing what an interrupted call left", "path", p.Path()+"/"+n)
 		if err := removeTree(p.root, n); err != nil {
-			p.leftBehind(n, err)
+			p.leftBehind(p.once("left "+n), n, err)
 		}
 	}
 	return nil
 }
 
-func (p *Pool) leftBehind(name string, err error) {
-	p.logger.Error(err, "Cannot remove; trying again at the next start", "path", p.Path()+"/"+name)
+func (p *Pool) leftBehind(logger klog.Logger, name string, err error) {
+	logger.Error(err, "Cannot remove; trying again at the next start", "path", p.Path()+"/"+name)
 	p.problem(Problem{
 		Kind: Degraded, Reason: "CannotRemove",
 		Message: fmt.Sprintf("%s/%s cannot be removed and keeps its space: %v", p.Path(), name, err),
@@ -321,7 +224,7 @@ func (p *Pool) load(ctx context.Context) error {
 		}
 		if err != nil {
 			err = fmt.Errorf("%s/%s/%s: %w", p.Path(), volumesDir, dir, err)
-			p.logger.Error(err, "Refusing a volume", "volume", VolumeID(p.ID(), dir))
+			p.once("refuse "+dir).Error(err, "Refusing a volume", "volume", VolumeID(p.ID(), dir))
 			p.damaged[dir] = err
 			continue
 		}
@@ -395,7 +298,7 @@ func (p *Pool) settle(d *os.File, dir string, r record, st fileStat) (record, in
 			st = after
 		}
 	case st.Size > r.Size && st.Size%MiB == 0:
-		p.logger.Info("Completing an interrupted growth", "volume", VolumeID(p.ID(), dir), "from", r.Size, "to", st.Size)
+		p.once("grow "+dir).Info("Completing an interrupted growth", "volume", VolumeID(p.ID(), dir), "from", r.Size, "to", st.Size)
 		r.Size = st.Size
 		if _, err := p.replaceRecord(d, r); err != nil {
 			return r, 0, err

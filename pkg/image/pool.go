@@ -7,11 +7,8 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"k8s.io/klog/v2"
 )
@@ -30,6 +27,9 @@ type Pool struct {
 	store    *Store
 	logger   klog.Logger
 
+	late bool            // opened while others are served
+	said map[string]bool // what earlier attempts to open it logged; nil once it is open
+
 	locks keyedLock    // by directory
 	freed atomic.Int64 // when a removed volume was last unlinked, Unix ns
 
@@ -37,114 +37,6 @@ type Pool struct {
 	records  map[string]record  // guarded by mu; by directory
 	damaged  map[string]error   // guarded by mu; by directory
 	problems map[string]Problem // guarded by mu; by reason
-}
-
-// Store is a set of pools that are open.
-type Store struct {
-	pools  []*Pool
-	byID   map[string]*Pool
-	byName map[string]*Pool
-	tools  *tools
-	now    func() time.Time
-	kill   func(point string)
-
-	refresh time.Duration
-	stop    context.CancelFunc
-	loops   sync.WaitGroup // the refresher
-
-	mu     sync.Mutex
-	closed bool           // guarded by mu
-	work   sync.WaitGroup // calls and removals; Add is guarded by mu
-}
-
-// Pools returns the pools in the order of their configuration.
-func (s *Store) Pools() []*Pool { return slices.Clone(s.pools) }
-
-// Pool returns the pool of that name.
-func (s *Store) Pool(name string) (*Pool, bool) {
-	p, ok := s.byName[name]
-	return p, ok
-}
-
-// Lookup returns the pool that a volume ID belongs to and the volume's directory.
-// It does not tell whether the volume exists; without ok it cannot exist here.
-func (s *Store) Lookup(id string) (p *Pool, dir string, ok bool) {
-	poolID, dir, ok := ParseID(id)
-	if !ok {
-		return nil, "", false
-	}
-	p, ok = s.byID[poolID]
-	return p, dir, ok
-}
-
-// Get returns a volume by its ID: ErrNotFound, ErrDamaged when its record is not
-// sound, or another error when the record could not be read at the start.
-func (s *Store) Get(id string) (Volume, error) {
-	p, dir, ok := s.Lookup(id)
-	if !ok {
-		return Volume{}, fmt.Errorf("%w: %q", ErrNotFound, id)
-	}
-	r, err := p.get(dir)
-	if err != nil {
-		return Volume{}, err
-	}
-	return p.volume(dir, r), nil
-}
-
-// Find returns the volume with that name, in whichever pool it is.
-func (s *Store) Find(name string) (Volume, bool) {
-	dir := DirName(name)
-	for _, p := range s.pools {
-		if r, err := p.get(dir); err == nil && r.Name == name {
-			return p.volume(dir, r), true
-		}
-	}
-	return Volume{}, false
-}
-
-// List returns all volumes, sorted by ID. The slice is the caller's.
-func (s *Store) List() []Volume {
-	var all []Volume
-	for _, p := range s.pools {
-		all = append(all, p.list()...)
-	}
-	slices.SortFunc(all, func(a, b Volume) int { return strings.Compare(a.ID, b.ID) })
-	return all
-}
-
-// enter keeps the store open until leave is called.
-func (s *Store) enter() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return fmt.Errorf("%w: it is closed", ErrPool)
-	}
-	s.work.Add(1)
-	return nil
-}
-
-func (s *Store) leave() { s.work.Done() }
-
-// Close waits for calls and removals under way, then gives the pools free for
-// other processes. Calls after it answer ErrPool. Again is harmless.
-func (s *Store) Close() error {
-	s.mu.Lock()
-	if s.closed {
-		s.mu.Unlock()
-		return nil
-	}
-	s.closed = true
-	s.mu.Unlock()
-	if s.stop != nil {
-		s.stop()
-	}
-	s.loops.Wait()
-	s.work.Wait()
-	var errs []error
-	for _, p := range s.pools {
-		errs = append(errs, p.close())
-	}
-	return errors.Join(errs...)
 }
 
 func (p *Pool) close() error {

@@ -103,3 +103,22 @@ func TestLackOfDescriptorsFailsThePoolNotItsVolumes(t *testing.T) {
 		return nil
 	})
 }
+
+func TestPoolComesInWhenThereAreDescriptorsAgain(t *testing.T) {
+	a, b := madePool(t, "a"), madePool(t, "b")
+	back := take(t, b)
+	s := openStore(ctx, t, 0, a, b)
+	back()
+	for limit := uint64(0); len(s.Absent()) > 0; limit++ {
+		if limit == 200 {
+			t.Fatal(s.Absent())
+		}
+		withDescriptors(t, limit, func() { s.retry(ctx) })
+		for _, absent := range s.Absent() {
+			wantError(t, absent.Err, unix.EMFILE)
+		}
+	}
+	if pb, _ := s.Pool("b"); len(pb.Damaged()) > 0 || len(s.List()) != 2 {
+		t.Fatal(pb.Damaged())
+	}
+}
