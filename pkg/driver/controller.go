@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"syscall"
 	"unicode/utf8"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -60,14 +61,17 @@ func (s *controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolu
 		if err := compatible(have, want, size, d.poolName(want.Pool)); err != nil {
 			return nil, err
 		}
+		if err := d.reachable(req.GetAccessibilityRequirements()); err != nil {
+			return nil, existsf("volume %q exists as %q, but: %v", want.Name, have.ID, err)
+		}
 		return &csi.CreateVolumeResponse{Volume: d.csiVolume(have)}, nil
 	}
 	if err := d.reachable(req.GetAccessibilityRequirements()); err != nil {
 		return nil, err
 	}
-	pool, ok := d.images.Pool(d.poolName(want.Pool))
-	if !ok {
-		return nil, invalidf("parameter %q: there is no pool %q on node %q", paramPool, want.Pool, d.cfg.NodeID)
+	pool, err := d.pool(want.Pool)
+	if err != nil {
+		return nil, err
 	}
 	v, err := pool.Create(ctx, want.Spec)
 	if err != nil {
@@ -172,6 +176,33 @@ func or(s, instead string) string {
 		return instead
 	}
 	return s
+}
+
+// pool finds the pool that a request means: INVALID_ARGUMENT when there is none of
+// that name, UNAVAILABLE when it cannot be used now.
+func (d *Driver) pool(named string) (*image.Pool, error) {
+	name := d.poolName(named)
+	if pool, ok := d.images.Pool(name); ok {
+		return pool, nil
+	}
+	if d.images.Configured(name) {
+		return nil, unavailablef("pool %q of node %q cannot be used now: see the node's storage health, or its log", name, d.cfg.NodeID)
+	}
+	return nil, invalidf("parameter %q: there is no pool %q on node %q", paramPool, name, d.cfg.NodeID)
+}
+
+// volume finds a volume of a pool: NOT_FOUND only when no pool can have it.
+func (d *Driver) volume(id string) (image.Volume, error) {
+	v, err := d.images.Get(id)
+	if err == nil {
+		return v, nil
+	}
+	if _, _, known := d.images.Lookup(id); !known {
+		if err := d.foreignPool(id); err != nil {
+			return v, err
+		}
+	}
+	return v, fmt.Errorf("volume %q: %w", id, err)
 }
 
 // poolName is the pool that a request means.
@@ -301,9 +332,11 @@ func (d *Driver) unattachedDamaged(ctx context.Context, pool *image.Pool, id str
 	if errors.Is(err, image.ErrNotFound) {
 		return nil // no file that could be attached
 	}
-	if err != nil {
-		klog.FromContext(ctx).Info("Cannot look at a damaged image before its removal", "volume", id, "err", err.Error())
+	if errors.Is(err, syscall.ELOOP) || errors.Is(err, syscall.ENOTDIR) {
 		return nil // a link in the place of the directory: removal takes the link
+	}
+	if err != nil {
+		return err
 	}
 	all, err := d.table.FindAll(ctx)
 	if err != nil {
@@ -367,6 +400,9 @@ func (d *Driver) confirm(src source, req *csi.ValidateVolumeCapabilitiesRequest)
 	}
 	want := wanted{Pool: p.pool, Spec: v.Spec}
 	want.Allocation, want.BlockSize, want.DirectIO = p.allocation, p.blockSize, p.directIO
+	if p.fsType != "" && v.Filesystem != "" {
+		want.Filesystem = p.fsType
+	}
 	if want.MkfsOptions, err = image.ParseMkfsOptions(v.Filesystem, p.mkfsOptions); err != nil {
 		return err
 	}
@@ -423,9 +459,9 @@ func (s *controllerServer) ControllerExpandVolume(ctx context.Context, req *csi.
 		return nil, err
 	}
 	defer unlock()
-	v, err := d.images.Get(id)
+	v, err := d.volume(id)
 	if err != nil {
-		return nil, fmt.Errorf("expand volume %q: %w", id, err)
+		return nil, err
 	}
 	if req.GetVolumeCapability() != nil {
 		a, err := parseAccess(req.GetVolumeCapability())
@@ -462,9 +498,9 @@ func (d *Driver) growImage(ctx context.Context, v image.Volume, c capacity) (ima
 	if least := smallestGrown[v.Filesystem]; size < least {
 		return v, outOfRangef("volume %q: a mounted %s can only be resized to %d bytes or more, asked for %d", v.ID, v.Filesystem, least, size)
 	}
-	pool, ok := d.images.Pool(v.Pool)
-	if !ok {
-		return v, fmt.Errorf("expand volume %q: pool %q: %w", v.ID, v.Pool, image.ErrNotFound)
+	pool, err := d.pool(v.Pool)
+	if err != nil {
+		return v, err
 	}
 	grown, err := pool.Grow(ctx, v.ID, size)
 	if err != nil {
@@ -479,9 +515,9 @@ func (s *controllerServer) ControllerGetVolume(_ context.Context, req *csi.Contr
 	if req.GetVolumeId() == "" {
 		return nil, invalidf("volume_id is missing")
 	}
-	v, err := s.d.images.Get(req.GetVolumeId())
+	v, err := s.d.volume(req.GetVolumeId())
 	if err != nil {
-		return nil, fmt.Errorf("volume %q: %w", req.GetVolumeId(), err)
+		return nil, err
 	}
 	return &csi.ControllerGetVolumeResponse{Volume: s.d.csiVolume(v), Status: &csi.ControllerGetVolumeResponse_VolumeStatus{}}, nil
 }

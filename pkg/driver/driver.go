@@ -36,7 +36,16 @@ type Config struct {
 	DefaultPool string
 	// EphemeralMaxSize bounds inline ephemeral volumes, in bytes; 0 refuses them.
 	EphemeralMaxSize int64
+	// EphemeralMaxVolumes bounds their number on this node, since the scheduler
+	// does not count them and each takes a loop device; 0 means
+	// DefaultEphemeralMaxVolumes.
+	EphemeralMaxVolumes int
+	// EphemeralPools are the pools that they may name; none means DefaultPool.
+	EphemeralPools []string
 }
+
+// DefaultEphemeralMaxVolumes is how many inline ephemeral volumes a node takes.
+const DefaultEphemeralMaxVolumes = 32
 
 // attached is an attached loop device that keeps the binding alive until Close.
 type attached interface {
@@ -59,7 +68,7 @@ type loopDevices interface {
 type loopTable interface {
 	Find(ctx context.Context, backing *os.File) ([]loop.Info, error)
 	FindAll(ctx context.Context) ([]loop.Info, error)
-	Inspect(ctx context.Context, number int) (loop.Info, error)
+	Status(ctx context.Context, ref loop.Ref) (loop.Info, error)
 	Limit() int
 }
 
@@ -77,7 +86,7 @@ type mounter interface {
 type mountTable interface {
 	NeedsGrow(s mount.GrowSpec) (bool, error)
 	At(path string) (mount.Mount, bool, error)
-	List() ([]mount.Mount, error)
+	OfDevice(major, minor uint32) ([]mount.Mount, error)
 	Stats(path string) (mount.Stats, error)
 }
 
@@ -132,17 +141,17 @@ func newDriver(cfg Config, images *image.Store, dirs *image.Dirs, loops loopDevi
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	if _, ok := images.Pool(cfg.DefaultPool); !ok {
+	if !images.Configured(cfg.DefaultPool) {
 		return nil, fmt.Errorf("default pool %q is not one of the pools", cfg.DefaultPool)
 	}
 	dir := filepath.Join(cfg.StateDir, cfg.NodeID)
-	state, err := openNodeState(dir)
+	lock, err := ownDir(dir)
 	if err != nil {
 		return nil, err
 	}
-	lock, err := lockDir(dir)
+	state, err := openNodeState(dir)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, lock.Close())
 	}
 	return &Driver{
 		cfg: cfg, images: images, dirs: dirs, loops: loops, table: table, mounts: mounts, mtab: mtab,

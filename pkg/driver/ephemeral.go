@@ -14,7 +14,6 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-loop/csi-loop/pkg/image"
-	"github.com/csi-loop/csi-loop/pkg/loop"
 )
 
 // Inline ephemeral volumes: NodePublishVolume makes the volume and mounts it at
@@ -49,13 +48,22 @@ func (d *Driver) parseEphemeral(context map[string]string, a access) (params, in
 			return p, 0, err
 		}
 	}
-	if size < 1 || size > d.cfg.EphemeralMaxSize {
-		return p, 0, outOfRangef("attribute %q: %d bytes are not between 1 and %d, which this node allows", paramSize, size, d.cfg.EphemeralMaxSize)
+	if size < 1 || size > maxSize || roundUp(size) > d.cfg.EphemeralMaxSize {
+		return p, 0, outOfRangef("attribute %q: %d bytes, in whole MiB, are not between 1 and %d, which this node allows", paramSize, size, d.cfg.EphemeralMaxSize)
+	}
+	allowed := d.cfg.EphemeralPools
+	if len(allowed) == 0 {
+		allowed = []string{d.cfg.DefaultPool}
+	}
+	if !slices.Contains(allowed, d.poolName(p.pool)) {
+		return p, 0, invalidf("attribute %q: inline ephemeral volumes may be in %q, not in %q", paramPool, allowed, d.poolName(p.pool))
 	}
 	return p, roundUp(size), nil
 }
 
-// publishEphemeral makes, attaches and mounts an inline ephemeral volume.
+// publishEphemeral makes, attaches and mounts an inline ephemeral volume. One that
+// is there already (after a reboot, the pod's data is still in it) is mounted as
+// it is, and stays when that fails.
 func (d *Driver) publishEphemeral(ctx context.Context, req *csi.NodePublishVolumeRequest, target string, a access) error {
 	id := req.GetVolumeId()
 	p, size, err := d.parseEphemeral(req.GetVolumeContext(), a)
@@ -65,34 +73,73 @@ func (d *Driver) publishEphemeral(ctx context.Context, req *csi.NodePublishVolum
 	if err := checkName(id); err != nil {
 		return err
 	}
-	pool, ok := d.images.Pool(d.poolName(p.pool))
-	if !ok {
-		return invalidf("attribute %q: there is no pool %q on node %q", paramPool, p.pool, d.cfg.NodeID)
-	}
 	want := stageRecord{
 		VolumeID: id, StagingPath: target, FSType: or(a.fsType, defaultFilesystem), Flags: a.flags,
-		Mode: a.mode.String(), ReadOnly: req.GetReadonly() || a.readOnly(), Ephemeral: true,
+		Mode: a.mode.String(), ReadOnly: req.GetReadonly() || a.readOnly() || readOnlyFlag(a.flags), Ephemeral: true,
 	}
 	if done, err := d.alreadyPublishedEphemeral(ctx, want); err != nil || done {
 		return err
 	}
-	if have, ok := d.images.Find(id); ok && have.Ephemeral == nil {
+	have, existed := d.images.Find(id)
+	switch {
+	case existed && have.Ephemeral == nil:
 		return existsf("a volume with the name %q exists and is not an inline ephemeral one", id)
+	case existed && have.Ephemeral.Target != target:
+		return preconditionf("the inline ephemeral volume belongs to %q", have.Ephemeral.Target)
+	case !existed:
+		if have, err = d.createEphemeral(ctx, p, size, want); err != nil {
+			return err
+		}
 	}
-	v, err := pool.Create(ctx, image.Spec{
-		Name: id, Size: size, Allocation: p.allocation, Filesystem: want.FSType, BlockSize: p.blockSize,
-		DirectIO: p.directIO, Ephemeral: &image.Ephemeral{Target: target},
-	})
-	if err != nil {
+	err = d.stageFilesystem(ctx, d.poolSource(have), want)
+	if err == nil || existed {
 		return err
 	}
-	klog.FromContext(ctx).Info("Created inline ephemeral volume", "volume", v.ID, "target", target, "size", v.Size)
-	if err := d.stageFilesystem(ctx, d.poolSource(v), want); err != nil {
-		undo, cancel := undoContext(ctx)
-		defer cancel()
-		return errors.Join(err, d.mounts.Remove(undo, target), pool.Remove(undo, v.ID))
+	undo, cancel := undoContext(ctx)
+	defer cancel()
+	return errors.Join(err, d.discardEphemeral(undo, have, target))
+}
+
+// createEphemeral makes the volume, within what the operator allows.
+func (d *Driver) createEphemeral(ctx context.Context, p params, size int64, want stageRecord) (image.Volume, error) {
+	count, most := 0, d.cfg.EphemeralMaxVolumes
+	if most == 0 {
+		most = DefaultEphemeralMaxVolumes
 	}
-	return nil
+	for _, v := range d.images.List() {
+		if v.Ephemeral != nil {
+			count++
+		}
+	}
+	if count >= most {
+		return image.Volume{}, exhaustedf("this node has %d inline ephemeral volumes, and --ephemeral-max-volumes allows %d", count, most)
+	}
+	pool, err := d.pool(p.pool)
+	if err != nil {
+		return image.Volume{}, err
+	}
+	v, err := pool.Create(ctx, image.Spec{
+		Name: want.VolumeID, Size: size, Allocation: p.allocation, Filesystem: want.FSType, BlockSize: p.blockSize,
+		DirectIO: p.directIO, Ephemeral: &image.Ephemeral{Target: want.StagingPath},
+	})
+	if err != nil {
+		return v, err
+	}
+	klog.FromContext(ctx).Info("Created inline ephemeral volume", "volume", v.ID, "target", want.StagingPath, "size", v.Size)
+	return v, nil
+}
+
+// discardEphemeral removes a volume that was made for a publication that failed,
+// unless it is attached all the same.
+func (d *Driver) discardEphemeral(ctx context.Context, v image.Volume, target string) error {
+	pool, ok := d.images.Pool(v.Pool)
+	if !ok {
+		return fmt.Errorf("pool %q: %w", v.Pool, image.ErrNotFound)
+	}
+	if err := d.unattached(ctx, pool, v.ID); err != nil {
+		return err
+	}
+	return errors.Join(d.mounts.Remove(ctx, target), pool.Remove(ctx, v.ID))
 }
 
 // alreadyPublishedEphemeral compares a repeated call with what is there.
@@ -120,25 +167,18 @@ func (d *Driver) alreadyPublishedEphemeral(ctx context.Context, want stageRecord
 // removeEphemeral ends an inline ephemeral volume after its target is gone:
 // waits for the device, removes image and record. An ID that is not one's, and
 // one that is gone already, are success.
-func (d *Driver) removeEphemeral(ctx context.Context, id, target string, ref loop.Ref) error {
+func (d *Driver) removeEphemeral(ctx context.Context, id, target string, b binding) error {
 	v, ok := d.images.Find(id)
 	if !ok || v.Ephemeral == nil || v.Ephemeral.Target != target {
 		return d.dropEphemeral(id)
 	}
-	if ref != (loop.Ref{}) {
-		if err := d.loops.WaitUnbound(ctx, ref); err != nil {
+	if !b.none() {
+		if err := d.loops.WaitUnbound(ctx, b.ref()); err != nil {
 			return err
 		}
 	}
-	pool, ok := d.images.Pool(v.Pool)
-	if !ok {
-		return fmt.Errorf("pool %q: %w", v.Pool, image.ErrNotFound)
-	}
-	if err := d.unattached(ctx, pool, v.ID); err != nil {
-		return err
-	}
 	klog.FromContext(ctx).Info("Removing inline ephemeral volume", "volume", v.ID, "target", target)
-	if err := pool.Remove(ctx, v.ID); err != nil {
+	if err := d.discardEphemeral(ctx, v, target); err != nil {
 		return err
 	}
 	return d.dropEphemeral(id)
@@ -166,7 +206,7 @@ func (d *Driver) sweepEphemeral(ctx context.Context) error {
 			continue
 		}
 		klog.FromContext(ctx).Info("Inline ephemeral volume is left over: its pod is gone", "volume", v.ID, "target", v.Ephemeral.Target)
-		errs = append(errs, d.removeEphemeral(ctx, v.Name, v.Ephemeral.Target, loop.Ref{}))
+		errs = append(errs, d.removeEphemeral(ctx, v.Name, v.Ephemeral.Target, binding{}))
 	}
 	return errors.Join(errs...)
 }

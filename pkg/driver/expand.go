@@ -33,58 +33,85 @@ func (s *nodeServer) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVo
 		return nil, err
 	}
 	defer unlock()
-	size, err := d.nodeExpand(ctx, id, path, c)
+	size, err := d.nodeExpand(ctx, req, c)
 	if err != nil {
 		return nil, fmt.Errorf("expand volume %q at %q: %w", id, path, err)
 	}
 	return &csi.NodeExpandVolumeResponse{CapacityBytes: size}, nil
 }
 
-func (d *Driver) nodeExpand(ctx context.Context, id, path string, c capacity) (int64, error) {
-	r, ok := d.state.get(id)
-	switch {
-	case ok && r.Mapped != nil:
-		return 0, invalidf("a mapped volume has the size of its range and cannot be expanded")
-	case ok && r.Ephemeral:
-		return 0, invalidf("an inline ephemeral volume cannot be expanded")
-	}
-	v, err := d.images.Get(id)
+func (d *Driver) nodeExpand(ctx context.Context, req *csi.NodeExpandVolumeRequest, c capacity) (int64, error) {
+	r, err := d.expandable(ctx, req)
 	if err != nil {
 		return 0, err
 	}
-	if !ok {
-		return 0, notFoundf("the volume is not staged on this node")
-	}
-	if err := d.isAt(ctx, r, path); err != nil {
+	v, err := d.volume(req.GetVolumeId())
+	if err != nil {
 		return 0, err
 	}
 	if v, err = d.growImage(ctx, v, c); err != nil {
 		return 0, err
 	}
-	for _, ref := range r.devices() {
-		size, err := d.loops.Grow(ctx, ref)
+	for _, b := range r.devices() {
+		size, err := d.loops.Grow(ctx, b.ref())
 		if err != nil {
 			return 0, err
 		}
 		if size != v.Size {
-			return 0, abortedf("/dev/loop%d has %d bytes, its image %d", ref.Number, size, v.Size)
+			return 0, abortedf("/dev/loop%d has %d bytes, its image %d", b.Number, size, v.Size)
 		}
 	}
 	if r.Block {
 		return v.Size, nil
 	}
-	if r.ReadOnly {
-		return 0, preconditionf("the volume is mounted read-only; it grows when it is staged for writing")
-	}
-	info, err := d.table.Inspect(ctx, r.Device.Number)
+	info, err := d.table.Status(ctx, r.Device.ref())
 	if err != nil {
 		return 0, err
 	}
 	if err := d.mounts.Grow(ctx, mount.GrowSpec{FSType: r.FSType, Device: info.Path, Path: r.StagingPath}); err != nil {
 		return 0, err
 	}
-	klog.FromContext(ctx).Info("Grew filesystem", "volume", id, "device", info.Path, "filesystem", r.FSType, "size", v.Size)
+	klog.FromContext(ctx).Info("Grew filesystem", "volume", v.ID, "device", info.Path, "filesystem", r.FSType, "size", v.Size)
 	return v.Size, nil
+}
+
+// expandable returns the record of a volume that can be expanded on this node,
+// and refuses all others before anything grows.
+func (d *Driver) expandable(ctx context.Context, req *csi.NodeExpandVolumeRequest) (stageRecord, error) {
+	id, path := req.GetVolumeId(), req.GetVolumePath()
+	r, ok := d.state.get(id)
+	switch {
+	case ok && r.Mapped != nil:
+		return r, invalidf("a mapped volume has the size of its range and cannot be expanded")
+	case ok && r.Ephemeral:
+		return r, invalidf("an inline ephemeral volume cannot be expanded")
+	}
+	if _, err := d.volume(id); err != nil {
+		return r, err
+	}
+	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+		return r, notFoundf("%q does not exist", path)
+	}
+	if !ok {
+		// NOT_FOUND would tell a CO that the volume can never grow.
+		staging, err := cleanPath("staging_target_path", req.GetStagingTargetPath())
+		if err != nil {
+			return r, preconditionf("the volume is not staged on this node")
+		}
+		if r, err = d.stagingRecord(ctx, id, staging); err != nil {
+			return r, err
+		}
+		if r.Device.none() {
+			return r, preconditionf("the volume is not staged on this node")
+		}
+	}
+	if err := d.isAt(ctx, r, path); err != nil {
+		return r, err
+	}
+	if r.ReadOnly && !r.Block {
+		return r, preconditionf("the volume is mounted read-only; it grows when it is staged for writing")
+	}
+	return r, nil
 }
 
 // isAt checks that the volume is at path: its staging path or a target.

@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
 
@@ -37,6 +39,18 @@ type fakeDevice struct {
 	cleared bool
 	path    string // image, read anew for Grow
 	limit   int64
+}
+
+// fakeMajor is a major number that no real device of a test machine has.
+const fakeMajor = 4000
+
+// nodeMinor is the minor number in the path of a fake node; nonsense for others.
+func nodeMinor(path string) uint32 {
+	n, err := strconv.ParseUint(strings.TrimPrefix(path, "/dev/loop"), 10, 32)
+	if err != nil {
+		return 1 << 20
+	}
+	return uint32(n)
 }
 
 func newFakeKernel() *fakeKernel {
@@ -117,7 +131,7 @@ func (k *fakeKernel) Attach(_ context.Context, backing *os.File, m loop.Mapping)
 		same := d.info.Offset == m.Offset && d.limit == m.SizeLimit && d.info.ReadOnly == m.ReadOnly
 		switch {
 		case d.info.Image != id:
-		case d.cleared || d.info.Autoclear && k.used(n) == 0:
+		case d.cleared || d.info.Autoclear && !m.Autoclear:
 			return nil, fmt.Errorf("loop%d: %w", n, loop.ErrBusy)
 		case same:
 			d.openers++
@@ -137,6 +151,7 @@ func (k *fakeKernel) Attach(_ context.Context, backing *os.File, m loop.Mapping)
 	}
 	info := loop.Info{
 		Ref: loop.Ref{Number: n, DiskSeq: k.seq}, State: loop.Bound, Path: fmt.Sprintf("/dev/loop%d", n), Image: id,
+		Major: fakeMajor, Minor: uint32(n),
 		Offset: m.Offset, SizeLimit: m.SizeLimit, Size: size, BlockSize: m.BlockSize, ReadOnly: m.ReadOnly,
 		Autoclear: m.Autoclear, Discard: m.Discard, Tag: m.Tag,
 	}
@@ -165,7 +180,7 @@ func (k *fakeKernel) Detach(_ context.Context, ref loop.Ref) error {
 	if !ok || d.info.Ref != ref {
 		return nil
 	}
-	d.cleared = true
+	d.cleared, d.info.Autoclear = true, true // what LOOP_CLR_FD does to a device in use
 	k.settle()
 	if k.devices[ref.Number] != nil {
 		return fmt.Errorf("loop%d: %w", ref.Number, loop.ErrBusy)
@@ -226,11 +241,11 @@ func (k *fakeKernel) FindAll(context.Context) ([]loop.Info, error) {
 	return all, nil
 }
 
-func (k *fakeKernel) Inspect(_ context.Context, n int) (loop.Info, error) {
+func (k *fakeKernel) Status(_ context.Context, ref loop.Ref) (loop.Info, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	d, ok := k.devices[n]
-	if !ok {
+	d, ok := k.devices[ref.Number]
+	if !ok || d.info.Ref != ref {
 		return loop.Info{}, loop.ErrNotBound
 	}
 	return d.info, nil
@@ -268,7 +283,7 @@ func (k *fakeKernel) Mount(_ context.Context, s mount.Spec) error {
 		return err
 	}
 	k.mounts = append(k.mounts, mount.Mount{
-		Path: filepath.Clean(s.Target), Root: "/", FSType: s.FSType, Source: s.Source,
+		Path: filepath.Clean(s.Target), Root: "/", FSType: s.FSType, Source: s.Source, Major: fakeMajor, Minor: nodeMinor(s.Source),
 		ReadOnly: s.ReadOnly || slices.Contains(s.Options, "ro"),
 	})
 	return nil
@@ -280,7 +295,9 @@ func (k *fakeKernel) Bind(_ context.Context, s mount.BindSpec) error {
 	if err := k.failing("bind"); err != nil {
 		return err
 	}
-	m := mount.Mount{Path: filepath.Clean(s.Target), Root: s.Source, FSType: "devtmpfs", Source: "devtmpfs"}
+	// The kernel numbers the bind of a node by the filesystem of the node, and
+	// mount.IsOf looks at the node. Here there is none to look at.
+	m := mount.Mount{Path: filepath.Clean(s.Target), Root: s.Source, FSType: "devtmpfs", Source: "devtmpfs", Major: fakeMajor, Minor: nodeMinor(s.Source)}
 	if from, ok := k.top(s.Source); ok {
 		m = from
 		m.Path = filepath.Clean(s.Target)
@@ -355,10 +372,10 @@ func (k *fakeKernel) At(path string) (mount.Mount, bool, error) {
 	return m, ok, nil
 }
 
-func (k *fakeKernel) List() ([]mount.Mount, error) {
+func (k *fakeKernel) OfDevice(major, minor uint32) ([]mount.Mount, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return slices.Clone(k.mounts), nil
+	return slices.DeleteFunc(slices.Clone(k.mounts), func(m mount.Mount) bool { return m.Major != major || m.Minor != minor }), nil
 }
 
 func (k *fakeKernel) Stats(path string) (mount.Stats, error) {

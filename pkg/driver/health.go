@@ -2,8 +2,8 @@ package driver
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"math"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
@@ -69,9 +69,9 @@ func (s *controllerServer) ControllerGetVolumeHealth(ctx context.Context, req *c
 	if id == "" {
 		return nil, invalidf("volume_id is missing")
 	}
-	v, err := s.d.images.Get(id)
+	v, err := s.d.volume(id)
 	if err != nil {
-		return nil, fmt.Errorf("volume %q: %w", id, err)
+		return nil, err
 	}
 	return &csi.ControllerGetVolumeHealthResponse{
 		VolumeHealth: &csi.VolumeHealth{VolumeId: id, HealthStatuses: s.d.imageProblems(ctx, v)},
@@ -81,12 +81,15 @@ func (s *controllerServer) ControllerGetVolumeHealth(ctx context.Context, req *c
 // ControllerListVolumeHealth lists the volumes with which something is wrong.
 func (s *controllerServer) ControllerListVolumeHealth(ctx context.Context, req *csi.ControllerListVolumeHealthRequest) (*csi.ControllerListVolumeHealthResponse, error) {
 	limit := req.GetMaxEntries()
-	volumes, _, err := page(persistent(s.d.images.List()), req.GetStartingToken(), 0)
+	if limit < 0 {
+		return nil, invalidf("max_entries %d is negative", limit)
+	}
+	volumes, _, err := page(persistent(s.d.images.List()), req.GetStartingToken(), math.MaxInt32)
 	if err != nil {
 		return nil, err
 	}
-	if limit < 0 {
-		return nil, invalidf("max_entries %d is negative", limit)
+	if limit == 0 {
+		limit = pageLimit
 	}
 	resp := &csi.ControllerListVolumeHealthResponse{}
 	for _, v := range volumes {
@@ -97,7 +100,7 @@ func (s *controllerServer) ControllerListVolumeHealth(ctx context.Context, req *
 		if len(found) == 0 {
 			continue
 		}
-		if limit > 0 && len(resp.GetEntries()) == int(limit) {
+		if len(resp.GetEntries()) == int(limit) {
 			resp.NextToken = makeToken(resp.GetEntries()[limit-1].GetVolumeId())
 			break
 		}
@@ -114,9 +117,9 @@ func (s *nodeServer) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVo
 		return nil, invalidf("volume_id is missing")
 	}
 	r, staged := d.state.get(id)
-	v, err := d.images.Get(id)
+	v, err := d.volume(id)
 	if err != nil && !staged {
-		return nil, fmt.Errorf("volume %q: %w", id, err)
+		return nil, err
 	}
 	var p problems
 	if err == nil {
@@ -132,13 +135,16 @@ func (s *nodeServer) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVo
 
 // stagingProblems compares a staged volume's record with what the kernel shows.
 func (d *Driver) stagingProblems(ctx context.Context, r stageRecord, v image.Volume, p *problems) {
-	info, err := d.table.Inspect(ctx, r.Device.Number)
+	if r.Device.none() {
+		return // it is being staged
+	}
+	info, bound, err := d.status(ctx, r.Device, r.Image)
 	switch {
-	case errors.Is(err, loop.ErrNotBound), errors.Is(err, loop.ErrNotExist), err == nil && (info.Ref != r.Device || info.Image != r.Image):
-		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, reasonDetached, "loop device %d no longer shows the volume: delete the pods that use it, so that it is staged anew", r.Device.Number)
-		return
 	case err != nil:
 		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonUnknown, "loop device %d: %v", r.Device.Number, err)
+		return
+	case !bound:
+		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, reasonDetached, "loop device %d no longer shows the volume: delete the pods that use it, so that it is staged anew", r.Device.Number)
 		return
 	}
 	if v.ID != "" && info.Size < v.Size {
@@ -147,7 +153,8 @@ func (d *Driver) stagingProblems(ctx context.Context, r stageRecord, v image.Vol
 	if r.Block {
 		return
 	}
-	m, ours, err := d.mountedAt(r.StagingPath, r)
+	m, mounted, err := d.mtab.At(r.StagingPath)
+	ours := mounted && r.Device.shownBy(m)
 	switch {
 	case err != nil:
 		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonUnknown, "%q: %v", r.StagingPath, err)
@@ -176,6 +183,15 @@ func (d *Driver) sizeProblem(r stageRecord, info loop.Info, p *problems) {
 func (s *nodeServer) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetStorageHealthRequest) (*csi.NodeGetStorageHealthResponse, error) {
 	resp := &csi.NodeGetStorageHealthResponse{}
 	seen := make(map[string]bool)
+	for _, absent := range s.d.images.Absent() {
+		if !seen["absent"] {
+			seen["absent"] = true
+			resp.BackendHealth = append(resp.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{
+				Status: csi.StorageHealthErrorType_STORAGE_UNREACHABLE, Reason: "PoolAbsent",
+				Message: fmt.Sprintf("pool %q: %v", absent.Name, absent.Err),
+			})
+		}
+	}
 	for _, pool := range s.d.images.Pools() {
 		// A pool that cannot be used is among what Health tells after the check.
 		if err := pool.Check(ctx); err != nil && ctx.Err() != nil {

@@ -2,6 +2,8 @@ package driver
 
 import (
 	"context"
+	"errors"
+	"fmt"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -32,18 +34,22 @@ func (s *identityServer) GetPluginCapabilities(context.Context, *csi.GetPluginCa
 	}}, nil
 }
 
-// Probe answers not ready until the reconcile at start-up is done, then checks
-// that every pool can be used: FAILED_PRECONDITION names the one that cannot.
+// Probe answers not ready until the reconcile at start-up is done, then
+// FAILED_PRECONDITION when no pool can be used. One bad pool among others is for
+// the health calls to tell: a restart would not mend it, and the others serve on.
 func (s *identityServer) Probe(ctx context.Context, _ *csi.ProbeRequest) (*csi.ProbeResponse, error) {
 	select {
 	case <-s.d.up:
 	default:
 		return &csi.ProbeResponse{Ready: wrapperspb.Bool(false)}, nil
 	}
+	var errs []error
 	for _, p := range s.d.images.Pools() {
-		if err := p.Check(ctx); err != nil {
-			return nil, preconditionf("pool %q: %v", p.Name(), err)
+		err := p.Check(ctx)
+		if err == nil {
+			return &csi.ProbeResponse{Ready: wrapperspb.Bool(true)}, nil
 		}
+		errs = append(errs, fmt.Errorf("pool %q: %w", p.Name(), err))
 	}
-	return &csi.ProbeResponse{Ready: wrapperspb.Bool(true)}, nil
+	return nil, preconditionf("no pool can be used: %v", errors.Join(errs...))
 }

@@ -33,8 +33,12 @@ func parseToken(token string) (string, error) {
 	return id, nil
 }
 
+// pageLimit is the most volumes in one answer: what fits in a message of the size
+// that gRPC clients accept by default, with room.
+const pageLimit = 10000
+
 // page cuts the part of volumes (ordered by ID) that lies behind token, at most
-// limit of them (0: all), and makes the token of the next page.
+// limit of them (0: as many as fit), and makes the token of the next page.
 func page(volumes []image.Volume, token string, limit int32) ([]image.Volume, string, error) {
 	if limit < 0 {
 		return nil, "", invalidf("max_entries %d is negative", limit)
@@ -46,7 +50,10 @@ func page(volumes []image.Volume, token string, limit int32) ([]image.Volume, st
 	if after != "" {
 		volumes = volumes[sort.Search(len(volumes), func(i int) bool { return volumes[i].ID > after }):]
 	}
-	if limit == 0 || int(limit) >= len(volumes) {
+	if limit == 0 {
+		limit = pageLimit
+	}
+	if int(limit) >= len(volumes) {
 		return volumes, "", nil
 	}
 	volumes = volumes[:limit]

@@ -11,7 +11,6 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 
-	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
 )
 
@@ -134,7 +133,7 @@ func TestBusyDetachIsAbortedAndRetried(t *testing.T) {
 	v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil)
 	n.must(v.stage())
 	r, _ := n.d.state.get(v.id)
-	stranger, err := n.fake.Hold(t.Context(), r.Device)
+	stranger, err := n.fake.Hold(t.Context(), r.Device.ref())
 	n.must(err)
 	code(t, v.unstage(), codes.Aborted)
 	code(t, v.stage(), codes.Aborted) // a device in rundown accepts no new work
@@ -168,7 +167,7 @@ func TestUnpublishLeavesStrangersAlone(t *testing.T) {
 	v := n.create("pvc-1", 16*mib, mountCap("ext4", manyWriters), nil).up("a")
 	target := v.target("b")
 	n.must(os.MkdirAll(target, 0o750))
-	n.fake.mounts = append(n.fake.mounts, mount.Mount{Path: target, Source: "/dev/sda1", FSType: "ext4", Root: "/"})
+	n.fake.mounts = append(n.fake.mounts, mount.Mount{Path: target, Source: "/dev/sda1", FSType: "ext4", Root: "/", Major: 8, Minor: 1})
 	code(t, v.unpublish("b"), codes.FailedPrecondition)
 	n.must(n.fake.Unmount(t.Context(), target))
 	v.down("a")
@@ -180,7 +179,7 @@ func TestRestartAdopts(t *testing.T) {
 	b := n.create("pvc-2", 16*mib, blockCap(manyWriters), nil).up("a2")
 	n.restart()
 	r, ok := n.d.state.get(b.id)
-	if !ok || !n.d.holds(r.Device) {
+	if !ok || !n.d.holds(r.Device.ref()) {
 		t.Fatalf("the raw block volume's device is not held: %+v", r)
 	}
 	code(t, v.publish("a", false), codes.OK)
@@ -214,11 +213,11 @@ func TestCrashBetweenBindAndRecord(t *testing.T) {
 	v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil)
 	n.must(v.stage())
 	r, _ := n.d.state.get(v.id)
-	r.Device = loop.Ref{}
+	r.Device = binding{}
 	n.must(n.d.state.put(r))
 	n.restart()
 	r, ok := n.d.state.get(v.id)
-	if !ok || r.Device == (loop.Ref{}) || !n.d.holds(r.Device) {
+	if !ok || r.Device.none() || !n.d.holds(r.Device.ref()) {
 		t.Fatalf("not adopted: %+v", r)
 	}
 	n.must(v.stage())

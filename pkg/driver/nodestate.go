@@ -36,27 +36,34 @@ type stageRecord struct {
 	Ephemeral   bool                    `json:"ephemeral,omitempty"`
 	Mapped      *mappedAttributes       `json:"mapped,omitempty"`
 	Image       loop.FileID             `json:"image"`
-	Device      loop.Ref                `json:"device"`                    // zero until bound
-	ReadDevice  loop.Ref                `json:"readOnlyDevice"`            // second, read-only device of a raw block volume; zero if none
+	Device      binding                 `json:"device"`                    // none until bound
+	ReadDevice  binding                 `json:"readOnlyDevice"`            // second, read-only device of a raw block volume, or none
 	ReadPending bool                    `json:"readOnlyPending,omitempty"` // ReadDevice is about to be bound
 	Targets     map[string]targetRecord `json:"targets,omitempty"`
 }
 
 // targetRecord is one publication.
 type targetRecord struct {
-	ReadOnly bool     `json:"readOnly,omitempty"`
-	Mode     string   `json:"mode,omitempty"`
-	Device   loop.Ref `json:"device"` // what it shows
+	ReadOnly bool    `json:"readOnly,omitempty"`
+	Mode     string  `json:"mode,omitempty"` // "" when recovered
+	Device   binding `json:"device"`         // what it shows
 }
 
 // sameAs says whether a repeated publication asks for the same.
 func (t targetRecord) sameAs(o targetRecord) bool {
-	return t.ReadOnly == o.ReadOnly && t.Mode == o.Mode
+	return t.ReadOnly == o.ReadOnly && (t.Mode == o.Mode || t.Mode == "")
+}
+
+func (t targetRecord) String() string {
+	if t.ReadOnly {
+		return "read-only, " + t.Mode
+	}
+	return "writable, " + t.Mode
 }
 
 // devices are the bindings that serve the volume; the read-only one first.
-func (r stageRecord) devices() []loop.Ref {
-	return slices.DeleteFunc([]loop.Ref{r.ReadDevice, r.Device}, func(ref loop.Ref) bool { return ref == loop.Ref{} })
+func (r stageRecord) devices() []binding {
+	return slices.DeleteFunc([]binding{r.ReadDevice, r.Device}, binding.none)
 }
 
 // clone makes a copy that shares nothing with r.
@@ -78,12 +85,9 @@ type nodeState struct {
 	records map[string]stageRecord // by volume ID; guarded by mu
 }
 
-// openNodeState reads the records below dir, which is made when it is missing.
-// A file that is no record is removed: records are hints and can be found anew.
+// openNodeState reads the records below dir, which this process owns. A file that
+// is no record is removed: records are hints and can be found anew.
 func openNodeState(dir string) (*nodeState, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("state directory: %w", err)
-	}
 	s := &nodeState{dir: dir, records: make(map[string]stageRecord)}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -157,6 +161,18 @@ func (s *nodeState) put(r stageRecord) error {
 	defer s.mu.Unlock()
 	s.records[r.VolumeID] = r.clone()
 	return nil
+}
+
+// keep returns a function that makes the record of a volume again what it is now.
+// Precondition, for both: the caller holds the volume's lock.
+func (s *nodeState) keep(id string) (restore func() error) {
+	r, ok := s.get(id)
+	return func() error {
+		if ok {
+			return s.put(r)
+		}
+		return s.drop(id)
+	}
 }
 
 // drop forgets a volume. Unknown is success.

@@ -7,7 +7,6 @@ import (
 
 	"k8s.io/klog/v2"
 
-	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 )
 
@@ -29,21 +28,14 @@ func (d *Driver) Reconcile(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("reconcile: %w", err)
 	}
-	byImage := make(map[loop.FileID][]loop.Info)
-	for _, info := range all {
-		byImage[info.Image] = append(byImage[info.Image], info)
-	}
 	var errs []error
-	recorded := make(map[loop.FileID]bool)
+	explained := make(map[loop.Ref]bool)
 	for _, r := range d.state.list() {
-		recorded[r.Image] = true
-		if err := d.reconcileRecord(ctx, r, byImage[r.Image]); err != nil {
+		if err := d.reconcileRecord(ctx, r, all, explained); err != nil {
 			errs = append(errs, fmt.Errorf("reconcile volume %q: %w", r.VolumeID, err))
 		}
 	}
-	if err := d.reportUnrecorded(ctx, byImage, recorded); err != nil {
-		errs = append(errs, err)
-	}
+	d.reportUnexplained(ctx, all, explained)
 	if err := d.sweepEphemeral(ctx); err != nil {
 		errs = append(errs, fmt.Errorf("reconcile inline ephemeral volumes: %w", err))
 	}
@@ -56,15 +48,22 @@ func (d *Driver) Reconcile(ctx context.Context) error {
 	return nil
 }
 
-// reconcileRecord settles one record against the devices over its image.
-func (d *Driver) reconcileRecord(ctx context.Context, r stageRecord, bound []loop.Info) error {
+// reconcileRecord settles one record against all bound devices, and adds those
+// that it explains.
+func (d *Driver) reconcileRecord(ctx context.Context, r stageRecord, all []loop.Info, explained map[loop.Ref]bool) error {
 	if r.Block {
-		return d.reconcileBlock(ctx, r, bound)
-	}
-	if r.Device == (loop.Ref{}) {
-		if err := d.completeRecord(ctx, &r); err != nil {
+		if err := d.reconcileBlock(ctx, &r, all); err != nil {
 			return err
 		}
+	} else if r.Device.none() {
+		// A crash came between the mount and the record of it, or before the mount.
+		var err error
+		if r, err = d.stagingRecord(ctx, r.VolumeID, r.StagingPath); err != nil {
+			return err
+		}
+	}
+	for _, b := range r.devices() {
+		explained[b.ref()] = true
 	}
 	live, err := d.stagingAlive(ctx, r)
 	if err != nil {
@@ -72,21 +71,57 @@ func (d *Driver) reconcileRecord(ctx context.Context, r stageRecord, bound []loo
 	}
 	if live {
 		klog.FromContext(ctx).Info("Adopted", "volume", r.VolumeID, "device", r.Device.Number, "path", r.StagingPath)
-		return d.adopt(ctx, r.Device)
-	}
-	for _, info := range bound {
-		if info.Ref == r.Device {
-			// Unmounted, but something keeps the device open: unstage will wait for it.
-			klog.FromContext(ctx).Info("Volume is no longer mounted but its device is still in use", "volume", r.VolumeID, "device", info.Path)
-			return nil
-		}
+		return d.adopt(ctx, r)
 	}
 	return d.forget(ctx, r)
 }
 
-// forget drops the record of a staging that is gone, unless something is still
-// mounted at one of its targets: a raw block volume's node there does not keep the
-// device bound, and the target can only be unpublished by who knows it.
+// adopt lets the loop manager count the devices of a staging. Those of raw block
+// volumes are held by now; the mount keeps that of a filesystem.
+func (d *Driver) adopt(ctx context.Context, r stageRecord) error {
+	if r.Block {
+		return d.releaseReadDevice(ctx, r)
+	}
+	dev, err := d.loops.Hold(ctx, r.Device.ref())
+	if err != nil {
+		return err
+	}
+	return dev.Close()
+}
+
+// reconcileBlock finds the devices of a raw block volume that a crash kept from
+// being written down, and holds those that are bound.
+func (d *Driver) reconcileBlock(ctx context.Context, r *stageRecord, all []loop.Info) error {
+	before := *r
+	ours := func(i loop.Info) bool {
+		return !i.Autoclear && i.Image == r.Image && i.Tag == tagOf(r.VolumeID, r.Mapped != nil)
+	}
+	for _, i := range all {
+		switch b := bindingOf(i); {
+		case !ours(i) || b == r.Device || b == r.ReadDevice:
+		case r.Device.none() && i.ReadOnly == r.ReadOnly:
+			r.Device = b
+		case r.ReadPending && i.ReadOnly && !r.ReadOnly:
+			r.ReadDevice, r.ReadPending = b, false
+		}
+	}
+	if before.Device != r.Device || before.ReadDevice != r.ReadDevice || before.ReadPending != r.ReadPending {
+		if err := d.state.put(*r); err != nil {
+			return err
+		}
+	}
+	for _, b := range r.devices() {
+		if _, err := d.ensureHeld(ctx, b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// forget drops the record of a staging that is gone, unless something of it is
+// left: a mount at one of its targets (the node of a raw block volume there does
+// not keep the device bound, and the target can only be unpublished by who knows
+// it), or a device that waits for its last user.
 func (d *Driver) forget(ctx context.Context, r stageRecord) error {
 	left, err := d.publicationsLeft(ctx, r)
 	if err != nil {
@@ -96,106 +131,46 @@ func (d *Driver) forget(ctx context.Context, r stageRecord) error {
 		klog.FromContext(ctx).Info("The device of a published volume is gone", "volume", r.VolumeID, "device", r.Device.Number, "targets", left)
 		return nil
 	}
+	if err := d.dropReadDevice(ctx, &r); err != nil {
+		return err
+	}
+	_, bound, err := d.status(ctx, r.Device, r.Image)
+	if err != nil {
+		return err
+	}
+	if bound {
+		klog.FromContext(ctx).Info("The device of a volume that is not mounted any more is still in use", "volume", r.VolumeID, "device", r.Device.Number)
+		return d.state.put(r)
+	}
 	klog.FromContext(ctx).Info("Forgetting a staging that is gone", "volume", r.VolumeID, "path", r.StagingPath)
 	return d.state.drop(r.VolumeID)
 }
 
-// completeRecord adds the device to the record of a filesystem that was mounted
-// when a crash came before that was written down.
-func (d *Driver) completeRecord(ctx context.Context, r *stageRecord) error {
-	m, mounted, err := d.mtab.At(r.StagingPath)
-	if err != nil || !mounted {
-		return err
-	}
-	info, err := d.deviceOf(ctx, *r, m)
-	if err != nil {
-		return err
-	}
-	r.Device, r.FSType = info.Ref, m.FSType
-	return d.state.put(*r)
-}
-
-// adopt lets the loop manager count a device that stays bound, and closes the
-// descriptor: the mount keeps it bound.
-func (d *Driver) adopt(ctx context.Context, ref loop.Ref) error {
-	dev, err := d.loops.Hold(ctx, ref)
-	if err != nil {
-		return err
-	}
-	return dev.Close()
-}
-
-// reconcileBlock finds the devices of a raw block volume by image and kind, not
-// by the recorded number, which a crash may have kept from being written.
-func (d *Driver) reconcileBlock(ctx context.Context, r stageRecord, bound []loop.Info) error {
-	wasPending := r.ReadPending
-	main, found := pick(bound, r.Device, func(i loop.Info) bool {
-		return r.Device == (loop.Ref{}) && i.ReadOnly == r.ReadOnly && i.Tag == tagOf(r.VolumeID, r.Mapped != nil)
-	})
-	if !found {
-		return d.forget(ctx, r)
-	}
-	if err := d.holdRef(ctx, main.Ref); err != nil {
-		return err
-	}
-	r.Device, r.ReadPending = main.Ref, false
-	second, found := pick(bound, r.ReadDevice, func(i loop.Info) bool {
-		return wasPending && r.ReadDevice == (loop.Ref{}) && i.Ref != main.Ref && i.ReadOnly && i.Tag == tagOf(r.VolumeID, r.Mapped != nil)
-	})
-	r.ReadDevice = second.Ref
-	if found {
-		if err := d.holdRef(ctx, second.Ref); err != nil {
-			return err
+// reportUnexplained names the devices over images of our pools that no record
+// explains: attached by hand, or staged before the state directory was lost. They
+// may be in use, so nothing is done to them; a call for their volume that finds
+// our tag on them makes the record anew.
+func (d *Driver) reportUnexplained(ctx context.Context, all []loop.Info, explained map[loop.Ref]bool) {
+	byImage := make(map[loop.FileID]loop.Info)
+	for _, i := range all {
+		if !explained[i.Ref] {
+			byImage[i.Image] = i
 		}
 	}
-	if err := d.state.put(r); err != nil {
-		return err
-	}
-	klog.FromContext(ctx).Info("Adopted", "volume", r.VolumeID, "device", main.Path, "path", r.StagingPath)
-	return d.releaseReadDevice(ctx, r)
-}
-
-// pick finds the device of ref, or the one that like accepts.
-func pick(bound []loop.Info, ref loop.Ref, like func(loop.Info) bool) (loop.Info, bool) {
-	for _, i := range bound {
-		if ref != (loop.Ref{}) && i.Ref == ref || like(i) {
-			return i, true
-		}
-	}
-	return loop.Info{}, false
-}
-
-// holdRef opens a bound device and keeps it open.
-func (d *Driver) holdRef(ctx context.Context, ref loop.Ref) error {
-	dev, err := d.loops.Hold(ctx, ref)
-	if err != nil {
-		return err
-	}
-	d.hold(dev)
-	return nil
-}
-
-// reportUnrecorded looks for devices over images of our pools that no record
-// explains: attached by hand, or staged before the state directory was lost.
-// They are in use or may be, so they are named and nothing is done to them.
-func (d *Driver) reportUnrecorded(ctx context.Context, byImage map[loop.FileID][]loop.Info, recorded map[loop.FileID]bool) error {
 	if len(byImage) == 0 {
-		return nil
+		return
 	}
 	for _, v := range d.images.List() {
-		key, err := d.imageOf(ctx, v.ID)
-		if errors.Is(err, image.ErrDamaged) {
-			continue // the volume's health tells
-		}
-		if err != nil {
-			return err
-		}
-		if recorded[key] {
+		pool, ok := d.images.Pool(v.Pool)
+		if !ok {
 			continue
 		}
-		for _, info := range byImage[key] {
-			klog.FromContext(ctx).Info("Image is attached but not staged by this driver; it is left alone", "volume", v.ID, "device", info.Path)
+		dev, ino, err := pool.ImageInode(ctx, v.ID)
+		if err != nil {
+			continue // the volume's health tells
+		}
+		if i, ok := byImage[loop.FileID{Dev: dev, Ino: ino}]; ok {
+			klog.FromContext(ctx).Info("Image is attached and no record says why; it is left alone", "volume", v.ID, "device", i.Path, "tag", i.Tag)
 		}
 	}
-	return nil
 }

@@ -10,37 +10,69 @@ import (
 	"github.com/csi-loop/csi-loop/pkg/mount"
 )
 
-// recoverStaging completes the record of a staging that a crash cut short, or
-// makes one anew (r is the zero record) when the state directory was lost: from
-// what is mounted at the staging path, or from the devices that were bound for a
-// raw block volume. A result without a device means that nothing is staged.
-func (d *Driver) recoverStaging(ctx context.Context, r stageRecord, id, staging string) (stageRecord, error) {
-	r.VolumeID, r.StagingPath = id, staging
-	m, mounted, err := d.mtab.At(staging)
-	switch {
-	case err != nil:
-		return r, err
-	case mounted:
-		info, err := d.deviceOf(ctx, r, m)
-		if err != nil {
-			return r, err
-		}
-		r.Image, r.Device = info.Image, info.Ref
-		r.FSType, r.ReadOnly = m.FSType, m.ReadOnly
+// stagingRecord returns the record of a volume. Where a crash cut a staging short,
+// or the state directory was lost, it is made complete or anew from what the
+// kernel shows, and written down. A result without a device means that nothing
+// of the volume is attached.
+func (d *Driver) stagingRecord(ctx context.Context, id, staging string) (stageRecord, error) {
+	r, ok := d.state.get(id)
+	if ok && (r.Ephemeral || !r.Device.none() || r.StagingPath != staging) {
 		return r, nil
 	}
-	bound, err := d.blockDevicesOf(ctx, id, r.Image)
-	if err != nil || len(bound) == 0 {
+	r.VolumeID, r.StagingPath = id, staging
+	found, err := d.recoverStaging(ctx, &r)
+	if err != nil || !found {
 		return r, err
 	}
-	// The writable one is the volume's, a read-only one beside it is for
+	return r, d.state.put(r)
+}
+
+// recoverStaging completes r from the devices that were bound for its volume. It
+// says whether there are any.
+func (d *Driver) recoverStaging(ctx context.Context, r *stageRecord) (found bool, err error) {
+	bound, err := d.devicesOf(ctx, *r)
+	if err != nil || len(bound) == 0 {
+		return false, err
+	}
+	// A filesystem's device is bound with autoclear. So is one of a raw block volume
+	// that was cleared while in use; then the volume tells which it is.
+	raw := !bound[0].Autoclear
+	if v, err := d.volumeNamed(r.VolumeID); err == nil {
+		raw = v.Filesystem == ""
+	}
+	// The writable one is the volume's; a read-only one beside it is for
 	// read-only publications.
 	slices.SortStableFunc(bound, func(a, b loop.Info) int { return compareBool(a.ReadOnly, b.ReadOnly) })
-	r.Block, r.Image, r.Device, r.ReadOnly = true, bound[0].Image, bound[0].Ref, bound[0].ReadOnly
-	if len(bound) > 1 {
-		r.ReadDevice = bound[1].Ref
+	r.Block, r.Image, r.Device = raw, bound[0].Image, bindingOf(bound[0])
+	if raw {
+		r.ReadOnly = bound[0].ReadOnly
+		if len(bound) > 1 {
+			r.ReadDevice, r.ReadPending = bindingOf(bound[1]), false
+		}
+		return true, nil
 	}
-	return r, nil
+	return true, d.recoverMounts(r)
+}
+
+// recoverMounts completes r from where its filesystem is mounted: at the staging
+// path, and at others, which count as publications until they are gone.
+func (d *Driver) recoverMounts(r *stageRecord) error {
+	mounts, err := d.mtab.OfDevice(r.Device.Major, r.Device.Minor)
+	if err != nil {
+		return err
+	}
+	if r.Targets == nil {
+		r.Targets = make(map[string]targetRecord)
+	}
+	for _, m := range mounts {
+		r.FSType = m.FSType
+		if m.Path == r.StagingPath {
+			r.ReadOnly = m.ReadOnly
+		} else if _, ok := r.Targets[m.Path]; !ok {
+			r.Targets[m.Path] = targetRecord{ReadOnly: m.ReadOnly, Device: r.Device}
+		}
+	}
+	return nil
 }
 
 func compareBool(a, b bool) int {
@@ -54,86 +86,63 @@ func compareBool(a, b bool) int {
 	}
 }
 
-// blockDevicesOf finds the devices that were bound for raw block volume id: over
-// its image, if that is known or a pool knows it, without autoclear, and with the
-// volume's tag. An unknown volume has none.
-func (d *Driver) blockDevicesOf(ctx context.Context, id string, want loop.FileID) ([]loop.Info, error) {
-	_, _, pooled := d.images.Lookup(id)
-	if pooled && want == (loop.FileID{}) {
-		var err error
-		want, err = d.imageOf(ctx, id)
-		if errors.Is(err, image.ErrNotFound) || errors.Is(err, image.ErrDamaged) {
-			return nil, nil
+// devicesOf finds the devices that were bound for the volume of r: those with its
+// tag and over its image. The tag alone counts only where no image is known: for
+// mapped volumes, whose tags have a prefix that nobody else gives, and for
+// volumes whose image is gone, whose tags hold the pool's ID.
+func (d *Driver) devicesOf(ctx context.Context, r stageRecord) ([]loop.Info, error) {
+	want, tag := r.Image, tagOf(r.VolumeID, true)
+	v, err := d.volumeNamed(r.VolumeID)
+	switch {
+	case err == nil:
+		tag = tagOf(v.ID, false)
+		if want == (loop.FileID{}) {
+			f, err := d.poolSource(v).open(ctx, true)
+			if err == nil {
+				want, err = loop.FileIDOf(f)
+				_ = f.Close()
+			}
+			if err != nil && !errors.Is(err, image.ErrDamaged) && !errors.Is(err, image.ErrNotFound) {
+				return nil, err
+			}
 		}
-		if err != nil {
-			return nil, err
-		}
+	case isPooled(r.VolumeID):
+		tag = tagOf(r.VolumeID, false)
 	}
 	all, err := d.table.FindAll(ctx)
 	if err != nil {
 		return nil, err
 	}
 	return slices.DeleteFunc(all, func(i loop.Info) bool {
-		return i.Autoclear || i.Tag != tagOf(id, !pooled) || want != (loop.FileID{}) && i.Image != want
+		return i.Tag != tag || want != (loop.FileID{}) && i.Image != want
 	}), nil
 }
 
-// deviceOf proves that a mount shows the volume of r, and returns its device. The
-// image of the record counts; without one, that of the volume in its pool; for a
-// mapped volume, which no pool knows, the tag that its devices get.
-func (d *Driver) deviceOf(ctx context.Context, r stageRecord, m mount.Mount) (loop.Info, error) {
-	number, ok := loopNumber(m)
-	if !ok {
-		return loop.Info{}, preconditionf("%s is mounted at %q, not the volume", m.Source, m.Path)
-	}
-	info, err := d.table.Inspect(ctx, number)
-	if err != nil {
-		return info, err
-	}
-	var same bool
-	switch image, err := d.recordedImage(ctx, r); {
-	case err == nil:
-		same = info.Image == image
-	case errors.Is(err, errUnknownVolume):
-		same = info.Tag == tagOf(r.VolumeID, true)
-	default:
-		return info, err
-	}
-	if !same {
-		return info, preconditionf("%s is mounted at %q and does not show the volume", m.Source, m.Path)
-	}
-	return info, nil
+// isPooled says whether an ID is one that pools make.
+func isPooled(id string) bool {
+	_, _, ok := image.ParseID(id)
+	return ok
 }
 
-// errUnknownVolume is about an ID that no pool could have made.
-var errUnknownVolume = errors.New("no pool knows the volume")
-
-// recordedImage is the identity of the image of a record, or of the volume.
-func (d *Driver) recordedImage(ctx context.Context, r stageRecord) (loop.FileID, error) {
-	if r.Image != (loop.FileID{}) {
-		return r.Image, nil
+// volumeNamed finds the volume of a pool that a CO means: by its ID, or, if it is
+// an inline ephemeral one, by the name that the CO gave it.
+func (d *Driver) volumeNamed(id string) (image.Volume, error) {
+	if v, ok := d.images.Find(id); ok && v.Ephemeral != nil {
+		return v, nil
 	}
-	return d.imageOf(ctx, r.VolumeID)
+	return d.images.Get(id)
 }
 
-// imageOf is the identity of the image of a volume that a pool knows, by its ID
-// or, for an inline ephemeral volume, by its name; errUnknownVolume for an ID that
-// is neither.
-func (d *Driver) imageOf(ctx context.Context, id string) (loop.FileID, error) {
-	v, ok := d.images.Find(id)
-	if !ok || v.Ephemeral == nil {
-		if _, _, pooled := d.images.Lookup(id); !pooled {
-			return loop.FileID{}, errUnknownVolume
-		}
-		var err error
-		if v, err = d.images.Get(id); err != nil {
-			return loop.FileID{}, err
-		}
-	}
-	f, err := d.poolSource(v).open(ctx, true)
+// deviceOf proves that a mount shows the volume of r, and returns the device.
+func (d *Driver) deviceOf(ctx context.Context, r stageRecord, m mount.Mount) (binding, error) {
+	bound, err := d.devicesOf(ctx, r)
 	if err != nil {
-		return loop.FileID{}, err
+		return binding{}, err
 	}
-	defer f.Close()
-	return loop.FileIDOf(f)
+	for _, info := range bound {
+		if b := bindingOf(info); b.shownBy(m) {
+			return b, nil
+		}
+	}
+	return binding{}, preconditionf("%s is mounted at %q, not the volume", m.Source, m.Path)
 }

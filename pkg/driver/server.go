@@ -103,6 +103,7 @@ func (d *Driver) Serve(ctx context.Context, l net.Listener, grace time.Duration)
 	go func() { failed <- srv.Serve(l) }()
 	select {
 	case err := <-failed:
+		srv.Stop() // connections outlive a listener that fails
 		calls.wg.Wait()
 		return fmt.Errorf("serve: %w", err)
 	case <-ctx.Done():

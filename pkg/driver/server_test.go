@@ -14,8 +14,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"k8s.io/klog/v2"
-
-	"github.com/csi-loop/csi-loop/pkg/loop"
 )
 
 func TestListen(t *testing.T) {
@@ -171,7 +169,7 @@ func TestNewRefuses(t *testing.T) {
 func TestCrashBetweenMountAndRecord(t *testing.T) {
 	forget := func(n *node, v volume) {
 		r, _ := n.d.state.get(v.id)
-		r.Device = loop.Ref{}
+		r.Device = binding{}
 		n.must(n.d.state.put(r))
 	}
 	t.Run("found by the next start", func(t *testing.T) {
@@ -180,7 +178,7 @@ func TestCrashBetweenMountAndRecord(t *testing.T) {
 		n.must(v.stage())
 		forget(n, v)
 		n.restart()
-		if r, ok := n.d.state.get(v.id); !ok || r.Device == (loop.Ref{}) {
+		if r, ok := n.d.state.get(v.id); !ok || r.Device.none() {
 			t.Errorf("record %+v", r)
 		}
 		v.down()

@@ -42,14 +42,9 @@ func (d *Driver) source(id string, context map[string]string) (source, error) {
 	case attributes != nil:
 		return d.mappedSource(id, attributes), nil
 	}
-	if !ours {
-		if err := d.foreignPool(id); err != nil {
-			return source{}, err
-		}
-	}
-	v, err := d.images.Get(id)
+	v, err := d.volume(id)
 	if err != nil {
-		return source{}, fmt.Errorf("volume %q: %w", id, err)
+		return source{}, err
 	}
 	return d.poolSource(v), nil
 }

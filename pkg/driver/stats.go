@@ -32,7 +32,12 @@ func (s *nodeServer) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVol
 		return nil, fmt.Errorf("volume %q: %w", id, err)
 	}
 	usage, err := d.usage(ctx, r, path)
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("volume %q: %w", id, err)
+	}
+	// No lock was taken: what was measured counts only if the volume is still
+	// there, and not the filesystem below.
+	if err := d.isAt(ctx, r, path); err != nil {
 		return nil, fmt.Errorf("volume %q: %w", id, err)
 	}
 	return &csi.NodeGetVolumeStatsResponse{Usage: usage}, nil
@@ -41,7 +46,7 @@ func (s *nodeServer) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVol
 // usage measures the volume at path.
 func (d *Driver) usage(ctx context.Context, r stageRecord, path string) ([]*csi.VolumeUsage, error) {
 	if r.Block {
-		info, err := d.table.Inspect(ctx, r.Device.Number)
+		info, err := d.table.Status(ctx, r.Device.ref())
 		if err != nil {
 			return nil, err
 		}

@@ -1,0 +1,86 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+)
+
+// NodeUnpublishVolume unmounts and removes the target. What is not published is
+// success; what is mounted there but is not this volume is left alone.
+func (s *nodeServer) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVolumeRequest) (*csi.NodeUnpublishVolumeResponse, error) {
+	d, id := s.d, req.GetVolumeId()
+	if id == "" {
+		return nil, invalidf("volume_id is missing")
+	}
+	target, err := cleanPath("target_path", req.GetTargetPath())
+	if err != nil {
+		return nil, err
+	}
+	unlock, err := d.lockVolume(id, "NodeUnpublishVolume")
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if err := d.unpublish(ctx, id, target); err != nil {
+		return nil, fmt.Errorf("unpublish volume %q at %q: %w", id, target, err)
+	}
+	return &csi.NodeUnpublishVolumeResponse{}, nil
+}
+
+func (d *Driver) unpublish(ctx context.Context, id, target string) error {
+	r, known := d.state.get(id)
+	r.VolumeID = id
+	device, err := d.mayUnpublish(ctx, r, target)
+	if err != nil {
+		return err
+	}
+	if err := d.mounts.Remove(ctx, target); err != nil {
+		return err
+	}
+	switch {
+	case r.Ephemeral && r.StagingPath != target:
+		return nil // it is elsewhere, and stays
+	case !known || r.Ephemeral:
+		return d.removeEphemeral(ctx, id, target, device)
+	}
+	if _, listed := r.Targets[target]; listed {
+		delete(r.Targets, target)
+		if err := d.state.put(r); err != nil {
+			return err
+		}
+	}
+	return d.releaseReadDevice(ctx, r)
+}
+
+// mayUnpublish refuses to unmount what is not the volume, and returns the device
+// behind what is there; the record's when nothing is.
+func (d *Driver) mayUnpublish(ctx context.Context, r stageRecord, target string) (binding, error) {
+	m, mounted, err := d.mtab.At(target)
+	if err != nil || !mounted {
+		return r.Device, err
+	}
+	// A mount of the device that the record lists for the target is ours to take
+	// away, whatever the number is now bound to: that touches no device.
+	if ours, err := d.publishedAt(r, target); err != nil || ours {
+		return r.Device, err
+	}
+	return d.deviceOf(ctx, r, m)
+}
+
+// releaseReadDevice detaches the read-only device of a raw block volume when
+// nobody is shown it any more.
+func (d *Driver) releaseReadDevice(ctx context.Context, r stageRecord) error {
+	if r.ReadDevice.none() {
+		return nil
+	}
+	left, err := d.mountsOf(r.ReadDevice)
+	if err != nil || len(left) > 0 {
+		return err // a later unpublish or unstage detaches it
+	}
+	if err := d.dropReadDevice(ctx, &r); err != nil {
+		return err
+	}
+	return d.state.put(r)
+}
