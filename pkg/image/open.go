@@ -36,7 +36,7 @@ func (p *Pool) open(ctx context.Context) error {
 			return conflict(p.config, "it is the same directory as pool %q", other.Name())
 		}
 	}
-	if err := lockDir(root); err != nil {
+	if err := lockRoot(ctx, root); err != nil {
 		if errors.Is(err, syscall.EWOULDBLOCK) {
 			return conflict(p.config, "it is in use by another csi-loop process; stop that one first")
 		}
