@@ -23,6 +23,7 @@ import (
 type driver struct {
 	binary string
 	dir    string
+	state  string
 	cmd    *exec.Cmd
 	conn   *grpc.ClientConn
 	ctrl   csi.ControllerClient
@@ -39,9 +40,14 @@ func startDriver(ctx context.Context, binary, dir string) (*driver, error) {
 		}
 	}
 	socket := filepath.Join(dir, "csi.sock")
+	// On a tmpfs, as /run, where it is by default, is on most machines.
+	var err error
+	if d.state, err = os.MkdirTemp("/dev/shm", "csi-loop-bench-"); err != nil {
+		return nil, err
+	}
 	// Not CommandContext: stop ends it, after the volumes are gone.
 	d.cmd = exec.Command(binary, "serve", "--endpoint=unix://"+socket, "--node-id=bench",
-		"--pool=default="+filepath.Join(dir, "pool"), "--state-dir="+filepath.Join(dir, "state"))
+		"--pool=default="+filepath.Join(dir, "pool"), "--state-dir="+d.state)
 	log, err := os.Create(filepath.Join(dir, "log"))
 	if err != nil {
 		return nil, err
@@ -70,7 +76,7 @@ func (d *driver) stop() error {
 		_ = d.conn.Close()
 	}
 	_ = d.cmd.Process.Signal(syscall.SIGTERM)
-	return d.cmd.Wait()
+	return errors.Join(d.cmd.Wait(), os.RemoveAll(d.state))
 }
 
 // memory is the resident set of the driver, in bytes.

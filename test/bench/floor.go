@@ -116,23 +116,38 @@ func (f *floor) bind(path string, autoclear bool) error {
 		return err
 	}
 	defer img.Close()
-	f.number, err = unix.IoctlRetInt(int(f.control.Fd()), unix.LOOP_CTL_GET_FREE)
-	if err != nil {
-		return err
-	}
-	dev, err := os.OpenFile(fmt.Sprintf("/dev/loop%d", f.number), os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	config := unix.LoopConfig{Fd: uint32(img.Fd()), Size: 4096}
+	config := unix.LoopConfig{Fd: uint32(img.Fd()), Size: 4096} //nolint:gosec // a descriptor
 	config.Info.Flags = unix.LO_FLAGS_DIRECT_IO
 	if autoclear {
 		config.Info.Flags |= unix.LO_FLAGS_AUTOCLEAR
 	}
-	err = unix.IoctlLoopConfigure(int(dev.Fd()), &config)
+	dev, err := f.configure(&config)
 	runtime.KeepAlive(img)
+	if err != nil {
+		return err
+	}
 	f.holder = dev
-	return errors.Join(err, f.mask())
+	return f.mask()
+}
+
+// configure binds a free device. Others may take the number first.
+func (f *floor) configure(config *unix.LoopConfig) (*os.File, error) {
+	for {
+		var err error
+		if f.number, err = unix.IoctlRetInt(int(f.control.Fd()), unix.LOOP_CTL_GET_FREE); err != nil {
+			return nil, err
+		}
+		dev, err := os.OpenFile(fmt.Sprintf("/dev/loop%d", f.number), os.O_RDWR, 0)
+		if err == nil {
+			if err = unix.IoctlLoopConfigure(int(dev.Fd()), config); err == nil {
+				return dev, nil
+			}
+			_ = dev.Close()
+		}
+		if !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENXIO) {
+			return nil, err
+		}
+	}
 }
 
 // mask switches discard off. The write freezes the queue for milliseconds, and
