@@ -28,19 +28,21 @@ var exampleConfig string
 // config is what serve is told: the configuration file's form, over which the
 // environment and the flags are laid.
 type config struct {
-	Endpoint         string       `json:"endpoint"`
-	NodeID           string       `json:"nodeID"`
-	DriverName       string       `json:"driverName"`
-	Pools            []poolConfig `json:"pools"`
-	DefaultPool      string       `json:"defaultPool"`
-	ImageDirs        []string     `json:"imageDirs"`
-	StateDir         string       `json:"stateDir"`
-	LoopDevicesWarm  int          `json:"loopDevicesWarm"`
-	LoopDevicesMax   int          `json:"loopDevicesMax"`
-	EphemeralMaxSize scalar       `json:"ephemeralMaxSize"`
-	StopTimeout      scalar       `json:"stopTimeout"`
-	LoggingFormat    string       `json:"loggingFormat"`
-	Verbosity        uint32       `json:"verbosity"`
+	Endpoint            string       `json:"endpoint"`
+	NodeID              string       `json:"nodeID"`
+	DriverName          string       `json:"driverName"`
+	Pools               []poolConfig `json:"pools"`
+	DefaultPool         string       `json:"defaultPool"`
+	ImageDirs           []string     `json:"imageDirs"`
+	StateDir            string       `json:"stateDir"`
+	LoopDevicesWarm     int          `json:"loopDevicesWarm"`
+	LoopDevicesMax      int          `json:"loopDevicesMax"`
+	EphemeralMaxSize    scalar       `json:"ephemeralMaxSize"`
+	EphemeralMaxVolumes int          `json:"ephemeralMaxVolumes"`
+	EphemeralPools      []string     `json:"ephemeralPools"`
+	StopTimeout         scalar       `json:"stopTimeout"`
+	LoggingFormat       string       `json:"loggingFormat"`
+	Verbosity           uint32       `json:"verbosity"`
 }
 
 // poolConfig is one pool.
@@ -85,7 +87,7 @@ func defaultConfig() config {
 	return config{
 		DriverName: driver.DefaultName, StateDir: "/run/csi-loop",
 		LoopDevicesWarm: 8, LoopDevicesMax: 256,
-		EphemeralMaxSize: "0", StopTimeout: "30s",
+		EphemeralMaxSize: "0", EphemeralMaxVolumes: driver.DefaultEphemeralMaxVolumes, StopTimeout: "30s",
 		LoggingFormat: "text",
 	}
 }
@@ -185,8 +187,22 @@ func (c *config) resolve(version string) (plan, error) {
 	if p.driver.DefaultPool, err = c.defaultPool(); err != nil {
 		return p, err
 	}
-	p.driver.EphemeralMaxSize, err = parseSize("--ephemeral-max-size", string(c.EphemeralMaxSize))
-	return p, err
+	return p, c.resolveEphemeral(&p.driver)
+}
+
+// resolveEphemeral checks the bounds of inline ephemeral volumes.
+func (c *config) resolveEphemeral(d *driver.Config) (err error) {
+	if c.EphemeralMaxVolumes < 1 {
+		return usagef("--ephemeral-max-volumes %d: is not a number above 0", c.EphemeralMaxVolumes)
+	}
+	for _, name := range c.EphemeralPools {
+		if !slices.ContainsFunc(c.Pools, func(p poolConfig) bool { return p.Name == name }) {
+			return usagef("--ephemeral-pool %q: is not one of the pools", name)
+		}
+	}
+	d.EphemeralMaxVolumes, d.EphemeralPools = c.EphemeralMaxVolumes, c.EphemeralPools
+	d.EphemeralMaxSize, err = parseSize("--ephemeral-max-size", string(c.EphemeralMaxSize))
+	return err
 }
 
 // poolName is what a StorageClass can name.

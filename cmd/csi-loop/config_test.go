@@ -48,7 +48,7 @@ func minimal(more ...string) []string {
 
 func TestConfiguration(t *testing.T) {
 	base := plan{
-		driver:   driver.Config{Name: "csi-loop.io", Version: "v1", NodeID: "n", StateDir: "/run/csi-loop", DefaultPool: "p"},
+		driver:   driver.Config{Name: "csi-loop.io", Version: "v1", NodeID: "n", StateDir: "/run/csi-loop", DefaultPool: "p", EphemeralMaxVolumes: 32},
 		endpoint: "unix:///e/csi.sock",
 		pools:    []image.Config{{Name: "p", Path: "/p", Overcommit: 1}},
 		warm:     8, max: 256, stopTimeout: 30 * time.Second,
@@ -75,9 +75,11 @@ func TestConfiguration(t *testing.T) {
 		},
 		"every flag": {
 			args: minimal("--pool=q=/q", "--default-pool=q", "--image-dir=/i", "--image-dir=/j,k", "--state-dir=/s", "--loop-devices-warm=1",
-				"--loop-devices-max=2", "--ephemeral-max-size=10Gi", "--driver-name=d.io", "--stop-timeout=1m", "--logging-format=json", "-v=4"),
+				"--loop-devices-max=2", "--ephemeral-max-size=10Gi",
+				"--ephemeral-max-volumes=3", "--ephemeral-pool=q", "--driver-name=d.io", "--stop-timeout=1m", "--logging-format=json", "-v=4"),
 			want: with(func(p *plan) {
-				p.driver = driver.Config{Name: "d.io", Version: "v1", NodeID: "n", StateDir: "/s", DefaultPool: "q", EphemeralMaxSize: 10 << 30}
+				p.driver = driver.Config{Name: "d.io", Version: "v1", NodeID: "n", StateDir: "/s", DefaultPool: "q", EphemeralMaxSize: 10 << 30,
+					EphemeralMaxVolumes: 3, EphemeralPools: []string{"q"}}
 				p.pools = append(p.pools[:1:1], image.Config{Name: "q", Path: "/q", Overcommit: 1})
 				p.imageDirs = []string{"/i", "/j,k"}
 				p.warm, p.max, p.stopTimeout = 1, 2, time.Minute
@@ -175,6 +177,8 @@ func TestConfigurationMistakes(t *testing.T) {
 		"state directory is relative":    {args: minimal("--state-dir=s"), want: `--state-dir: the path "s" is not absolute`},
 		"no devices at all":              {args: minimal("--loop-devices-max=0"), want: "--loop-devices-max 0: must be 1 to"},
 		"more warm devices than allowed": {args: minimal("--loop-devices-warm=9", "--loop-devices-max=8"), want: "--loop-devices-warm 9: must be 0 to"},
+		"no ephemeral volumes at all":    {args: minimal("--ephemeral-max-volumes=0"), want: "--ephemeral-max-volumes 0: is not a number above 0"},
+		"ephemeral pool that is none":    {args: minimal("--ephemeral-pool=x"), want: `--ephemeral-pool "x": is not one of the pools`},
 		"bad quantity":                   {args: minimal("--ephemeral-max-size=10Gb"), want: `--ephemeral-max-size "10Gb": is not a size such as 10Gi`},
 		"half a byte":                    {args: minimal("--ephemeral-max-size=500m"), want: "is not a whole number of bytes"},
 		"negative size":                  {args: minimal("--ephemeral-max-size=-1"), want: "is not a whole number of bytes"},
@@ -247,7 +251,7 @@ func TestExampleConfig(t *testing.T) {
 	// Where a default exists, the example shows it.
 	want := defaultConfig()
 	got := c
-	got.Endpoint, got.NodeID, got.Pools, got.DefaultPool, got.ImageDirs = "", "", nil, "", nil
+	got.Endpoint, got.NodeID, got.Pools, got.DefaultPool, got.ImageDirs, got.EphemeralPools = "", "", nil, "", nil, nil
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("the example's values are not the defaults: %s", diff)
 	}

@@ -57,6 +57,8 @@ func newServeFlags(fs *pflag.FlagSet) *serveFlags {
 	fs.IntVar(&f.LoopDevicesWarm, "loop-devices-warm", f.LoopDevicesWarm, "loop devices to register ahead of time")
 	fs.IntVar(&f.LoopDevicesMax, "loop-devices-max", f.LoopDevicesMax, "loop devices to attach at most; also the number of volumes a CO puts on the node")
 	fs.Var(&f.EphemeralMaxSize, "ephemeral-max-size", "largest inline ephemeral volume, as in 10Gi; 0 refuses them")
+	fs.IntVar(&f.EphemeralMaxVolumes, "ephemeral-max-volumes", f.EphemeralMaxVolumes, "inline ephemeral volumes to have at most at a time")
+	fs.StringArrayVar(&f.EphemeralPools, "ephemeral-pool", nil, "pool that inline ephemeral volumes may name; can be repeated (default: the default pool only)")
 	fs.StringVar(&f.DriverName, "driver-name", f.DriverName, "name the driver registers with")
 	fs.Var(&f.StopTimeout, "stop-timeout", "how long running calls may take to finish at a stop")
 	fs.StringVar(&f.file, "config", "", "configuration file (YAML)")
@@ -140,18 +142,20 @@ func (f *serveFlags) load(fs *pflag.FlagSet, lookup func(string) (string, bool))
 		}
 	}
 	for name, take := range map[string]func(){
-		"endpoint":           func() { c.Endpoint = f.Endpoint },
-		"node-id":            func() { c.NodeID = f.NodeID },
-		"default-pool":       func() { c.DefaultPool = f.DefaultPool },
-		"image-dir":          func() { c.ImageDirs = f.ImageDirs },
-		"state-dir":          func() { c.StateDir = f.StateDir },
-		"loop-devices-warm":  func() { c.LoopDevicesWarm = f.LoopDevicesWarm },
-		"loop-devices-max":   func() { c.LoopDevicesMax = f.LoopDevicesMax },
-		"ephemeral-max-size": func() { c.EphemeralMaxSize = f.EphemeralMaxSize },
-		"driver-name":        func() { c.DriverName = f.DriverName },
-		"stop-timeout":       func() { c.StopTimeout = f.StopTimeout },
-		"logging-format":     func() { c.LoggingFormat = f.logging.Format },
-		"v":                  func() { c.Verbosity = uint32(f.logging.Verbosity) },
+		"endpoint":              func() { c.Endpoint = f.Endpoint },
+		"node-id":               func() { c.NodeID = f.NodeID },
+		"default-pool":          func() { c.DefaultPool = f.DefaultPool },
+		"image-dir":             func() { c.ImageDirs = f.ImageDirs },
+		"state-dir":             func() { c.StateDir = f.StateDir },
+		"loop-devices-warm":     func() { c.LoopDevicesWarm = f.LoopDevicesWarm },
+		"loop-devices-max":      func() { c.LoopDevicesMax = f.LoopDevicesMax },
+		"ephemeral-max-size":    func() { c.EphemeralMaxSize = f.EphemeralMaxSize },
+		"ephemeral-max-volumes": func() { c.EphemeralMaxVolumes = f.EphemeralMaxVolumes },
+		"ephemeral-pool":        func() { c.EphemeralPools = f.EphemeralPools },
+		"driver-name":           func() { c.DriverName = f.DriverName },
+		"stop-timeout":          func() { c.StopTimeout = f.StopTimeout },
+		"logging-format":        func() { c.LoggingFormat = f.logging.Format },
+		"v":                     func() { c.Verbosity = uint32(f.logging.Verbosity) },
 	} {
 		if fs.Changed(name) {
 			take()
