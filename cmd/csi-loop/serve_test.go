@@ -176,12 +176,6 @@ func TestStartFailures(t *testing.T) {
 			},
 			[]string{`pool "default"`, "/none", `pool "second"`, "/second", "mount its disk"},
 		},
-		"image directory overlaps a pool that is missing": {
-			func(_ *testing.T, p place) []string {
-				return p.args("--pool=second="+p.dir+"/images/second", "--image-dir="+p.dir)
-			},
-			[]string{"overlaps pool"},
-		},
 		"pool is not a directory": {
 			func(t *testing.T, p place) []string {
 				file := writeConfig(t, "")
