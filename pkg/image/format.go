@@ -178,6 +178,14 @@ func (t *tools) format(ctx context.Context, dir *os.File, s Spec) error {
 	args := append(mkfsArguments(s, found.help), imageFile)
 	klog.FromContext(ctx).Info("Formatting a new image", "name", s.Name, "filesystem", s.Filesystem, "size", s.Size)
 	out, err := command(ctx, dir, found.path, args)
+	// mkfs.btrfs looks whether any mounted loop device shows the file, and gives up
+	// when one of them goes while it looks. It has not written anything then.
+	for try := 0; err != nil && try < mkfsTries && strings.Contains(out, mountCheckFailed); try++ {
+		if err := pause(ctx, mkfsPause); err != nil {
+			return err
+		}
+		out, err = command(ctx, dir, found.path, args)
+	}
 	if err == nil {
 		return nil
 	}
@@ -188,6 +196,24 @@ func (t *tools) format(ctx context.Context, dir *os.File, s Spec) error {
 		t.forget(s.Filesystem) // removed since it was found
 	}
 	return fmt.Errorf("%s %s: %w: %s", filepath.Base(found.path), strings.Join(args, " "), err, firstLines(out))
+}
+
+const (
+	mountCheckFailed = "cannot check mount status"
+	mkfsTries        = 20
+	mkfsPause        = 10 * time.Millisecond
+)
+
+// pause waits, at most until ctx ends.
+func pause(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 func (t *tools) forget(filesystem string) {

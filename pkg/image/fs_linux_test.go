@@ -195,6 +195,19 @@ func TestMkfsThatIsMissingOrFails(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "changed the image's size") {
 		t.Fatal(err)
 	}
+	// A loop device of somebody else went while mkfs looked at all of them.
+	count := filepath.Join(tools, "count")
+	script("mkfs.btrfs", `[ "$1" = --help ] && exit; echo x >> `+count+`; [ $(wc -l < `+count+`) -ge 3 ] ||
+		{ echo "ERROR: cannot check mount status of disk.img: No such device or address" >&2; exit 1; }`)
+	if _, err := p.Create(ctx, Spec{Name: "retried", Size: 128 * MiB, Filesystem: "btrfs", Allocation: Thin}); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(count); err != nil || !strings.HasPrefix(string(b), "x\nx\nx\n") {
+		t.Fatalf("mkfs was not tried again: %q %v", b, err)
+	}
+	if err := p.Remove(ctx, VolumeID(p.ID(), "retried")); err != nil {
+		t.Fatal(err)
+	}
 	script("mkfs.ext2", "exec sleep 60")
 	short, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(short, func() {})
