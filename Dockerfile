@@ -17,7 +17,7 @@ RUN --mount=type=cache,target=/go/pkg/mod --mount=type=cache,target=/root/.cache
     go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION -X main.commit=$COMMIT" -o /csi-loop ./cmd/csi-loop
 
 FROM docker.io/library/debian:bookworm-slim
-# mkfs, resize2fs, e2fsck, xfs_growfs, btrfs: all that the driver ever runs.
+# The driver runs mkfs.* and e2fsck (with resize2fs for a filesystem that is not mounted).
 RUN apt-get update && \
     apt-get install -y --no-install-recommends btrfs-progs e2fsprogs xfsprogs && \
     rm -rf /var/lib/apt/lists/*

@@ -78,8 +78,10 @@ func TestConfiguration(t *testing.T) {
 				"--loop-devices-max=2", "--ephemeral-max-size=10Gi",
 				"--ephemeral-max-volumes=3", "--ephemeral-pool=q", "--driver-name=d.io", "--stop-timeout=1m", "--logging-format=json", "-v=4"),
 			want: with(func(p *plan) {
-				p.driver = driver.Config{Name: "d.io", Version: "v1", NodeID: "n", StateDir: "/s", DefaultPool: "q", EphemeralMaxSize: 10 << 30,
-					EphemeralMaxVolumes: 3, EphemeralPools: []string{"q"}}
+				p.driver = driver.Config{
+					Name: "d.io", Version: "v1", NodeID: "n", StateDir: "/s", DefaultPool: "q", EphemeralMaxSize: 10 << 30,
+					EphemeralMaxVolumes: 3, EphemeralPools: []string{"q"},
+				}
 				p.pools = append(p.pools[:1:1], image.Config{Name: "q", Path: "/q", Overcommit: 1})
 				p.imageDirs = []string{"/i", "/j,k"}
 				p.warm, p.max, p.stopTimeout = 1, 2, time.Minute

@@ -88,11 +88,7 @@ func (n *node) start() {
 	d, err := newDriver(n.cfg, store, dirs, n.fake, n.fake, fakeMounts{n.fake}, n.fake)
 	n.must(err)
 	n.must(d.Reconcile(ctx))
-	// A UNIX socket's path is short, a test's name may be long.
-	sockets, err := os.MkdirTemp("", "s")
-	n.must(err)
-	n.t.Cleanup(func() { n.must(os.RemoveAll(sockets)) })
-	n.socket = filepath.Join(sockets, "csi.sock")
+	n.socket = filepath.Join(socketDir(n.t), "csi.sock")
 	l, err := Listen(ctx, "unix://"+n.socket)
 	n.must(err)
 	serve, cancel := context.WithCancel(ctx)
@@ -241,6 +237,22 @@ func (v volume) down(pods ...string) {
 	}
 	v.n.must(v.unstage())
 	v.n.must(v.delete())
+}
+
+// socketDir is a directory for sockets: their paths are short, and a test's name,
+// which t.TempDir puts into its path, may be long.
+func socketDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "s") //nolint:usetesting // for the short path
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
 }
 
 // dial connects to a socket.

@@ -17,7 +17,7 @@ import (
 )
 
 func TestListen(t *testing.T) {
-	dir := t.TempDir()
+	dir := socketDir(t)
 	for name, c := range map[string]struct{ endpoint, says string }{
 		"TCP":           {"tcp://127.0.0.1:5000", "UNIX"},
 		"host and port": {"127.0.0.1:5000", "UNIX"},
@@ -90,7 +90,7 @@ func TestStopLetsCallsFinish(t *testing.T) {
 			s := slowIdentity{entered: make(chan struct{}), release: make(chan struct{})}
 			srv := grpc.NewServer(grpc.UnaryInterceptor(calls.intercept(klog.Background())))
 			csi.RegisterIdentityServer(srv, s)
-			path := filepath.Join(t.TempDir(), "csi.sock")
+			path := filepath.Join(socketDir(t), "csi.sock")
 			l, err := Listen(t.Context(), path)
 			if err != nil {
 				t.Fatal(err)

@@ -202,7 +202,7 @@ func TestMkfsThatIsMissingOrFails(t *testing.T) {
 	if _, err := p.Create(ctx, Spec{Name: "retried", Size: 128 * MiB, Filesystem: "btrfs", Allocation: Thin}); err != nil {
 		t.Fatal(err)
 	}
-	if b, err := os.ReadFile(count); err != nil || !strings.HasPrefix(string(b), "x\nx\nx\n") {
+	if b, err := os.ReadFile(count); err != nil || strings.Count(string(b), "x") < 3 {
 		t.Fatalf("mkfs was not tried again: %q %v", b, err)
 	}
 	if err := p.Remove(ctx, VolumeID(p.ID(), "retried")); err != nil {

@@ -218,8 +218,7 @@ func (m *Manager) setDiscard(number int, want bool) error {
 	if limit == "0" {
 		return nil // the file system below cannot punch holes
 	}
-	// Taking the mask off works on some kernels only; 6.18 takes the write and
-	// ignores it.
+	// Taking the mask off works on some kernels only (fact 63).
 	if m.kernel.SetAttr(number, attrDiscard, limit) == nil {
 		if have, err := m.kernel.Attr(number, attrDiscard); err == nil && have != "0" {
 			return nil

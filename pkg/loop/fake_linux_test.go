@@ -276,7 +276,7 @@ func (k *fake) SetAttr(number int, name, value string) error {
 		l.masked = true
 	} else if k.maskRevocable {
 		l.masked = false
-	} // 6.18 takes the write and does nothing
+	} // later kernels do not let it go
 	return nil
 }
 

@@ -116,7 +116,7 @@ func (f *floor) bind(path string, autoclear bool) error {
 		return err
 	}
 	defer img.Close()
-	config := unix.LoopConfig{Fd: uint32(img.Fd()), Size: 4096} //nolint:gosec // a descriptor
+	config := unix.LoopConfig{Fd: uint32(img.Fd()), Size: 4096}
 	config.Info.Flags = unix.LO_FLAGS_DIRECT_IO
 	if autoclear {
 		config.Info.Flags |= unix.LO_FLAGS_AUTOCLEAR

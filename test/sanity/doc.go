@@ -3,5 +3,5 @@
 // filesystem and once for raw block volumes, on pools of several filesystems.
 //
 // Nothing is skipped silently: a spec that the suite skips and that is not in the
-// list of skips.go, or one in the list that is not skipped, fails the run.
+// list of skips_test.go, or one in the list that is not skipped, fails the run.
 package sanity

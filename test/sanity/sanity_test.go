@@ -72,7 +72,7 @@ func TestSanity(t *testing.T) {
 	reporter.Succinct = true
 	if !canGrowExt4() {
 		fmt.Println("csi-sanity: without CAP_SYS_RESOURCE the kernel refuses to grow a mounted ext4: " +
-			"that one spec does not run here; make test-vm runs it where it can")
+			"that one spec does not run here; make test-growth runs it where it can")
 		suite.SkipStrings = append(suite.SkipStrings, growExt4)
 	}
 	ginkgo.RunSpecs(t, "csi-sanity", suite, reporter)

@@ -105,7 +105,7 @@ type volume struct {
 
 // cast is all volumes of the story.
 type cast struct {
-	files  *volume // with the file system that can grow here
+	files  *volume // with the filesystem that can grow here
 	full   *volume // a small one, to be filled
 	raw    *volume // a raw block device
 	mapped *volume // a range of an image that was there before

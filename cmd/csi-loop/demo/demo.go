@@ -93,7 +93,7 @@ func (d *demo) socket() string     { return filepath.Join(d.dir, "run", "csi.soc
 func (d *demo) configFile() string { return filepath.Join(d.dir, "demo.yaml") }
 
 // needed is the free space the demo wants, in bytes: its volumes at their
-// largest, and what the file system needs for itself.
+// largest, and what the filesystem needs for itself.
 const needed = 1 << 30
 
 // setUp makes the directories and says what the demo runs on.

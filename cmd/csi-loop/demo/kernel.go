@@ -181,7 +181,7 @@ type needs struct {
 	sysResource bool // ext4 can grow while mounted
 }
 
-// fsType is the file system that can show growth.
+// fsType is the filesystem that can show growth.
 func (n needs) fsType() string {
 	if n.sysResource {
 		return "ext4"

@@ -170,7 +170,7 @@ func (d *demo) stepGrow(ctx context.Context) error {
 		return err
 	}
 	if grown := after.total - before.total; grown < (grownSize-filesSize)*9/10 {
-		return fmt.Errorf("the file system grew by %d bytes only", grown)
+		return fmt.Errorf("the filesystem grew by %d bytes only", grown)
 	}
 	return d.showFile(d.letter())
 }
@@ -278,7 +278,7 @@ func (d *demo) stepBlock(ctx context.Context) error {
 }
 
 // stepMapped makes a disk image as other tools make them: something in front, a
-// file system, something behind. The file system is that of the full volume,
+// filesystem, something behind. The filesystem is that of the full volume,
 // copied: an image is an ordinary file.
 func (d *demo) stepMapped(ctx context.Context) error {
 	from, v := d.cast.full, d.cast.mapped
@@ -293,7 +293,7 @@ func (d *demo) stepMapped(ctx context.Context) error {
 	if err := wrapImage(v.image, from.image, mappedFrom); err != nil {
 		return err
 	}
-	d.out.factf("image", "%s: %s, a file system from byte %d on", v.image, bytesText(smallSize+2*mappedFrom), mappedFrom)
+	d.out.factf("image", "%s: %s, a filesystem from byte %d on", v.image, bytesText(smallSize+2*mappedFrom), mappedFrom)
 	v.id = "range-of-disk-img"
 	v.context = map[string]string{
 		"image": v.image, "offset": strconv.FormatInt(mappedFrom, 10), "sizeLimit": strconv.FormatInt(smallSize, 10), "readOnly": "true",

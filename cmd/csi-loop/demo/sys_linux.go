@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// fileSystem names the type of file system at path and what is free there for us.
+// fileSystem names the type of filesystem at path and what is free there for us.
 func fileSystem(path string) (fsType string, free int64, err error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(path, &st); err != nil {
@@ -46,7 +46,7 @@ func statfs(path string) (df, error) {
 // allocated is how many bytes of a file have blocks.
 func allocated(st os.FileInfo) int64 {
 	if s, ok := st.Sys().(*syscall.Stat_t); ok {
-		return s.Blocks * 512 // st_blocks counts 512 bytes, whatever the file system
+		return s.Blocks * 512 // st_blocks counts 512 bytes, whatever the filesystem
 	}
 	return -1
 }
