@@ -73,7 +73,7 @@ func (s *Store) openAll(ctx context.Context) error {
 			all = append(all, m.err)
 		}
 	}
-	if len(all) > 0 && len(all) == len(s.members) {
+	if len(all) > 0 && len(all) == len(s.members) && !s.mayBeNone {
 		return errors.Join(all...)
 	}
 	for _, m := range s.members {
@@ -145,3 +145,7 @@ func (s *Store) ledger(key string) *ledger {
 	}
 	return s.ledgers[key]
 }
+
+// WithoutPools lets Open succeed when no pool can be used now: all are absent then,
+// and tried again. It is for a node that has volumes to let go of.
+func WithoutPools() Option { return func(s *Store) { s.mayBeNone = true } }

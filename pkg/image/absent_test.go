@@ -407,3 +407,21 @@ func TestDirectoriesAroundAbsentPoolsCannotBeAllowed(t *testing.T) {
 		t.Error("a circle of links leads somewhere")
 	}
 }
+
+func TestWithoutPools(t *testing.T) {
+	missing := filepath.Join(t.TempDir(), "missing")
+	configs := []Config{{Name: "p", Path: missing}}
+	if s, err := Open(ctx, configs); err == nil {
+		t.Error("opened without any pool", s.Close())
+	}
+	s, err := Open(ctx, configs, WithoutPools())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := s.Absent(); len(got) != 1 || len(s.Pools()) != 0 || !s.Configured("p") {
+		t.Errorf("absent %v, pools %v", got, s.Pools())
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}

@@ -21,9 +21,10 @@ type Store struct {
 	kill   func(point string)
 	logger klog.Logger
 
-	refresh time.Duration
-	stop    context.CancelFunc
-	loops   sync.WaitGroup // the refresher, and who tries absent pools again
+	refresh   time.Duration
+	stop      context.CancelFunc
+	loops     sync.WaitGroup // the refresher, and who tries absent pools again
+	mayBeNone bool           // no usable pool is no reason for Open to fail
 
 	set atomic.Pointer[poolSet]
 	// Of Open, and then of the one goroutine that tries absent pools again.
