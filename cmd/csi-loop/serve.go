@@ -41,7 +41,11 @@ func serve(ctx context.Context, p plan, unknown []string) (err error) {
 	defer func() { err = errors.Join(err, loops.Close()) }()
 	stopWarm := background(ctx, func(ctx context.Context) { keepWarm(ctx, loops) })
 	defer stopWarm()
-	images, err := image.Open(ctx, p.pools)
+	var options []image.Option
+	if p.driver.HasRecords() {
+		options = append(options, image.WithoutPools())
+	}
+	images, err := image.Open(ctx, p.pools, options...)
 	if err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
@@ -13,21 +14,22 @@ import (
 type binding struct {
 	Number  int    `json:"number"`
 	DiskSeq uint64 `json:"diskSeq"`
-	Major   uint32 `json:"major"`
-	Minor   uint32 `json:"minor"`
+	mount.Device
 }
 
-func bindingOf(info loop.Info) binding {
-	return binding{Number: info.Number, DiskSeq: info.DiskSeq, Major: info.Major, Minor: info.Minor}
+// bindingOf describes the device of info.
+func (d *Driver) bindingOf(info loop.Info) (binding, error) {
+	device, err := d.mtab.DeviceAt(info.Path)
+	return binding{Number: info.Number, DiskSeq: info.DiskSeq, Device: device}, err
 }
 
 // none says that there is no device.
-func (b binding) none() bool { return b == binding{} }
+func (b binding) none() bool { return b.DiskSeq == 0 }
 
 func (b binding) ref() loop.Ref { return loop.Ref{Number: b.Number, DiskSeq: b.DiskSeq} }
 
 // shownBy says whether a mount is of this device: its filesystem, or its node.
-func (b binding) shownBy(m mount.Mount) bool { return !b.none() && m.IsOf(b.Major, b.Minor) }
+func (b binding) shownBy(m mount.Mount) bool { return !b.none() && m.IsOf(b.Device) }
 
 // status describes a binding of a volume over image; ok is false when the binding
 // is gone.
@@ -42,18 +44,19 @@ func (d *Driver) status(ctx context.Context, b binding, image loop.FileID) (info
 	return info, err == nil && info.Image == image, err
 }
 
-// ensureHeld makes sure that a device that is bound is held by us. It says whether
-// it is bound.
-func (d *Driver) ensureHeld(ctx context.Context, b binding) (bool, error) {
-	if b.none() {
-		return false, nil
-	}
-	if d.holds(b.ref()) {
-		_, err := d.table.Status(ctx, b.ref())
-		if errors.Is(err, loop.ErrNotBound) || errors.Is(err, loop.ErrNotExist) {
-			return false, nil
-		}
-		return err == nil, err
+// ensureHeld makes sure that a device of a raw block volume that is bound is held
+// by us, and says whether it is bound. One that was cleared and waits for its last
+// user is ErrBusy: holding it would keep it from ever going.
+// Precondition: the caller holds the volume's lock.
+func (d *Driver) ensureHeld(ctx context.Context, b binding, image loop.FileID) (bool, error) {
+	info, bound, err := d.status(ctx, b, image)
+	switch {
+	case err != nil || !bound:
+		return false, err
+	case info.Autoclear:
+		return false, fmt.Errorf("/dev/loop%d was cleared and waits for its last user: %w", b.Number, loop.ErrBusy)
+	case d.holds(b.ref()):
+		return true, nil
 	}
 	dev, err := d.loops.Hold(ctx, b.ref())
 	if errors.Is(err, loop.ErrNotBound) || errors.Is(err, loop.ErrNotExist) {
@@ -64,4 +67,14 @@ func (d *Driver) ensureHeld(ctx context.Context, b binding) (bool, error) {
 	}
 	d.hold(dev)
 	return true, nil
+}
+
+// undone joins the error of a call with that of taking back what it did. If that
+// failed the answer is ABORTED, whatever the call's own error: something is left,
+// and every final code would say that nothing is (fact 57).
+func undone(err, undoErr error) error {
+	if undoErr == nil {
+		return err
+	}
+	return abortedf("%v; taking it back: %v", err, undoErr)
 }

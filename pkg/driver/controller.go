@@ -197,12 +197,15 @@ func (d *Driver) volume(id string) (image.Volume, error) {
 	if err == nil {
 		return v, nil
 	}
-	if _, _, known := d.images.Lookup(id); !known {
-		if err := d.foreignPool(id); err != nil {
-			return v, err
-		}
+	if _, _, known := d.images.Lookup(id); known {
+		v, err = d.images.Get(id) // its pool may have come in a moment ago
+	} else if err := d.foreignPool(id); err != nil {
+		return v, err
 	}
-	return v, fmt.Errorf("volume %q: %w", id, err)
+	if err != nil {
+		return v, fmt.Errorf("volume %q: %w", id, err)
+	}
+	return v, nil
 }
 
 // poolName is the pool that a request means.

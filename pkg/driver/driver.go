@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sync"
 
 	"github.com/csi-loop/csi-loop/pkg/image"
@@ -86,7 +87,8 @@ type mounter interface {
 type mountTable interface {
 	NeedsGrow(s mount.GrowSpec) (bool, error)
 	At(path string) (mount.Mount, bool, error)
-	OfDevice(major, minor uint32) ([]mount.Mount, error)
+	OfDevice(d mount.Device) ([]mount.Mount, error)
+	DeviceAt(path string) (mount.Device, error)
 	Stats(path string) (mount.Stats, error)
 }
 
@@ -160,6 +162,14 @@ func newDriver(cfg Config, images *image.Store, dirs *image.Dirs, loops loopDevi
 	}, nil
 }
 
+// HasRecords says whether a driver with this configuration has volumes staged, or
+// had when it was last there: such a node must be served even when no pool can be
+// opened, since ending a staging needs none. It reads a directory and changes nothing.
+func (c Config) HasRecords() bool {
+	entries, err := os.ReadDir(filepath.Join(c.StateDir, c.NodeID))
+	return err == nil && slices.ContainsFunc(entries, func(e os.DirEntry) bool { return filepath.Ext(e.Name()) == ".json" })
+}
+
 // Close lets go of the held devices, which stay bound for the next start, and
 // of the state directory. It must be called after the last request has ended.
 func (d *Driver) Close() error {
@@ -211,7 +221,7 @@ func (d *Driver) topologyKey() string { return "topology." + d.cfg.Name + topolo
 // to, so that CreateVolume (which knows a name) and the others (which know an
 // ID) exclude each other.
 func (d *Driver) lockVolume(id, method string) (func(), error) {
-	if _, dir, ok := d.images.Lookup(id); ok {
+	if _, dir, ok := image.ParseID(id); ok { // not Lookup: pools come and go
 		id = dir
 	}
 	return d.locks.lock(id, method)

@@ -97,7 +97,7 @@ func (d *Driver) publishEphemeral(ctx context.Context, req *csi.NodePublishVolum
 	}
 	undo, cancel := undoContext(ctx)
 	defer cancel()
-	return errors.Join(err, d.discardEphemeral(undo, have, target))
+	return undone(err, d.discardEphemeral(undo, have, target))
 }
 
 // createEphemeral makes the volume, within what the operator allows.
@@ -168,14 +168,14 @@ func (d *Driver) alreadyPublishedEphemeral(ctx context.Context, want stageRecord
 // waits for the device, removes image and record. An ID that is not one's, and
 // one that is gone already, are success.
 func (d *Driver) removeEphemeral(ctx context.Context, id, target string, b binding) error {
-	v, ok := d.images.Find(id)
-	if !ok || v.Ephemeral == nil || v.Ephemeral.Target != target {
-		return d.dropEphemeral(id)
-	}
-	if !b.none() {
+	if r, ok := d.state.get(id); ok && r.Ephemeral && !b.none() {
 		if err := d.loops.WaitUnbound(ctx, b.ref()); err != nil {
 			return err
 		}
+	}
+	v, ok := d.images.Find(id)
+	if !ok || v.Ephemeral == nil || v.Ephemeral.Target != target {
+		return d.dropEphemeral(id)
 	}
 	klog.FromContext(ctx).Info("Removing inline ephemeral volume", "volume", v.ID, "target", target)
 	if err := d.discardEphemeral(ctx, v, target); err != nil {
@@ -202,11 +202,27 @@ func (d *Driver) sweepEphemeral(ctx context.Context) error {
 		if v.Ephemeral == nil {
 			continue
 		}
-		if _, err := os.Stat(filepath.Dir(v.Ephemeral.Target)); !errors.Is(err, os.ErrNotExist) {
+		if !podGone(v.Ephemeral.Target) {
 			continue
 		}
 		klog.FromContext(ctx).Info("Inline ephemeral volume is left over: its pod is gone", "volume", v.ID, "target", v.Ephemeral.Target)
 		errs = append(errs, d.removeEphemeral(ctx, v.Name, v.Ephemeral.Target, binding{}))
 	}
 	return errors.Join(errs...)
+}
+
+// podGone says whether the pod that a target belongs to is gone: its directory is,
+// while the directory of all pods is there. If that is missing too nothing is
+// known; it may be on a disk that is not mounted yet.
+func podGone(target string) bool {
+	pod := filepath.Dir(target)
+	if before, rest, ok := strings.Cut(target, "/pods/"); ok {
+		uid, _, _ := strings.Cut(rest, "/")
+		pod = filepath.Join(before, "pods", uid)
+	}
+	if _, err := os.Stat(pod); !errors.Is(err, os.ErrNotExist) {
+		return false
+	}
+	_, err := os.Stat(filepath.Dir(pod))
+	return err == nil
 }

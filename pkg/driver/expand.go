@@ -8,6 +8,7 @@ import (
 	"os"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
 	"k8s.io/klog/v2"
 
 	"github.com/csi-loop/csi-loop/pkg/mount"
@@ -92,7 +93,7 @@ func (d *Driver) expandable(ctx context.Context, req *csi.NodeExpandVolumeReques
 	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
 		return r, notFoundf("%q does not exist", path)
 	}
-	if !ok {
+	if !ok || r.Device.none() {
 		// NOT_FOUND would tell a CO that the volume can never grow.
 		staging, err := cleanPath("staging_target_path", req.GetStagingTargetPath())
 		if err != nil {
@@ -106,6 +107,9 @@ func (d *Driver) expandable(ctx context.Context, req *csi.NodeExpandVolumeReques
 		}
 	}
 	if err := d.isAt(ctx, r, path); err != nil {
+		if codeOf(err) == codes.NotFound {
+			return r, preconditionf("%v", err)
+		}
 		return r, err
 	}
 	if r.ReadOnly && !r.Block {

@@ -372,10 +372,16 @@ func (k *fakeKernel) At(path string) (mount.Mount, bool, error) {
 	return m, ok, nil
 }
 
-func (k *fakeKernel) OfDevice(major, minor uint32) ([]mount.Mount, error) {
+func (k *fakeKernel) OfDevice(d mount.Device) ([]mount.Mount, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return slices.DeleteFunc(slices.Clone(k.mounts), func(m mount.Mount) bool { return m.Major != major || m.Minor != minor }), nil
+	return slices.DeleteFunc(slices.Clone(k.mounts), func(m mount.Mount) bool { return m.Major != d.Major || m.Minor != d.Minor }), nil
+}
+
+func (k *fakeKernel) DeviceAt(path string) (mount.Device, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return mount.Device{Major: fakeMajor, Minor: nodeMinor(path), NodeMajor: fakeMajor + 1}, k.failing("device")
 }
 
 func (k *fakeKernel) Stats(path string) (mount.Stats, error) {

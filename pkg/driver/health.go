@@ -15,6 +15,7 @@ import (
 // Reasons of health entries found by the node, beside those of package image.
 const (
 	reasonDetached      = "LoopDeviceDetached"
+	reasonCleared       = "LoopDeviceCleared"
 	reasonUnmounted     = "FilesystemUnmounted"
 	reasonReadOnly      = "FilesystemReadOnly"
 	reasonNotGrown      = "FilesystemSmallerThanVolume"
@@ -149,6 +150,9 @@ func (d *Driver) stagingProblems(ctx context.Context, r stageRecord, v image.Vol
 	}
 	if v.ID != "" && info.Size < v.Size {
 		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonDeviceSmaller, "%s has %d bytes, the volume %d: the expansion is not finished on this node", info.Path, info.Size, v.Size)
+	}
+	if r.Block && info.Autoclear {
+		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonCleared, "somebody cleared %s (losetup -d): it goes with its last user: delete the pods that use the volume, so that it is staged anew", info.Path)
 	}
 	if r.Block {
 		return

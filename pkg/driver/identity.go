@@ -35,7 +35,7 @@ func (s *identityServer) GetPluginCapabilities(context.Context, *csi.GetPluginCa
 }
 
 // Probe answers not ready until the reconcile at start-up is done, then
-// FAILED_PRECONDITION when no pool can be used. One bad pool among others is for
+// FAILED_PRECONDITION when no pool can be used and nothing is staged. One bad pool among others is for
 // the health calls to tell: a restart would not mend it, and the others serve on.
 func (s *identityServer) Probe(ctx context.Context, _ *csi.ProbeRequest) (*csi.ProbeResponse, error) {
 	select {
@@ -50,6 +50,10 @@ func (s *identityServer) Probe(ctx context.Context, _ *csi.ProbeRequest) (*csi.P
 			return &csi.ProbeResponse{Ready: wrapperspb.Bool(true)}, nil
 		}
 		errs = append(errs, fmt.Errorf("pool %q: %w", p.Name(), err))
+	}
+	if len(s.d.state.list()) > 0 {
+		// What is staged is served from records and the kernel, and must be.
+		return &csi.ProbeResponse{Ready: wrapperspb.Bool(true)}, nil
 	}
 	return nil, preconditionf("no pool can be used: %v", errors.Join(errs...))
 }

@@ -17,6 +17,9 @@ import (
 	"github.com/csi-loop/csi-loop/pkg/loop"
 )
 
+// recordVersion is the version of the stage records' format.
+const recordVersion = 1
+
 // stageRecord is what the node remembers of one staged (or inline ephemeral)
 // volume: the arguments it was staged with, which a repeated call is compared
 // to, and which binding of which loop device serves it.
@@ -26,6 +29,11 @@ import (
 // recognised, and is never trusted about what is mounted or bound: the kernel is
 // asked for that.
 type stageRecord struct {
+	// Version is recordVersion. A record of another one is not believed: what it
+	// stands for is found anew.
+	Version int `json:"version"`
+	// BootID is the boot that the record is of. Devices and mounts end with it.
+	BootID      string                  `json:"bootID"`
 	VolumeID    string                  `json:"volumeID"`
 	StagingPath string                  `json:"stagingPath,omitempty"`
 	Block       bool                    `json:"block,omitempty"`
@@ -79,7 +87,8 @@ func (r stageRecord) clone() stageRecord {
 
 // nodeState is the set of stage records, in memory and in a directory.
 type nodeState struct {
-	dir string
+	dir    string
+	bootID string
 
 	mu      sync.Mutex
 	records map[string]stageRecord // by volume ID; guarded by mu
@@ -88,7 +97,7 @@ type nodeState struct {
 // openNodeState reads the records below dir, which this process owns. A file that
 // is no record is removed: records are hints and can be found anew.
 func openNodeState(dir string) (*nodeState, error) {
-	s := &nodeState{dir: dir, records: make(map[string]stageRecord)}
+	s := &nodeState{dir: dir, bootID: bootID(), records: make(map[string]stageRecord)}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
@@ -107,13 +116,22 @@ func openNodeState(dir string) (*nodeState, error) {
 		if err != nil {
 			return nil, fmt.Errorf("stage record: %w", err)
 		}
-		if json.Unmarshal(data, &r) != nil || r.VolumeID == "" || s.path(r.VolumeID) != path { //nolint:musttag // the fields of loop.Ref and loop.FileID keep their names
+		if json.Unmarshal(data, &r) != nil || r.Version != recordVersion || r.BootID != s.bootID || r.VolumeID == "" || s.path(r.VolumeID) != path { //nolint:musttag // the fields of loop.Ref and loop.FileID keep their names
 			_ = os.Remove(path)
 			continue
 		}
 		s.records[r.VolumeID] = r
 	}
 	return s, nil
+}
+
+// bootID names this boot of the kernel; "" where there is no such name.
+func bootID() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
 }
 
 // path is where the record of a volume lives. Volume IDs of mapped volumes are
@@ -145,6 +163,7 @@ func (s *nodeState) list() []stageRecord {
 // put writes the record, replacing what was there in one step.
 // Precondition: the caller holds the volume's lock.
 func (s *nodeState) put(r stageRecord) error {
+	r.Version, r.BootID = recordVersion, s.bootID
 	data, err := json.Marshal(r) //nolint:musttag // as above
 	if err != nil {
 		return fmt.Errorf("stage record of %q: %w", r.VolumeID, err)

@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
 
 	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
@@ -76,7 +77,7 @@ func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest,
 	p := publication{path: path, flags: a.flags, target: targetRecord{
 		ReadOnly: req.GetReadonly() || a.readOnly() || r.ReadOnly, Mode: a.mode.String(),
 	}}
-	done, err := d.admit(&r, &p, a)
+	done, err := d.admit(ctx, &r, &p, a)
 	if err != nil || done {
 		return err
 	}
@@ -85,7 +86,7 @@ func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest,
 	} else {
 		err = d.publishFilesystem(ctx, r, p)
 	}
-	if errors.As(err, new(*mount.ForeignError)) {
+	if codeOf(err) != codes.Aborted && errors.As(err, new(*mount.ForeignError)) {
 		return existsf("%v", err) // published, but incompatible
 	}
 	return err
@@ -113,6 +114,9 @@ func (d *Driver) stagedRecord(ctx context.Context, req *csi.NodePublishVolumeReq
 		return r, preconditionf("the volume is staged at %q, not at %q", r.StagingPath, staging)
 	}
 	live, err := d.stagingAlive(ctx, r)
+	if err == nil && live && r.Block {
+		live, err = d.ensureHeld(ctx, r.Device, r.Image)
+	}
 	if err != nil {
 		return r, err
 	}
@@ -135,34 +139,51 @@ func (d *Driver) stagedRecord(ctx context.Context, req *csi.NodePublishVolumeReq
 // admit applies CSI's table for repeated and second publications. Targets that
 // the kernel no longer shows are taken out of r, the new one is put in. It says
 // whether the publication is there already.
-func (d *Driver) admit(r *stageRecord, p *publication, a access) (done bool, err error) {
+func (d *Driver) admit(ctx context.Context, r *stageRecord, p *publication, a access) (done bool, err error) {
+	there, mounted, err := d.mtab.At(p.path)
+	if err != nil {
+		return false, err
+	}
+	p.mounted = mounted
+	if have, ok := r.Targets[there.Path]; mounted && ok && there.Path != p.path {
+		// Recovered, by the path that the kernel shows.
+		delete(r.Targets, there.Path)
+		r.Targets[p.path] = have
+	}
 	for _, other := range slices.Sorted(maps.Keys(r.Targets)) {
-		there, err := d.publishedAt(*r, other)
+		shown, err := d.publishedAt(*r, other)
 		if err != nil {
 			return false, err
 		}
 		have := r.Targets[other]
 		switch {
-		case !there:
+		case !shown:
 			delete(r.Targets, other)
 		case other == p.path && !have.sameAs(p.target):
 			return false, existsf("the volume is published there already as %s, the request asks for %s", have, p.target)
 		case other == p.path:
-			done = slices.Contains(r.devices(), have.Device)
+			if done, err = d.serves(ctx, *r, have.Device); err != nil {
+				return false, err
+			}
 		case a.exclusive() || exclusiveMode(have.Mode):
 			return false, preconditionf("the volume is published at %q and its access mode %s allows one target", other, a.mode)
 		}
 	}
-	if done {
-		return true, nil
-	}
-	if _, p.mounted, err = d.mtab.At(p.path); err != nil {
-		return false, err
-	}
 	if r.Targets == nil {
 		r.Targets = make(map[string]targetRecord)
 	}
-	return false, nil
+	return done, nil
+}
+
+// serves says whether a publication's device is one of the volume's, and in force.
+func (d *Driver) serves(ctx context.Context, r stageRecord, b binding) (bool, error) {
+	if b.ref() == r.Device.ref() {
+		return true, nil // the staging is in force
+	}
+	if b.ref() != r.ReadDevice.ref() {
+		return false, nil
+	}
+	return d.ensureHeld(ctx, b, r.Image)
 }
 
 // exclusiveMode is access.exclusive for a recorded mode.
@@ -194,7 +215,7 @@ func (d *Driver) recordPublication(ctx context.Context, r stageRecord, p publica
 	}
 	undo, cancel := undoContext(ctx)
 	defer cancel()
-	return errors.Join(err, d.mounts.Remove(undo, p.path))
+	return undone(err, d.mounts.Remove(undo, p.path))
 }
 
 // publishBlock bind-mounts the node of the volume's device, or of a second,
@@ -222,9 +243,9 @@ func (d *Driver) publishBlock(ctx context.Context, r stageRecord, p publication)
 	undo, cancel := undoContext(ctx)
 	defer cancel()
 	if undoErr := d.dropReadDevice(undo, &r); undoErr != nil {
-		return errors.Join(err, undoErr, d.state.put(r))
+		return undone(err, errors.Join(undoErr, d.state.put(r)))
 	}
-	return errors.Join(err, restore())
+	return undone(err, restore())
 }
 
 // publishNode bind-mounts the node of a device.
@@ -245,7 +266,7 @@ func (d *Driver) publishNode(ctx context.Context, r stageRecord, p publication, 
 // ensureReadDevice binds and holds the read-only device of a raw block volume,
 // recorded before anybody can see it. It says whether it made one.
 func (d *Driver) ensureReadDevice(ctx context.Context, r *stageRecord) (fresh bool, err error) {
-	held, err := d.ensureHeld(ctx, r.ReadDevice)
+	held, err := d.ensureHeld(ctx, r.ReadDevice, r.Image)
 	if err != nil || held {
 		return false, err
 	}
@@ -274,9 +295,19 @@ func (d *Driver) ensureReadDevice(ctx context.Context, r *stageRecord) (fresh bo
 	if err != nil {
 		return false, err
 	}
-	r.ReadDevice, r.ReadPending = bindingOf(dev.Info()), false
+	b, err := d.bindingOf(dev.Info())
+	if err != nil {
+		undo, cancel := undoContext(ctx)
+		defer cancel()
+		err = undone(err, dev.Close())
+		if !dev.Reused() {
+			err = undone(err, d.loops.Detach(undo, dev.Info().Ref))
+		}
+		return false, err
+	}
+	r.ReadDevice, r.ReadPending = b, false
 	d.hold(dev)
-	return true, nil
+	return !dev.Reused(), nil
 }
 
 // dropReadDevice detaches the read-only device of a raw block volume.

@@ -93,12 +93,16 @@ func (d *Driver) adopt(ctx context.Context, r stageRecord) error {
 // being written down, and holds those that are bound.
 func (d *Driver) reconcileBlock(ctx context.Context, r *stageRecord, all []loop.Info) error {
 	before := *r
-	ours := func(i loop.Info) bool {
-		return !i.Autoclear && i.Image == r.Image && i.Tag == tagOf(r.VolumeID, r.Mapped != nil)
-	}
 	for _, i := range all {
-		switch b := bindingOf(i); {
-		case !ours(i) || b == r.Device || b == r.ReadDevice:
+		switch {
+		case i.Autoclear || i.Image != r.Image || i.Tag != tagOf(r.VolumeID, r.Mapped != nil),
+			i.Ref == r.Device.ref(), i.Ref == r.ReadDevice.ref():
+			continue
+		}
+		b, err := d.bindingOf(i)
+		switch {
+		case err != nil:
+			return err
 		case r.Device.none() && i.ReadOnly == r.ReadOnly:
 			r.Device = b
 		case r.ReadPending && i.ReadOnly && !r.ReadOnly:
@@ -111,7 +115,8 @@ func (d *Driver) reconcileBlock(ctx context.Context, r *stageRecord, all []loop.
 		}
 	}
 	for _, b := range r.devices() {
-		if _, err := d.ensureHeld(ctx, b); err != nil {
+		// One that was cleared goes by itself, and must not be held.
+		if _, err := d.ensureHeld(ctx, b, r.Image); err != nil && !errors.Is(err, loop.ErrBusy) {
 			return err
 		}
 	}

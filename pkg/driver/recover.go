@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
@@ -24,6 +25,13 @@ func (d *Driver) stagingRecord(ctx context.Context, id, staging string) (stageRe
 	if err != nil || !found {
 		return r, err
 	}
+	if !r.Block {
+		// The path is the caller's word. A filesystem that is not mounted there is
+		// staged elsewhere, and is not written down with a path that is wrong.
+		if m, mounted, err := d.mtab.At(staging); err != nil || !mounted || !r.Device.shownBy(m) {
+			return r, err
+		}
+	}
 	return r, d.state.put(r)
 }
 
@@ -43,21 +51,29 @@ func (d *Driver) recoverStaging(ctx context.Context, r *stageRecord) (found bool
 	// The writable one is the volume's; a read-only one beside it is for
 	// read-only publications.
 	slices.SortStableFunc(bound, func(a, b loop.Info) int { return compareBool(a.ReadOnly, b.ReadOnly) })
-	r.Block, r.Image, r.Device = raw, bound[0].Image, bindingOf(bound[0])
-	if raw {
-		r.ReadOnly = bound[0].ReadOnly
-		if len(bound) > 1 {
-			r.ReadDevice, r.ReadPending = bindingOf(bound[1]), false
-		}
-		return true, nil
+	r.Block, r.Image = raw, bound[0].Image
+	if r.Device, err = d.bindingOf(bound[0]); err != nil || !raw {
+		return err == nil, errors.Join(err, d.recoverMounts(r))
 	}
-	return true, d.recoverMounts(r)
+	r.ReadOnly = bound[0].ReadOnly
+	if len(bound) > 1 {
+		r.ReadPending = false
+		r.ReadDevice, err = d.bindingOf(bound[1])
+	}
+	return true, err
 }
 
 // recoverMounts completes r from where its filesystem is mounted: at the staging
-// path, and at others, which count as publications until they are gone.
+// path, and as a whole at others, which count as publications until they are gone.
+// Binds of a part of it (subPath) and copies of a mount in another view of the
+// same directories are not publications, and keep the device bound by themselves.
 func (d *Driver) recoverMounts(r *stageRecord) error {
-	mounts, err := d.mtab.OfDevice(r.Device.Major, r.Device.Minor)
+	staged, mounted, err := d.mtab.At(r.StagingPath)
+	if err != nil {
+		return err
+	}
+	mounted = mounted && r.Device.shownBy(staged)
+	mounts, err := d.mtab.OfDevice(r.Device.Device)
 	if err != nil {
 		return err
 	}
@@ -66,11 +82,16 @@ func (d *Driver) recoverMounts(r *stageRecord) error {
 	}
 	for _, m := range mounts {
 		r.FSType = m.FSType
-		if m.Path == r.StagingPath {
-			r.ReadOnly = m.ReadOnly
-		} else if _, ok := r.Targets[m.Path]; !ok {
-			r.Targets[m.Path] = targetRecord{ReadOnly: m.ReadOnly, Device: r.Device}
+		_, known := r.Targets[m.Path]
+		// The kernel shows paths without links, so the path of a mount is compared
+		// with what it shows for the staging path.
+		if known || m.Root != "/" || mounted && strings.HasSuffix(m.Path, staged.Path) {
+			continue
 		}
+		r.Targets[m.Path] = targetRecord{ReadOnly: m.ReadOnly, Device: r.Device}
+	}
+	if mounted {
+		r.ReadOnly = staged.ReadOnly
 	}
 	return nil
 }
@@ -91,31 +112,36 @@ func compareBool(a, b bool) int {
 // mapped volumes, whose tags have a prefix that nobody else gives, and for
 // volumes whose image is gone, whose tags hold the pool's ID.
 func (d *Driver) devicesOf(ctx context.Context, r stageRecord) ([]loop.Info, error) {
-	want, tag := r.Image, tagOf(r.VolumeID, true)
+	tag := tagOf(r.VolumeID, !isPooled(r.VolumeID))
 	v, err := d.volumeNamed(r.VolumeID)
-	switch {
-	case err == nil:
+	if err == nil {
 		tag = tagOf(v.ID, false)
-		if want == (loop.FileID{}) {
-			f, err := d.poolSource(v).open(ctx, true)
-			if err == nil {
-				want, err = loop.FileIDOf(f)
-				_ = f.Close()
-			}
-			if err != nil && !errors.Is(err, image.ErrDamaged) && !errors.Is(err, image.ErrNotFound) {
-				return nil, err
-			}
+	}
+	all, findErr := d.table.FindAll(ctx)
+	if findErr != nil {
+		return nil, findErr
+	}
+	tagged := slices.DeleteFunc(all, func(i loop.Info) bool { return i.Tag != tag })
+	want := r.Image
+	if err == nil && len(tagged) > 0 && want == (loop.FileID{}) {
+		if want, err = d.imageOf(ctx, v); err != nil {
+			return nil, err
 		}
-	case isPooled(r.VolumeID):
-		tag = tagOf(r.VolumeID, false)
 	}
-	all, err := d.table.FindAll(ctx)
+	return slices.DeleteFunc(tagged, func(i loop.Info) bool { return want != (loop.FileID{}) && i.Image != want }), nil
+}
+
+// imageOf is the identity of a volume's image, none if it is gone or damaged.
+func (d *Driver) imageOf(ctx context.Context, v image.Volume) (loop.FileID, error) {
+	f, err := d.poolSource(v).open(ctx, true)
+	if errors.Is(err, image.ErrDamaged) || errors.Is(err, image.ErrNotFound) {
+		return loop.FileID{}, nil
+	}
 	if err != nil {
-		return nil, err
+		return loop.FileID{}, err
 	}
-	return slices.DeleteFunc(all, func(i loop.Info) bool {
-		return i.Tag != tag || want != (loop.FileID{}) && i.Image != want
-	}), nil
+	defer f.Close()
+	return loop.FileIDOf(f)
 }
 
 // isPooled says whether an ID is one that pools make.
@@ -140,8 +166,8 @@ func (d *Driver) deviceOf(ctx context.Context, r stageRecord, m mount.Mount) (bi
 		return binding{}, err
 	}
 	for _, info := range bound {
-		if b := bindingOf(info); b.shownBy(m) {
-			return b, nil
+		if b, err := d.bindingOf(info); err != nil || b.shownBy(m) {
+			return b, err
 		}
 	}
 	return binding{}, preconditionf("%s is mounted at %q, not the volume", m.Source, m.Path)

@@ -369,3 +369,158 @@ func TestStateDirectoryOfOthers(t *testing.T) {
 		t.Errorf("a directory that others may write to: %v", err)
 	}
 }
+
+func TestLostStateStageFirst(t *testing.T) {
+	t.Run("raw with a reader", func(t *testing.T) {
+		n := newFake(t)
+		v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil).up("a")
+		n.must(v.publish("b", true))
+		n.loseState()
+		n.must(v.stage())
+		code(t, v.unstage(), codes.FailedPrecondition) // published
+		n.must(v.unpublish("a"))
+		code(t, v.unstage(), codes.FailedPrecondition)
+		n.must(v.unpublish("b"))
+		v.down()
+	})
+	t.Run("failed reader", func(t *testing.T) {
+		n := newFake(t)
+		v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil).up("a")
+		n.must(v.publish("b", true))
+		n.loseState()
+		n.must(v.stage())
+		n.fake.failOnce("bind", fmt.Errorf("%w", mount.ErrRefused))
+		code(t, v.publish("c", true), codes.FailedPrecondition)
+		if all, _ := n.fake.FindAll(t.Context()); len(all) != 2 {
+			t.Fatalf("the other reader's device is gone: %+v", all)
+		}
+		v.down("a", "b")
+	})
+	t.Run("one writer", func(t *testing.T) {
+		n := newFake(t)
+		v := n.create("pvc-1", 16*mib, mountCap("ext4", oneWriter), nil).up("a")
+		n.loseState()
+		n.must(v.stage())
+		code(t, v.publish("b", false), codes.FailedPrecondition)
+		n.must(v.publish("a", false))
+		v.down("a")
+	})
+}
+
+func TestLostStateCountsOnlyPublications(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, mountCap("ext4", oneWriter), nil).up("a")
+	sub, _, _ := n.fake.At(v.target("a"))
+	sub.Path, sub.Root = filepath.Join(n.dir, "pods/a/volume-subpaths/v/c/0"), "/sub"
+	view, _, _ := n.fake.At(v.staging())
+	view.Path = "/host" + view.Path
+	n.fake.mounts = append(n.fake.mounts, sub, view)
+	n.loseState()
+	n.must(v.publish("a", false))
+	n.fake.mounts = n.fake.mounts[:len(n.fake.mounts)-2]
+	v.down("a")
+}
+
+func TestLostStateWrongStagingPath(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, mountCap("ext4", manyWriters), nil)
+	n.must(v.stage())
+	n.loseState()
+	_, err := n.client.NodeUnstageVolume(t.Context(), &csi.NodeUnstageVolumeRequest{VolumeId: v.id, StagingTargetPath: "/wrong"})
+	code(t, err, codes.FailedPrecondition)
+	v.down()
+}
+
+func TestRecordsOfAnotherVersionAreFoundAnew(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil).up("a")
+	n.must(v.publish("b", true))
+	f := n.create("pvc-2", 16*mib, mountCap("ext4", manyWriters), nil).up("f")
+	files, err := filepath.Glob(filepath.Join(n.cfg.StateDir, n.cfg.NodeID, "*.json"))
+	n.must(err)
+	n.halt()
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		n.must(err)
+		n.must(os.WriteFile(file, []byte(strings.Replace(string(b), `"version":1`, `"version":0`, 1)), 0o600))
+	}
+	n.start()
+	if all, _ := n.fake.FindAll(t.Context()); len(all) != 3 {
+		t.Fatalf("devices %+v", all)
+	}
+	code(t, v.unstage(), codes.FailedPrecondition)
+	n.must(f.publish("g", false))
+	v.down("a", "b")
+	f.down("f", "g")
+}
+
+func TestReaderDeviceInRundown(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil).up("a")
+	n.must(v.publish("b", true))
+	passer, err := n.fake.Hold(t.Context(), n.record(v.id).ReadDevice.ref())
+	n.must(err)
+	code(t, v.unpublish("b"), codes.Aborted)
+	code(t, v.publish("c", true), codes.Aborted) // not on a device that is about to go
+	n.restart()
+	n.must(passer.Close())
+	n.must(v.unpublish("b"))
+	n.must(v.publish("c", true))
+	v.down("a", "c")
+}
+
+func TestClearedByHandWhileHeld(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil)
+	n.must(v.stage())
+	n.fake.mu.Lock()
+	d := n.fake.devices[n.record(v.id).Device.Number]
+	d.cleared, d.info.Autoclear = true, true // losetup -d
+	n.fake.mu.Unlock()
+	n.must(v.stage()) // on a new binding
+	v.down()
+}
+
+func TestReaderDeviceVanished(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil).up("a")
+	n.must(v.publish("b", true))
+	n.vanish(n.record(v.id).ReadDevice)
+	if err := v.publish("b", true); err != nil { // not OK on a dead node
+		code(t, err, codes.AlreadyExists)
+	} else if all, _ := n.fake.FindAll(t.Context()); len(all) != 2 {
+		t.Fatalf("published without a device: %+v", all)
+	}
+	n.must(v.unpublish("b"))
+	v.down("a")
+}
+
+func TestSweepNeedsThePodsDirectory(t *testing.T) {
+	n := newFake(t)
+	v := inlineVolume(n, "csi-1")
+	n.must(v.publish("a", false))
+	n.halt()
+	n.fake.mounts, n.fake.devices = nil, make(map[int]*fakeDevice)
+	pods := filepath.Join(n.dir, "pods")
+	n.must(os.Rename(pods, pods+".later")) // a disk that is not mounted yet
+	n.start()
+	if _, ok := n.store.Find("csi-1"); !ok {
+		t.Fatal("the pod's data is gone")
+	}
+	n.must(os.Rename(pods+".later", pods))
+	n.must(v.publish("a", false))
+	n.must(v.unpublish("a"))
+}
+
+func TestUndoThatFailsIsAborted(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, mountCap("ext4", manyWriters), nil)
+	n.fake.failOnce("bind", nil)
+	n.must(v.stage())
+	n.fake.failOnce("unmount", mount.ErrBusy)
+	n.must(os.Rename(filepath.Join(n.cfg.StateDir, n.cfg.NodeID), n.cfg.StateDir+".away"))
+	code(t, v.publish("a", false), codes.Aborted)
+	n.must(os.Rename(n.cfg.StateDir+".away", filepath.Join(n.cfg.StateDir, n.cfg.NodeID)))
+	n.must(v.unpublish("a"))
+	v.down()
+}

@@ -92,10 +92,16 @@ func (d *Driver) alreadyStaged(ctx context.Context, want *stageRecord) (bool, er
 		return false, preconditionf("volume %q is an inline ephemeral volume and is not staged", want.VolumeID)
 	}
 	live, err := d.stagingAlive(ctx, have)
+	if err == nil && live && have.Block {
+		live, err = d.ensureHeld(ctx, have.Device, have.Image)
+	}
 	if err != nil {
 		return false, err
 	}
 	if !live { // a record without its device: stage anew
+		if err := d.releaseCleared(have); err != nil {
+			return false, err
+		}
 		want.Targets, want.ReadDevice, want.ReadPending = have.Targets, have.ReadDevice, have.ReadPending
 		return false, nil
 	}
@@ -106,6 +112,19 @@ func (d *Driver) alreadyStaged(ctx context.Context, want *stageRecord) (bool, er
 		return false, existsf("volume %q is staged at %q with another capability: %s, the request asks for %s", want.VolumeID, have.StagingPath, have.describe(), want.describe())
 	}
 	return true, nil
+}
+
+// releaseCleared lets go of a raw block volume's device that somebody cleared behind
+// our back, when nobody is shown it: held by us it would never go.
+func (d *Driver) releaseCleared(r stageRecord) error {
+	if !r.Block || !d.holds(r.Device.ref()) {
+		return nil
+	}
+	shown, err := d.mountsOf(r.Device)
+	if err != nil || len(shown) > 0 {
+		return err
+	}
+	return d.letGo(r.Device.ref())
 }
 
 // satisfies says whether a staging is as want asks. What a recovered record does
@@ -131,20 +150,42 @@ func (r stageRecord) describe() string {
 }
 
 // stagingAlive asks the kernel whether what the record describes is in force:
-// the device bound, and held (a raw block volume's is from then on) or mounted.
+// the device bound and not cleared, and its filesystem mounted. It changes nothing.
 func (d *Driver) stagingAlive(ctx context.Context, r stageRecord) (bool, error) {
 	info, bound, err := d.status(ctx, r.Device, r.Image)
 	if err != nil || !bound {
 		return false, err
 	}
 	if r.Block {
-		if info.Autoclear {
-			return false, nil // cleared, waiting for its last user
-		}
-		return d.ensureHeld(ctx, r.Device)
+		return !info.Autoclear, nil
 	}
 	m, mounted, err := d.mtab.At(r.StagingPath)
 	return mounted && r.Device.shownBy(m), err
+}
+
+// inherit puts into want, for which there is no record, what a lost record knew
+// of: publications and a read-only device that are still there. An image that
+// nobody has open, as a rule, costs no look at other devices.
+func (d *Driver) inherit(ctx context.Context, f *os.File, want *stageRecord) error {
+	if _, ok := d.state.get(want.VolumeID); ok {
+		return nil
+	}
+	bound, err := d.table.Find(ctx, f)
+	if err != nil || len(bound) == 0 {
+		return err
+	}
+	lost := *want
+	if found, err := d.recoverStaging(ctx, &lost); err != nil || !found || lost.Block != want.Block {
+		return err
+	}
+	want.Targets, want.ReadDevice = lost.Targets, lost.ReadDevice
+	if lost.Device.none() || lost.ReadOnly == want.ReadOnly {
+		return nil
+	}
+	if lost.Block && lost.ReadOnly && want.ReadDevice.none() {
+		want.ReadDevice = lost.Device // the writable one is gone
+	}
+	return nil
 }
 
 // stageFilesystem attaches and mounts. The device is bound with autoclear: from
@@ -166,6 +207,9 @@ func (d *Driver) stageFilesystem(ctx context.Context, src source, want stageReco
 	if want.Image, err = loop.FileIDOf(f); err != nil {
 		return err
 	}
+	if err := d.inherit(ctx, f, &want); err != nil {
+		return err
+	}
 	restore := d.state.keep(want.VolumeID)
 	if err := d.state.put(want); err != nil {
 		return err
@@ -175,7 +219,10 @@ func (d *Driver) stageFilesystem(ctx context.Context, src source, want stageReco
 		return errors.Join(err, restore())
 	}
 	info := dev.Info()
-	want.Device, want.FSType = bindingOf(info), or(want.FSType, sb.Type)
+	want.FSType = or(want.FSType, sb.Type)
+	if want.Device, err = d.bindingOf(info); err != nil {
+		return undone(err, errors.Join(dev.Close(), restore())) // it clears itself
+	}
 	if dev.Reused() {
 		sb.NeedsCheck = false // it may be mounted: a crash came before the record was complete
 	}
@@ -189,9 +236,9 @@ func (d *Driver) stageFilesystem(ctx context.Context, src source, want stageReco
 		return errors.Join(err, d.state.put(want), dev.Close())
 	}
 	if undoErr := d.undoStage(ctx, want, dev); undoErr != nil {
-		return errors.Join(err, undoErr, d.state.put(want))
+		return undone(err, errors.Join(undoErr, d.state.put(want)))
 	}
-	return errors.Join(err, restore())
+	return undone(err, restore())
 }
 
 // attachChecked reads the superblock of the source, which must be of the type
@@ -283,6 +330,9 @@ func (d *Driver) stageBlock(ctx context.Context, src source, want stageRecord) (
 	if want.Image, err = loop.FileIDOf(f); err != nil {
 		return err
 	}
+	if err := d.inherit(ctx, f, &want); err != nil {
+		return err
+	}
 	restore := d.state.keep(want.VolumeID)
 	if err := d.state.put(want); err != nil {
 		return err
@@ -291,18 +341,19 @@ func (d *Driver) stageBlock(ctx context.Context, src source, want stageRecord) (
 	if err != nil {
 		return errors.Join(err, restore())
 	}
-	want.Device = bindingOf(dev.Info())
-	if err := d.state.put(want); err != nil {
-		if dev.Reused() {
-			return errors.Join(err, dev.Close())
+	if want.Device, err = d.bindingOf(dev.Info()); err == nil {
+		if err = d.state.put(want); err == nil {
+			d.hold(dev)
+			return nil
 		}
-		undo, cancel := undoContext(ctx)
-		defer cancel()
-		if undoErr := errors.Join(dev.Close(), d.loops.Detach(undo, want.Device.ref())); undoErr != nil {
-			return errors.Join(err, undoErr) // the record without device stays and finds it
-		}
-		return errors.Join(err, restore())
 	}
-	d.hold(dev)
-	return nil
+	if dev.Reused() {
+		return errors.Join(err, dev.Close())
+	}
+	undo, cancel := undoContext(ctx)
+	defer cancel()
+	if undoErr := errors.Join(dev.Close(), d.loops.Detach(undo, dev.Info().Ref)); undoErr != nil {
+		return undone(err, undoErr) // the record without device stays and finds it
+	}
+	return undone(err, restore())
 }

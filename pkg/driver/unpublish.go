@@ -32,7 +32,7 @@ func (s *nodeServer) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpub
 func (d *Driver) unpublish(ctx context.Context, id, target string) error {
 	r, known := d.state.get(id)
 	r.VolumeID = id
-	device, err := d.mayUnpublish(ctx, r, target)
+	device, shown, err := d.mayUnpublish(ctx, r, target)
 	if err != nil {
 		return err
 	}
@@ -45,8 +45,10 @@ func (d *Driver) unpublish(ctx context.Context, id, target string) error {
 	case !known || r.Ephemeral:
 		return d.removeEphemeral(ctx, id, target, device)
 	}
-	if _, listed := r.Targets[target]; listed {
-		delete(r.Targets, target)
+	before := len(r.Targets)
+	delete(r.Targets, target)
+	delete(r.Targets, shown) // as recovered
+	if len(r.Targets) != before {
 		if err := d.state.put(r); err != nil {
 			return err
 		}
@@ -54,19 +56,21 @@ func (d *Driver) unpublish(ctx context.Context, id, target string) error {
 	return d.releaseReadDevice(ctx, r)
 }
 
-// mayUnpublish refuses to unmount what is not the volume, and returns the device
-// behind what is there; the record's when nothing is.
-func (d *Driver) mayUnpublish(ctx context.Context, r stageRecord, target string) (binding, error) {
+// mayUnpublish refuses to unmount what is not the volume. It returns the device
+// behind what is there (the record's when nothing is) and its path as the kernel
+// shows it.
+func (d *Driver) mayUnpublish(ctx context.Context, r stageRecord, target string) (b binding, shown string, err error) {
 	m, mounted, err := d.mtab.At(target)
 	if err != nil || !mounted {
-		return r.Device, err
+		return r.Device, target, err
 	}
 	// A mount of the device that the record lists for the target is ours to take
 	// away, whatever the number is now bound to: that touches no device.
 	if ours, err := d.publishedAt(r, target); err != nil || ours {
-		return r.Device, err
+		return r.Device, m.Path, err
 	}
-	return d.deviceOf(ctx, r, m)
+	b, err = d.deviceOf(ctx, r, m)
+	return b, m.Path, err
 }
 
 // releaseReadDevice detaches the read-only device of a raw block volume when

@@ -138,7 +138,7 @@ func (d *Driver) publishedAt(r stageRecord, path string) (bool, error) {
 
 // mountsOf lists where a device is mounted: its filesystem, or its node.
 func (d *Driver) mountsOf(b binding) ([]string, error) {
-	mounts, err := d.mtab.OfDevice(b.Major, b.Minor)
+	mounts, err := d.mtab.OfDevice(b.Device)
 	if err != nil {
 		return nil, err
 	}

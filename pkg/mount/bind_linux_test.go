@@ -43,8 +43,7 @@ func TestBindDirectory(t *testing.T) {
 			foreign(t, m.Bind(ctx, BindSpec{Source: staging, Target: publish, Flags: NoDev}))
 			foreign(t, m.Bind(ctx, BindSpec{Source: dir, Target: publish}))
 			foreign(t, m.Mount(ctx, Spec{Source: device, Target: publish, FSType: fsType, ReadOnly: true}))
-			major, minor := rdev(t, device)
-			if of, err := m.OfDevice(major, minor); err != nil || len(of) != 2 {
+			if of, err := m.OfDevice(deviceAt(t, m, device)); err != nil || len(of) != 2 {
 				t.Errorf("mounts of the device: %+v, %v", of, err)
 			}
 			if err := m.Remove(ctx, publish); err != nil {
@@ -156,8 +155,20 @@ func TestBindFileAndDeviceNode(t *testing.T) {
 	if a, b := rdev(t, node); a != major || b != minor {
 		t.Errorf("%d:%d, want %d:%d", a, b, major, minor)
 	}
-	if of, err := m.OfDevice(major, minor); err != nil || len(of) != 1 || of[0].Path != node {
+	if of, err := m.OfDevice(deviceAt(t, m, device)); err != nil || len(of) != 1 || of[0].Path != node {
 		t.Errorf("mounts of the device: %+v, %v", of, err)
+	}
+	// A node that somebody made elsewhere is not the device's.
+	strange, shown := filepath.Join(dir, "foreign-node"), filepath.Join(dir, "foreign-shown")
+	if err := unix.Mknod(strange, unix.S_IFBLK|0o600, int(unix.Mkdev(major, minor))); err != nil {
+		t.Fatal(err)
+	}
+	mustBind(t, m, BindSpec{Source: strange, Target: shown})
+	if of, err := m.OfDevice(deviceAt(t, m, device)); err != nil || len(of) != 1 || of[0].Path != node {
+		t.Errorf("mounts of the device beside a node of somebody else: %+v, %v", of, err)
+	}
+	if err := m.Remove(ctx, shown); err != nil {
+		t.Error(err)
 	}
 	// The same device through another node is the same thing.
 	own := filepath.Join(dir, "own-node")
@@ -453,8 +464,7 @@ func TestDeadFilesystem(t *testing.T) {
 					}
 				}
 			}
-			major, minor := rdev(t, device)
-			if of, err := m.OfDevice(major, minor); err != nil || len(of) != 2 {
+			if of, err := m.OfDevice(deviceAt(t, m, device)); err != nil || len(of) != 2 {
 				t.Errorf("mounts of the device: %+v, %v", of, err)
 			}
 			for _, path := range []string{publish, target} {

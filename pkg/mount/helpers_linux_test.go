@@ -186,3 +186,12 @@ func newDir(tb testing.TB, elem ...string) string {
 }
 
 func name(i int) string { return fmt.Sprintf("n%03d", i) }
+
+func deviceAt(t testing.TB, m *Mounter, node string) Device {
+	t.Helper()
+	d, err := m.DeviceAt(node)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}

@@ -52,7 +52,7 @@ func TestMountLife(t *testing.T) {
 			other, _ := loopFS(t, "ext4")
 			foreign(t, m.Mount(ctx, Spec{Source: other, Target: target, FSType: fsType}))
 			foreign(t, m.Mount(ctx, Spec{Source: other, Target: target, FSType: "ext4"}))
-			if of, err := m.OfDevice(major, minor); err != nil || len(of) != 1 || of[0].Path != target {
+			if of, err := m.OfDevice(deviceAt(t, m, device)); err != nil || len(of) != 1 || of[0].Path != target {
 				t.Errorf("mounts of the device: %+v, %v", of, err)
 			}
 			s, err := m.Stats(target)
@@ -72,7 +72,7 @@ func TestMountLife(t *testing.T) {
 				}
 			}
 			notAt(t, m, target)
-			if of, err := m.OfDevice(major, minor); err != nil || len(of) != 0 {
+			if of, err := m.OfDevice(deviceAt(t, m, device)); err != nil || len(of) != 0 {
 				t.Errorf("mounts of the device: %+v, %v", of, err)
 			}
 			if err := m.Mount(ctx, readOnly); err != nil {

@@ -165,50 +165,64 @@ func (m *Mounter) atByPath(path string) (Mount, bool, error) {
 	return found, ok, nil
 }
 
-// OfDevice returns the mounts that show the block device with these numbers: its
-// filesystem, wherever and however often it is mounted, and binds of a node of
-// it. Empty and nil error: none in this mount namespace. A node that another
-// mount covers is not found.
-func (m *Mounter) OfDevice(major, minor uint32) ([]Mount, error) {
+// Device is a block device as mounts show it.
+type Device struct {
+	Major, Minor uint32 // the device's numbers
+	// NodeMajor and NodeMinor number the filesystem that its node is on, as a rule
+	// the devtmpfs of /dev. Only binds from there are binds of the node: a node
+	// with the same numbers can be made by anybody who may call mknod(2).
+	NodeMajor, NodeMinor uint32
+}
+
+// DeviceAt returns what the node of a block device at path tells of it.
+func (m *Mounter) DeviceAt(path string) (Device, error) {
+	p, err := look(path)
+	if err == nil && !p.isBlock() {
+		err = syscall.ENOTBLK
+	}
+	if err != nil {
+		return Device{}, &OpError{Op: "look at device", Path: path, Err: err}
+	}
+	var d Device
+	d.Major, d.Minor = devNumbers(p.rdev)
+	d.NodeMajor, d.NodeMinor = devNumbers(p.dev)
+	return d, nil
+}
+
+// OfDevice returns the mounts that show a block device: its filesystem, wherever
+// and however often it is mounted, and binds of its node. Empty and nil error:
+// none in this mount namespace. A node that another mount covers is not found.
+func (m *Mounter) OfDevice(d Device) ([]Mount, error) {
 	mounts, err := m.List()
 	if err != nil {
 		return nil, err
 	}
 	var out []Mount
 	for _, found := range mounts {
-		if found.IsOf(major, minor) {
+		if found.IsOf(d) {
 			out = append(out, found)
 		}
 	}
 	return out, nil
 }
 
-// IsOf reports whether a mount shows the block device with these numbers: its
-// filesystem, or a bind of a node of it, whatever the names of both. It may look
-// at Path, but not if a server would have to answer.
-func (m Mount) IsOf(major, minor uint32) bool {
-	return m.Major == major && m.Minor == minor || shows(m, major, minor)
-}
-
-// shows finds the two kinds of mounts that mountinfo does not number by their
-// device. Only local filesystems are looked into: a dead server must not hang us.
-func shows(m Mount, major, minor uint32) bool {
+// IsOf reports whether a mount shows a block device: its filesystem, or a bind of
+// its node. Names decide nothing. Where mountinfo does not number a mount by its
+// device, it looks at the source (btrfs) or at the path (a bind of a node), which
+// lie on the filesystem of the nodes: no server is asked.
+func (m Mount) IsOf(d Device) bool {
 	is := func(p place, err error) bool {
 		a, b := devNumbers(p.rdev)
-		return err == nil && p.isBlock() && a == major && b == minor
+		return err == nil && p.isBlock() && a == d.Major && b == d.Minor
 	}
-	if m.FSType == "btrfs" && strings.HasPrefix(m.Source, "/") && is(lookThrough(m.Source)) {
+	switch {
+	case m.Major == d.Major && m.Minor == d.Minor:
 		return true
+	case m.FSType == "btrfs" && strings.HasPrefix(m.Source, "/"):
+		return is(lookThrough(m.Source))
+	default:
+		return m.Root != "/" && m.Major == d.NodeMajor && m.Minor == d.NodeMinor && is(look(m.Path))
 	}
-	return m.Root != "/" && mayHoldNodes(m) && is(look(m.Path))
-}
-
-func mayHoldNodes(m Mount) bool {
-	switch m.FSType {
-	case "devtmpfs", "tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs":
-		return true
-	}
-	return false
 }
 
 func isMissing(err error) bool {

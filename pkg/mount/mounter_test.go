@@ -129,10 +129,10 @@ func TestListReadsItsProc(t *testing.T) {
 	if err != nil || len(got) != 1 || got[0].Path != "/mnt" {
 		t.Errorf("got %v, %v", got, err)
 	}
-	if got, err = m.OfDevice(98, 0); err != nil || len(got) != 1 {
+	if got, err = m.OfDevice(Device{Major: 98}); err != nil || len(got) != 1 {
 		t.Errorf("got %v, %v", got, err)
 	}
-	if got, err = m.OfDevice(98, 1); err != nil || len(got) != 0 {
+	if got, err = m.OfDevice(Device{Major: 98, Minor: 1}); err != nil || len(got) != 0 {
 		t.Errorf("got %v, %v", got, err)
 	}
 }
