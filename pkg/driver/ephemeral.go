@@ -216,9 +216,10 @@ func (d *Driver) sweepEphemeral(ctx context.Context) error {
 // known; it may be on a disk that is not mounted yet.
 func podGone(target string) bool {
 	pod := filepath.Dir(target)
-	if before, rest, ok := strings.Cut(target, "/pods/"); ok {
-		uid, _, _ := strings.Cut(rest, "/")
-		pod = filepath.Join(before, "pods", uid)
+	if before, rest, ok := strings.Cut(target, "/pods/"); ok { // kubelet's
+		if uid, _, ok := strings.Cut(rest, "/"); ok {
+			pod = filepath.Join(before, "pods", uid)
+		}
 	}
 	if _, err := os.Stat(pod); !errors.Is(err, os.ErrNotExist) {
 		return false
