@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"sync"
 	"time"
 
@@ -34,6 +35,7 @@ func serve(ctx context.Context, p plan, unknown []string) (err error) {
 			err = nil
 		}
 	}()
+	limitProcessors()
 	loops, err := loop.New(ctx, loop.WithWarm(p.warm), loop.WithMax(p.max))
 	if err != nil {
 		return err
@@ -110,5 +112,20 @@ func keepWarm(ctx context.Context, loops *loop.Manager) {
 			return
 		case <-tick.C:
 		}
+	}
+}
+
+// processorsEach is how many of the machine's processors there are for each one
+// that runs Go code at a time.
+const processorsEach = 8
+
+// limitProcessors keeps the Go scheduler on few processors, unless GOMAXPROCS says
+// otherwise. The driver waits for the kernel and for mkfs, which this does not
+// limit, and computes next to nothing. With more processors each call pays for
+// waking the others: on two, 0.2 to 0.3 ms, and 32 clients at once were no faster
+// (docs/performance.md).
+func limitProcessors() {
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(max(1, runtime.NumCPU()/processorsEach))
 	}
 }
