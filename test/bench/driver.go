@@ -57,7 +57,10 @@ func startDriver(ctx context.Context, binary, dir string) (*driver, error) {
 	if err := d.cmd.Start(); err != nil {
 		return nil, err
 	}
-	d.conn, err = grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	// Fixed windows, as the driver's: measuring the link for larger ones costs a ping
+	// for each call.
+	d.conn, err = grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithInitialWindowSize(int32(mib)), grpc.WithInitialConnWindowSize(int32(mib)))
 	if err != nil {
 		return nil, errors.Join(err, d.stop())
 	}

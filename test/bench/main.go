@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"time"
 )
@@ -42,6 +43,9 @@ func main() {
 	size := flag.Int64("size", 320, "size of the volumes, MiB")
 	flag.Parse()
 	o.size = *size * mib
+	// The floor is one thread, and so is the client: what its own goroutines would
+	// wait for each other is not the driver's.
+	runtime.GOMAXPROCS(1)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	err := run(ctx, o)
 	stop()
