@@ -25,10 +25,10 @@ ROOTTEST := CSI_LOOP_ROOT_TESTS=1 $(GO) test -exec $(ROOT) -count=1 -p 2 -timeou
 export GINKGO_NO_COLOR := TRUE
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-unit test-root sanity test-vm test-growth bench bench-smoke check lint fmt generate image clean
+.PHONY: help build demo test test-unit test-root sanity test-vm test-growth bench bench-smoke cluster cluster-down e2e-build test-image image-archive check check-e2e lint fmt generate image clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## compile bin/csi-loop, stamped with the version
 	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' -o bin/csi-loop ./cmd/csi-loop
@@ -106,6 +106,25 @@ $(LINT): tools/go.mod tools/go.sum
 
 image: ## build the container image with docker, or DOCKER=podman
 	$(DOCKER) build --build-arg VERSION=$(VERSION) --build-arg COMMIT=$(COMMIT) -t $(IMAGE):$(VERSION) .
+
+# A Kubernetes of our own on this machine; see test/e2e/README.md. Everything is
+# built from Go modules, into the user's cache: 20 minutes once, then seconds.
+E2E          := cd test/e2e && $(GO)
+CLUSTER_ARGS ?=
+
+cluster: ## start Kubernetes with 3 nodes on this machine, without a container engine (root)
+	@hack/deps cluster
+	@$(E2E) build -trimpath -buildvcs=false -o ../../bin/cluster ./cluster
+	@bin=$$($(E2E) run ./build cluster sidecars helm) && ($(E2E) run ./images $$bin) && \
+	  $(ROOT) $(CURDIR)/bin/cluster -bin=$$bin $(CLUSTER_ARGS) up
+
+cluster-down: ## end it, and leave nothing on the machine (root)
+	@$(E2E) build -trimpath -buildvcs=false -o ../../bin/cluster ./cluster
+	@$(ROOT) $(CURDIR)/bin/cluster down
+
+e2e-build: ## build all that the cluster and its tests consist of, and print where it is
+	@hack/deps cluster
+	@bin=$$($(E2E) run ./build) && ($(E2E) run ./images $$bin) && echo $$bin
 
 clean: ## remove what was built
 	rm -rf bin
