@@ -126,5 +126,20 @@ e2e-build: ## build all that the cluster and its tests consist of, and print whe
 	@hack/deps cluster
 	@bin=$$($(E2E) run ./build) && ($(E2E) run ./images $$bin) && echo $$bin
 
+image-archive: ## build the image without a container engine, to bin/image.tar (root)
+	@hack/deps image
+	$(ROOT) $(CURDIR)/test/e2e/image/build $(IMAGE):$(VERSION) $(CURDIR)/bin/image.tar \
+	  --build-arg VERSION=$(VERSION) --build-arg COMMIT=$(COMMIT)
+
+test-image: image-archive ## prove that the image has every program that the driver can call (root)
+	cd test/e2e && CSI_LOOP_IMAGE=$(CURDIR)/bin/image.tar $(GO) test -exec $(ROOT) -count=1 -v ./image
+
+# Linting the rest of test/e2e would compile all of Kubernetes; the build does that.
+E2E_PKGS := ./build ./cluster ./image ./images ./pause
+check-e2e: $(LINT) ## format, vet and lint the test cluster's own code
+	$(E2E) mod tidy -diff
+	$(E2E) vet -trimpath $(E2E_PKGS)
+	cd test/e2e && GOFLAGS="$(GOFLAGS) -trimpath" ../../$(LINT) run -c ../../.golangci.yml $(E2E_PKGS)
+
 clean: ## remove what was built
 	rm -rf bin
