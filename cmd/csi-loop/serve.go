@@ -122,8 +122,7 @@ const processorsEach = 8
 // limitProcessors keeps the Go scheduler on few processors, unless GOMAXPROCS says
 // otherwise. The driver waits for the kernel and for mkfs, which this does not
 // limit, and computes next to nothing. With more processors each call pays for
-// waking the others: on two, 0.2 to 0.3 ms, and 32 clients at once were no faster
-// (docs/performance.md).
+// waking the others (docs/performance.md).
 func limitProcessors() {
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(max(1, runtime.NumCPU()/processorsEach))
