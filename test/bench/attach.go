@@ -34,6 +34,7 @@ func attach(ctx context.Context, dir string, o options) (err error) {
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, fl.close()) }()
 	bare, ours := samples{}, samples{}
 	for i := range 5*o.cycles + 1 {
 		b, err := fl.attachOnce(path)

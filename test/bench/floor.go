@@ -18,11 +18,13 @@ import (
 )
 
 // floor makes the same kernel calls as the driver, in the simplest way that can
-// work: no locks, no checks, no records of who uses what, no errors but fatal ones.
-// What it leaves out on purpose is what a driver is for; what it does not leave out
-// is durability: the same files are written and synced in the same order.
+// work: no locks, no checks before a call, no errors but fatal ones, no gRPC. What it
+// leaves out on purpose is what a driver is for; what it does not leave out is what
+// stays: the same files are written and synced in the same order, a record of the
+// volume on the node is kept, and what was bound is read back.
 type floor struct {
 	root    string
+	state   string
 	size    int64
 	mkfs    map[string][]string
 	number  int
@@ -32,6 +34,10 @@ type floor struct {
 
 func newFloor(ctx context.Context, root string, size int64) (*floor, error) {
 	f := &floor{root: root, size: size, mkfs: make(map[string][]string)}
+	var err error
+	if f.state, err = os.MkdirTemp("/dev/shm", "csi-loop-floor-"); err != nil {
+		return nil, err
+	}
 	for _, sub := range []string{"volumes", "staging", "pod"} {
 		if err := os.MkdirAll(filepath.Join(root, sub), 0o700); err != nil {
 			return nil, err
@@ -44,10 +50,11 @@ func newFloor(ctx context.Context, root string, size int64) (*floor, error) {
 		}
 		f.mkfs[kind] = argv
 	}
-	var err error
 	f.control, err = os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
 	return f, err
 }
+
+func (f *floor) close() error { return errors.Join(f.control.Close(), os.RemoveAll(f.state)) }
 
 // cycle is one whole life of an image.
 func (f *floor) cycle(ctx context.Context, kind string) (timing, error) {
@@ -58,19 +65,20 @@ func (f *floor) cycle(ctx context.Context, kind string) (timing, error) {
 	return measure(map[string]func() error{
 		"create": func() error { return f.create(ctx, kind, volume) },
 		"stage": func() error {
-			if err := f.bind(filepath.Join(volume, "disk.img"), !block); err != nil || block {
+			if err := errors.Join(f.note(), f.bind(filepath.Join(volume, "disk.img"), !block), f.note()); err != nil || block {
 				return err
 			}
 			return errors.Join(unix.Mount(node(), staging, kind, 0, ""), f.holder.Close())
 		},
 		"publish": func() error {
 			if !block {
-				return errors.Join(os.Mkdir(target, 0o750), unix.Mount(staging, target, "", unix.MS_BIND, ""))
+				return errors.Join(os.Mkdir(target, 0o750), unix.Mount(staging, target, "", unix.MS_BIND, ""), f.note())
 			}
-			return errors.Join(os.WriteFile(target, nil, 0o600), unix.Mount(node(), target, "", unix.MS_BIND, ""))
+			return errors.Join(os.WriteFile(target, nil, 0o600), unix.Mount(node(), target, "", unix.MS_BIND, ""), f.note())
 		},
-		"unpublish": func() error { return errors.Join(unix.Unmount(target, 0), os.Remove(target)) },
+		"unpublish": func() error { return errors.Join(unix.Unmount(target, 0), os.Remove(target), f.note()) },
 		"unstage": func() error {
+			defer os.Remove(filepath.Join(f.state, "record"))
 			if !block {
 				return unix.Unmount(staging, 0)
 			}
@@ -127,7 +135,7 @@ func (f *floor) bind(path string, autoclear bool) error {
 		return err
 	}
 	f.holder = dev
-	return f.mask()
+	return errors.Join(f.mask(), f.look())
 }
 
 // configure binds a free device. Others may take the number first.
@@ -148,6 +156,22 @@ func (f *floor) configure(config *unix.LoopConfig) (*os.File, error) {
 			return nil, err
 		}
 	}
+}
+
+// note replaces a record on a tmpfs, as the driver does before and after it changes
+// something on the node.
+func (f *floor) note() error {
+	path := filepath.Join(f.state, "record")
+	return errors.Join(os.WriteFile(path+".new", make([]byte, 400), 0o600), os.Rename(path+".new", path))
+}
+
+// look reads back what was bound, since the kernel clamps and drops silently.
+func (f *floor) look() error {
+	fd := int(f.holder.Fd())
+	_, err := unix.IoctlLoopGetStatus64(fd)
+	_, sizeErr := unix.IoctlGetInt(fd, unix.BLKSSZGET)
+	_, attrErr := os.ReadFile(fmt.Sprintf("/sys/block/loop%d/queue/discard_max_bytes", f.number))
+	return errors.Join(err, sizeErr, attrErr)
 }
 
 // mask switches discard off. The write freezes the queue for milliseconds, and

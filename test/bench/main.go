@@ -73,6 +73,7 @@ func run(ctx context.Context, o options) (err error) {
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, fl.close()) }()
 	fmt.Printf("%s, %d MiB thick, %d cycles of each, floor and driver in turn\n\n", kernel(), o.size/mib, o.cycles)
 	for _, kind := range []string{"ext4", "xfs", "btrfs", "block"} {
 		if err := compare(ctx, d, fl, kind, o); err != nil {
