@@ -78,11 +78,11 @@ func (f *floor) cycle(ctx context.Context, kind string) (timing, error) {
 		},
 		"unpublish": func() error { return errors.Join(unix.Unmount(target, 0), os.Remove(target), f.note()) },
 		"unstage": func() error {
-			defer os.Remove(filepath.Join(f.state, "record"))
+			forget := func() error { return os.Remove(filepath.Join(f.state, "record")) }
 			if !block {
-				return unix.Unmount(staging, 0)
+				return errors.Join(unix.Unmount(staging, 0), forget())
 			}
-			return errors.Join(unix.IoctlSetInt(int(f.holder.Fd()), unix.LOOP_CLR_FD, 0), f.holder.Close())
+			return errors.Join(forget(), unix.IoctlSetInt(int(f.holder.Fd()), unix.LOOP_CLR_FD, 0), f.holder.Close())
 		},
 		"delete": func() error { return f.remove(volume) },
 	})
