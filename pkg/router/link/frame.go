@@ -1,0 +1,44 @@
+package link
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"io"
+)
+
+// MaxHello bounds a frame, in bytes.
+const MaxHello = 64 << 10
+
+// WriteFrame sends v as one frame.
+func WriteFrame(w io.Writer, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	if len(b) > MaxHello {
+		return fmt.Errorf("hello of %d bytes is larger than %d", len(b), MaxHello)
+	}
+	_, err = w.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(b))), b...))
+	return err
+}
+
+// ReadFrame receives one frame into v, and not a byte more.
+func ReadFrame(r io.Reader, v any) error {
+	var head [4]byte
+	if _, err := io.ReadFull(r, head[:]); err != nil {
+		return err
+	}
+	n := binary.BigEndian.Uint32(head[:])
+	if n == 0 || n > MaxHello {
+		return fmt.Errorf("not a hello: %d bytes, at most %d are allowed", n, MaxHello)
+	}
+	b := make([]byte, n)
+	if _, err := io.ReadFull(r, b); err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		return fmt.Errorf("not a hello: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,237 @@
+package link
+
+import (
+	"crypto/ed25519"
+	"slices"
+	"sync"
+)
+
+// Pool is a pool as the link needs it.
+type Pool struct {
+	ID, Name string
+	Key      ed25519.PublicKey
+	Sign     func(message []byte) []byte
+	// Volumes lists the volumes, by the part of their IDs behind the pool's.
+	// Damaged ones are among them: their names are taken.
+	Volumes func() []string
+	Free    func() Free
+}
+
+// Observe tells of every volume that comes into being or is gone, after the
+// fact, in order for each volume, until stop.
+type Observe func(f func(poolID, volume string, exists bool)) (stop func())
+
+// chunk is how many names one message carries at most.
+const chunk = 10_000
+
+// inventory is what a node tells its controllers: kept up to date, and given to
+// each stream as a whole first and as changes then.
+type inventory struct {
+	pools []Pool
+
+	mu     sync.Mutex
+	names  map[string]map[string]bool // guarded by mu; pool ID, volume; false: known to be gone
+	making map[string]int             // guarded by mu; volume, calls that make it
+	free   map[string]Free            // guarded by mu; by pool ID
+	token  string                     // guarded by mu
+	subs   map[*subscriber]struct{}   // guarded by mu
+}
+
+// subscriber collects changes for one stream. Its maps are guarded by the
+// inventory's mu.
+type subscriber struct {
+	volumes map[[2]string]bool
+	free    map[string]Free
+	token   string
+	wake    chan struct{} // capacity 1
+}
+
+func (s *subscriber) ring() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// openInventory reads the pools. No change between the reading and the observing
+// is lost, because observing begins first and its word counts.
+func openInventory(pools []Pool, observe Observe) (_ *inventory, stop func()) {
+	i := &inventory{
+		pools: pools, names: map[string]map[string]bool{"": {}}, making: map[string]int{},
+		free: map[string]Free{}, subs: map[*subscriber]struct{}{},
+	}
+	for _, p := range pools {
+		i.names[p.ID] = map[string]bool{}
+	}
+	stop = func() {}
+	if observe != nil {
+		stop = observe(i.set)
+	}
+	for _, p := range pools {
+		volumes, free := p.Volumes(), p.Free()
+		i.mu.Lock()
+		known := i.names[p.ID]
+		for _, v := range volumes {
+			if _, ok := known[v]; !ok {
+				known[v] = true
+			}
+		}
+		for v, exists := range known {
+			if !exists {
+				delete(known, v)
+			}
+		}
+		i.free[p.ID] = free
+		i.mu.Unlock()
+	}
+	return i, stop
+}
+
+// set notes that a volume exists, or does not any more.
+func (i *inventory) set(poolID, volume string, exists bool) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.setLocked(poolID, volume, exists)
+}
+
+// Precondition: i.mu is held.
+func (i *inventory) setLocked(poolID, volume string, exists bool) {
+	names, ok := i.names[poolID]
+	if !ok {
+		return
+	}
+	// A volume that goes while openInventory reads must stay known as gone; later
+	// the entry does no harm, and the next removal of the name finds it.
+	if exists {
+		names[volume] = true
+	} else if _, read := i.free[poolID]; read || poolID == "" {
+		delete(names, volume)
+	} else {
+		names[volume] = false
+	}
+	for s := range i.subs {
+		s.volumes[[2]string{poolID, volume}] = exists
+		s.ring()
+	}
+}
+
+// begin notes that a volume is being made, until done.
+func (i *inventory) begin(volume string) (done func()) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.making[volume]++; i.making[volume] == 1 {
+		i.setLocked("", volume, true)
+	}
+	return func() {
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		if i.making[volume]--; i.making[volume] == 0 {
+			delete(i.making, volume)
+			i.setLocked("", volume, false)
+		}
+	}
+}
+
+// refresh asks the pools for their free space and sends what changed.
+func (i *inventory) refresh() {
+	for _, p := range i.pools {
+		free := p.Free()
+		i.mu.Lock()
+		if i.free[p.ID] != free {
+			i.free[p.ID] = free
+			for s := range i.subs {
+				s.free[p.ID] = free
+				s.ring()
+			}
+		}
+		i.mu.Unlock()
+	}
+}
+
+// setToken sends a fresh token.
+func (i *inventory) setToken(token string) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if token == i.token {
+		return
+	}
+	i.token = token
+	for s := range i.subs {
+		s.token = token
+		s.ring()
+	}
+}
+
+// subscribe returns everything there is, in messages of bounded size of which the
+// last is Complete, and collects what changes from then on. sent is the token that
+// the controller has.
+func (i *inventory) subscribe(sent string) (*subscriber, []Update) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	s := &subscriber{volumes: map[[2]string]bool{}, free: map[string]Free{}, wake: make(chan struct{}, 1)}
+	i.subs[s] = struct{}{}
+	if i.token != "" && i.token != sent {
+		s.token = i.token
+		s.ring()
+	}
+	var updates []Update
+	for id, known := range i.names {
+		u := PoolUpdate{ID: id}
+		if free, ok := i.free[id]; ok {
+			u.Free = &free
+		}
+		volumes := make([]string, 0, len(known))
+		for v, exists := range known {
+			if exists {
+				volumes = append(volumes, v)
+			}
+		}
+		for part := range slices.Chunk(volumes, chunk) {
+			u.Added = part
+			updates = append(updates, Update{Pools: []PoolUpdate{u}})
+			u.Free = nil
+		}
+		if len(volumes) == 0 {
+			updates = append(updates, Update{Pools: []PoolUpdate{u}})
+		}
+	}
+	return s, append(updates, Update{Complete: true})
+}
+
+func (i *inventory) unsubscribe(s *subscriber) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	delete(i.subs, s)
+}
+
+// take returns what changed since the last time.
+func (i *inventory) take(s *subscriber) Update {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	pools := map[string]*PoolUpdate{}
+	of := func(id string) *PoolUpdate {
+		if pools[id] == nil {
+			pools[id] = &PoolUpdate{ID: id}
+		}
+		return pools[id]
+	}
+	for key, exists := range s.volumes {
+		p := of(key[0])
+		if exists {
+			p.Added = append(p.Added, key[1])
+		} else {
+			p.Removed = append(p.Removed, key[1])
+		}
+	}
+	for id, free := range s.free {
+		of(id).Free = &free
+	}
+	u := Update{Token: s.token}
+	for _, p := range pools {
+		u.Pools = append(u.Pools, *p)
+	}
+	clear(s.volumes)
+	clear(s.free)
+	s.token = ""
+	return u
+}
