@@ -1,0 +1,254 @@
+package router
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/csi-loop/csi-loop/pkg/image"
+)
+
+// The StorageClass parameters that matter to routing.
+const (
+	paramPool       = "pool"       // name of a pool
+	paramAllocation = "allocation" // thick or thin
+)
+
+// CreateVolume goes where the volume is, or may be, already; else where its source
+// is; else where the topology points; else to the node with most room.
+func (s *controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
+	name := req.GetName()
+	if name == "" {
+		return nil, invalidf("name is missing")
+	}
+	dir := image.DirName(name)
+	unlock, err := s.r.names.lock(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	c := creation{r: s.r, req: req, dir: dir}
+	if req.GetAccessibilityRequirements() != nil {
+		c.wanted = s.r.nodesOf(req.GetAccessibilityRequirements())
+		c.bound = len(req.GetAccessibilityRequirements().GetRequisite())+len(req.GetAccessibilityRequirements().GetPreferred()) > 0
+	}
+	if resp, done, err := c.again(ctx); done {
+		return resp, err
+	}
+	if src := req.GetVolumeContentSource(); src != nil {
+		return c.fromSource(ctx, src)
+	}
+	if c.bound {
+		return c.among(ctx, c.wanted)
+	}
+	return c.anywhere(ctx)
+}
+
+// creation is one CreateVolume.
+type creation struct {
+	r      *Router
+	req    *csi.CreateVolumeRequest
+	dir    string
+	bound  bool     // the request names topologies
+	wanted []string // the nodes they mean, preferred ones first
+}
+
+// at sends the request to a node, and remembers that it did until the answer
+// settles whether there is a volume.
+func (c *creation) at(ctx context.Context, s *session) (*csi.CreateVolumeResponse, error) {
+	c.r.table.sent(c.dir, s.id.Node)
+	resp, err := call(ctx, s, "CreateVolume", c.req, csi.ControllerClient.CreateVolume)
+	if err == nil {
+		c.r.table.made(s, resp.GetVolume().GetVolumeId())
+	}
+	if !uncertain(err) {
+		c.r.table.answered(c.dir)
+	}
+	return resp, err
+}
+
+// pool is the name of the pool asked for; "" is the node's default.
+func (c *creation) pool() string { return c.req.GetParameters()[paramPool] }
+
+// again looks whether an earlier call has, or may have, made the volume. Not done
+// means that it is nowhere, as far as can be known.
+func (c *creation) again(ctx context.Context) (_ *csi.CreateVolumeResponse, done bool, _ error) {
+	places := c.r.table.volume(c.dir)
+	// Where the request points comes first, then nodes with a link.
+	slices.SortStableFunc(places, func(a, b place) int { return c.rank(a) - c.rank(b) })
+	for _, p := range places {
+		if p.session != nil {
+			// The node knows: it answers with the volume, or that it makes it now,
+			// or that it has none and is not where the request points.
+			resp, err := c.at(ctx, p.session)
+			if c.bound && status.Code(err) == codes.ResourceExhausted && !slices.Contains(c.wanted, p.node) {
+				continue
+			}
+			return resp, true, err
+		}
+		// Kubernetes points elsewhere only after it was told that this node has
+		// been away for too long.
+		if p.away < Grace || !c.bound || slices.Contains(c.wanted, p.node) {
+			return nil, true, c.away(p, "may have been made there")
+		}
+	}
+	return nil, false, nil
+}
+
+func (c *creation) rank(p place) int {
+	switch {
+	case p.session != nil && slices.Contains(c.wanted, p.node):
+		return 0
+	case p.session != nil:
+		return 1
+	}
+	return 2
+}
+
+// away is the answer for a node without a link: UNAVAILABLE, and after Grace, if
+// the scheduler chose it, RESOURCE_EXHAUSTED so that it chooses again.
+func (c *creation) away(p place, why string) error {
+	if c.bound && p.away >= Grace && slices.Contains(c.wanted, p.node) {
+		return status.Errorf(codes.ResourceExhausted, "volume %q: node %q has not been linked for %s", c.req.GetName(), p.node, p.away.Round(time.Second))
+	}
+	return unavailablef("volume %q: node %q is not linked (for %s), and the volume %s", c.req.GetName(), p.node, p.away.Round(time.Second), why)
+}
+
+// fromSource goes to the node that has the source.
+func (c *creation) fromSource(ctx context.Context, src *csi.VolumeContentSource) (*csi.CreateVolumeResponse, error) {
+	kind, id := "volume", src.GetVolume().GetVolumeId()
+	if src.GetSnapshot() != nil {
+		kind, id = "snapshot", src.GetSnapshot().GetSnapshotId()
+	}
+	s, ok, err := c.r.owner(kind, id)
+	switch {
+	case id == "":
+		return nil, invalidf("volume_content_source: %s_id is missing", kind)
+	case err != nil:
+		return nil, err
+	case !ok:
+		return nil, status.Errorf(codes.NotFound, "there is no %s %q: csi-loop does not make such IDs", kind, id)
+	case c.bound && !slices.Contains(c.wanted, s.id.Node):
+		return nil, status.Errorf(codes.ResourceExhausted, "volume %q: its source is on node %q, where the request does not point", c.req.GetName(), s.id.Node)
+	}
+	return c.at(ctx, s)
+}
+
+// among tries the nodes in order. A node that is full, or has no such pool, leaves
+// it to the next.
+func (c *creation) among(ctx context.Context, names []string) (*csi.CreateVolumeResponse, error) {
+	var full, missing error
+	for _, name := range names {
+		p, known := c.r.table.node(name)
+		if !known {
+			p = place{node: name, away: c.r.sinceStart()}
+		}
+		if p.session == nil {
+			err := c.away(p, "should be made there")
+			if missing == nil || status.Code(err) == codes.Unavailable {
+				missing = err
+			}
+			continue
+		}
+		if len(names) > 1 && !c.r.table.hasPool(name, c.pool()) {
+			continue
+		}
+		resp, err := c.at(ctx, p.session)
+		if err == nil || status.Code(err) != codes.ResourceExhausted {
+			return resp, err
+		}
+		full = err
+	}
+	switch {
+	case missing != nil && (full == nil || status.Code(missing) == codes.Unavailable):
+		return nil, missing
+	case full != nil:
+		return nil, full
+	}
+	return nil, status.Errorf(codes.ResourceExhausted, "volume %q: none of the topologies asked for is a node with csi-loop", c.req.GetName())
+}
+
+// anywhere goes to the node with most room in the pool.
+func (c *creation) anywhere(ctx context.Context) (*csi.CreateVolumeResponse, error) {
+	// A node that has not come back after a restart of this controller may have
+	// made the volume, as long as it is expected at all.
+	if missing := c.r.missing(); len(missing) > 0 && c.r.sinceStart() < Grace {
+		return nil, unavailablef("volume %q: this controller started a moment ago and waits for nodes: %s", c.req.GetName(), some(missing))
+	}
+	poolName, thin := c.pool(), c.req.GetParameters()[paramAllocation] == "thin"
+	var full error
+	for _, room := range c.r.table.rooms(poolName, thin) {
+		// A node that seems full is asked only if none had more: its word on free
+		// space is some seconds old.
+		if room.session == nil || full != nil && room.free < c.req.GetCapacityRange().GetRequiredBytes() {
+			continue
+		}
+		resp, err := c.at(ctx, room.session)
+		if err == nil || status.Code(err) != codes.ResourceExhausted {
+			return resp, err
+		}
+		full = err
+	}
+	switch {
+	case full != nil:
+		return nil, full
+	case len(c.r.missing()) > 0:
+		return nil, unavailablef("volume %q: no linked node has the pool %q, and these are not linked: %s", c.req.GetName(), poolName, some(c.r.missing()))
+	}
+	return nil, invalidf("parameter %q: no node has a pool %q", paramPool, poolName)
+}
+
+// topologyKey is the key of the one topology segment.
+func (r *Router) topologyKey() string { return "topology." + r.cfg.Driver + "/node" }
+
+// nodesOf lists the nodes that a requirement means, preferred ones first.
+func (r *Router) nodesOf(t *csi.TopologyRequirement) []string {
+	var names []string
+	for _, topology := range slices.Concat(t.GetPreferred(), t.GetRequisite()) {
+		if name, ok := r.nodeOf(topology); ok && !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// nodeOf is the node that a topology means.
+func (r *Router) nodeOf(t *csi.Topology) (string, bool) {
+	name, ok := t.GetSegments()[r.topologyKey()]
+	return name, ok && len(t.GetSegments()) == 1
+}
+
+func (r *Router) sinceStart() time.Duration { return r.cfg.Now().Sub(r.started) }
+
+// missing lists the nodes that should have a link and have none.
+func (r *Router) missing() []string {
+	missing := map[string]struct{}{}
+	linked := map[string]bool{}
+	for _, p := range r.table.all() {
+		linked[p.node] = p.session != nil
+		if p.session == nil {
+			missing[p.node] = struct{}{}
+		}
+	}
+	registered, _ := r.cfg.Roster.Registered()
+	for _, name := range registered {
+		if !linked[name] {
+			missing[name] = struct{}{}
+		}
+	}
+	return slices.Sorted(maps.Keys(missing))
+}
+
+// some is a list for people.
+func some(names []string) string {
+	if len(names) > 5 {
+		return strings.Join(names[:5], ", ") + ", ..."
+	}
+	return strings.Join(names, ", ")
+}

@@ -1,0 +1,134 @@
+package router
+
+import (
+	"context"
+	"regexp"
+	"strings"
+	"sync"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"github.com/csi-loop/csi-loop/pkg/router/link"
+)
+
+const (
+	controllerService = "/" + "csi.v1.Controller" + "/"
+	// maxID is CSI's limit for strings.
+	maxID = 128
+)
+
+var poolIDs = regexp.MustCompile(`^[a-z2-7]{20}$`)
+
+// poolOf takes the pool's ID out of the ID of a volume or a snapshot. Without ok
+// csi-loop never made this ID, and nothing has it. What follows the pool's ID is
+// for its node to judge, whose csi-loop may be newer.
+func poolOf(id string) (poolID string, ok bool) {
+	poolID, rest, ok := strings.Cut(id, ".")
+	return poolID, ok && rest != "" && len(id) <= maxID && poolIDs.MatchString(poolID)
+}
+
+func unavailablef(format string, args ...any) error {
+	return status.Errorf(codes.Unavailable, format, args...)
+}
+
+func invalidf(format string, args ...any) error {
+	return status.Errorf(codes.InvalidArgument, format, args...)
+}
+
+// owner finds the link to the node that has what the ID names. The error is final:
+// UNAVAILABLE, because what is on a node that is away may well exist. Without ok
+// nothing can have the ID.
+func (r *Router) owner(kind, id string) (s *session, ok bool, err error) {
+	poolID, ok := poolOf(id)
+	if !ok {
+		return nil, false, nil
+	}
+	switch p, known := r.table.pool(poolID); {
+	case !known:
+		return nil, true, unavailablef("%s %q: no node with the pool %s has been seen since this controller started; is the node down, or its disk gone?", kind, id, poolID)
+	case p.session == nil:
+		return nil, true, unavailablef("%s %q: node %q, which has it, is not linked", kind, id, p.node)
+	default:
+		return p.session, true, nil
+	}
+}
+
+// caller is one method of the CSI client.
+type caller[Req, Resp any] func(csi.ControllerClient, context.Context, Req, ...grpc.CallOption) (Resp, error)
+
+// call sends a request down a link. The answer is the node's, or UNAVAILABLE.
+func call[Req, Resp any](ctx context.Context, s *session, method string, req Req, do caller[Req, Resp]) (Resp, error) {
+	var none Resp
+	if _, ok := s.methods[controllerService+method]; !ok {
+		return none, s.tooOld(method)
+	}
+	leave, ok := s.enter()
+	if !ok {
+		return none, unavailablef("%s: node %q is stopping", method, s.id.Node)
+	}
+	defer leave()
+	var trailer metadata.MD
+	resp, err := do(s.client, ctx, req, grpc.Trailer(&trailer))
+	if err != nil {
+		return none, s.translate(ctx, method, err, len(trailer.Get(link.AnswerKey)) > 0)
+	}
+	return resp, nil
+}
+
+// tooOld is the answer for a method that the node's csi-loop does not have.
+func (s *session) tooOld(method string) error {
+	return unavailablef("csi-loop %s on node %q does not know %s: upgrade it", s.hello.Version, s.id.Node, method)
+}
+
+// translate keeps the codes that the node meant, and makes the link's own say
+// nothing about the call: that a message is too large, for one, is
+// RESOURCE_EXHAUSTED for gRPC, and for Kubernetes "choose another node".
+func (s *session) translate(ctx context.Context, method string, err error, answered bool) error {
+	st := status.Convert(err)
+	switch {
+	case st.Code() == codes.Unimplemented:
+		return s.tooOld(method)
+	case answered:
+		return status.Error(st.Code(), st.Message()) // without details, which CSI wants empty
+	case ctx.Err() != nil:
+		return status.FromContextError(ctx.Err()).Err()
+	}
+	return unavailablef("%s: link to node %q: %s", method, s.id.Node, st.Message())
+}
+
+// Node says whether the answer leaves open what the node did.
+func uncertain(err error) bool {
+	switch status.Code(err) {
+	case codes.Canceled, codes.DeadlineExceeded, codes.Unavailable, codes.Aborted, codes.Unknown:
+		return true
+	default:
+		return false
+	}
+}
+
+// nameLocks is one try-lock per volume name.
+type nameLocks struct {
+	mu   sync.Mutex
+	held map[string]struct{} // guarded by mu
+}
+
+func (l *nameLocks) lock(name string) (unlock func(), err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, busy := l.held[name]; busy {
+		return nil, status.Errorf(codes.Aborted, "a volume %q is being made", name)
+	}
+	if l.held == nil {
+		l.held = map[string]struct{}{}
+	}
+	l.held[name] = struct{}{}
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		delete(l.held, name)
+	}, nil
+}

@@ -1,0 +1,156 @@
+package router
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+)
+
+// Grace is how long a node may be away before the scheduler is told to choose
+// another one, and how long its last word on free space counts.
+const Grace = time.Minute
+
+// Identity is who a token belongs to.
+type Identity struct {
+	Node, NodeUID string
+	Pod, PodUID   string
+	// Expires is when the token does.
+	Expires time.Time
+}
+
+// ErrToken marks a token that is no good, as opposed to one that could not be
+// looked at now.
+var ErrToken = errors.New("the token is not accepted")
+
+// Authenticator finds out whose a token is: a node's pod's, or ErrToken.
+type Authenticator interface {
+	Authenticate(ctx context.Context, token string) (Identity, error)
+}
+
+// Roster knows the nodes of the cluster.
+type Roster interface {
+	// Registered lists the nodes where the driver is registered, which should
+	// have a link. Without ok it is not known yet.
+	Registered() (nodes []string, ok bool)
+	// Exists says whether there is such a node, with the driver or without.
+	Exists(node string) bool
+}
+
+// Config is what a Router must be told. Without a comment a field is required.
+type Config struct {
+	Driver, Version string
+	// Controller and Plugin are the capabilities to report. Calls that belong to
+	// none of them are UNIMPLEMENTED.
+	Controller []csi.ControllerServiceCapability_RPC_Type
+	Plugin     []*csi.PluginCapability
+
+	Auth   Authenticator
+	Roster Roster
+	// Certificate is asked for at each connection.
+	Certificate func() (*tls.Certificate, error)
+
+	// Self is the address of this replica, for nodes.
+	Self string
+	// Observe is told of each CSI call that was answered; it may be nil.
+	Observe func(method, code string, took time.Duration)
+	// Now is the clock; default time.Now.
+	Now func() time.Time
+}
+
+// Router is the controller.
+type Router struct {
+	cfg     Config
+	table   *table
+	started time.Time
+	names   nameLocks
+
+	mu       sync.Mutex
+	replicas []string              // guarded by mu
+	sessions map[*session]struct{} // guarded by mu
+	refused  map[string]uint64     // guarded by mu; by reason
+	serving  bool                  // guarded by mu
+}
+
+// New makes a router. ServeLinks and ServeCSI start it.
+func New(cfg Config) *Router {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	return &Router{
+		cfg: cfg, table: newTable(cfg.Now), started: cfg.Now(),
+		replicas: []string{cfg.Self}, sessions: map[*session]struct{}{}, refused: map[string]uint64{},
+	}
+}
+
+// SetReplicas says where nodes find the controller's replicas, this one among
+// them, and tells it to all nodes.
+func (r *Router) SetReplicas(addresses []string) {
+	addresses = slices.Compact(slices.Sorted(slices.Values(append(slices.Clone(addresses), r.cfg.Self))))
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if slices.Equal(addresses, r.replicas) {
+		return
+	}
+	r.replicas = addresses
+	for s := range r.sessions {
+		s.tell(r.replicas, "")
+	}
+}
+
+// Stats is the state of the links.
+type Stats struct {
+	Linked, Away   int
+	DuplicatePools int
+	Refused        map[string]uint64 // links, by reason
+}
+
+// Stats counts.
+func (r *Router) Stats() Stats {
+	s := r.table.stats()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s.Refused = make(map[string]uint64, len(reasons))
+	for _, reason := range reasons {
+		s.Refused[reason] = r.refused[reason]
+	}
+	return s
+}
+
+// Ready says whether calls can be answered: links are accepted, and the nodes of
+// the cluster are known.
+func (r *Router) Ready() error {
+	r.mu.Lock()
+	serving := r.serving
+	r.mu.Unlock()
+	if !serving {
+		return errors.New("not listening for nodes yet")
+	}
+	if _, ok := r.cfg.Roster.Registered(); !ok {
+		return errors.New("the nodes of the cluster are not known yet")
+	}
+	return nil
+}
+
+// refuse counts a link that was refused.
+func (r *Router) refuse(reason string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.refused[reason]++
+}
+
+// Reasons for refusing a link.
+const (
+	reasonHello     = "hello"     // no TLS, no hello in time, or not one
+	reasonToken     = "token"     // the token is not accepted
+	reasonReview    = "review"    // the token could not be looked at
+	reasonIdentity  = "identity"  // the hello contradicts the token, or a proof fails
+	reasonSecond    = "second"    // the node has a link already
+	reasonInventory = "inventory" // the node did not say what it has
+)
+
+var reasons = []string{reasonHello, reasonToken, reasonReview, reasonIdentity, reasonSecond, reasonInventory}

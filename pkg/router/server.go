@@ -1,0 +1,213 @@
+package router
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/csi-loop/csi-loop/pkg/router/link"
+)
+
+const (
+	// maxHellos bounds the connections that have not said who they are.
+	maxHellos = 512
+	// retryAccept is the pause after a failing accept (no descriptor is free).
+	retryAccept = 100 * time.Millisecond
+	// probeTime is how long an old link may take to prove that it is alive.
+	probeTime = link.PingWait
+	// inventoryTime is how long a node may take to say what it has.
+	inventoryTime = 30 * time.Second
+	// forgetEvery is how often nodes that left the cluster are forgotten.
+	forgetEvery = 15 * time.Second
+	// forgetAfter is how long a node without the driver is remembered: its
+	// registration lapses for moments.
+	forgetAfter = 10 * time.Minute
+)
+
+// ServeLinks accepts nodes on l until ctx ends, and closes l. It returns after the
+// last link has ended.
+func (r *Router) ServeLinks(ctx context.Context, l net.Listener) error {
+	r.setServing(true)
+	defer r.setServing(false)
+	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
+	defer stop()
+	config := &tls.Config{
+		MinVersion: tls.VersionTLS13, NextProtos: []string{link.ALPN},
+		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return r.cfg.Certificate() },
+		SessionTicketsDisabled: true, // each connection proves everything anew
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { r.forgetting(ctx) })
+	hellos := make(chan struct{}, maxHellos)
+	for {
+		conn, err := l.Accept()
+		switch {
+		case ctx.Err() != nil:
+			if err == nil {
+				_ = conn.Close()
+			}
+			return nil
+		case errors.Is(err, net.ErrClosed):
+			return fmt.Errorf("accept nodes: %w", err)
+		case err != nil:
+			klog.FromContext(ctx).Error(err, "Cannot accept a node")
+			if sleep(ctx, retryAccept) != nil {
+				return nil
+			}
+			continue
+		}
+		hellos <- struct{}{} // each is given back within a deadline
+		wg.Go(func() { r.accept(ctx, tls.Server(conn, config), func() { <-hellos }) })
+	}
+}
+
+func (r *Router) setServing(on bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.serving = on
+}
+
+// forgetting drops nodes that left the cluster.
+func (r *Router) forgetting(ctx context.Context) {
+	for sleep(ctx, forgetEvery) == nil {
+		r.forget()
+	}
+}
+
+func (r *Router) forget() {
+	registered, ok := r.cfg.Roster.Registered()
+	if !ok {
+		return
+	}
+	r.table.forget(func(name string, away time.Duration) bool {
+		return !r.cfg.Roster.Exists(name) || away > forgetAfter && !slices.Contains(registered, name)
+	})
+}
+
+// accept takes one connection from its first byte to its last.
+func (r *Router) accept(ctx context.Context, conn *tls.Conn, known func()) {
+	defer func() { _ = conn.Close() }()
+	logger := klog.FromContext(ctx).WithValues("remote", conn.RemoteAddr().String())
+	s, reason, err := r.greet(ctx, conn)
+	known()
+	if err != nil {
+		r.refuse(reason)
+		if !errors.Is(err, context.Canceled) {
+			logger.Info("Refused a link", "reason", reason, "err", err.Error())
+		}
+		return
+	}
+	logger = logger.WithValues("node", s.id.Node, "pod", s.id.Pod)
+	err = s.run(klog.NewContext(ctx, logger))
+	logger.Info("Link ended", "err", fmt.Sprint(err))
+}
+
+// greet exchanges hellos and admits the node, or says why not.
+func (r *Router) greet(ctx context.Context, conn *tls.Conn) (*session, string, error) {
+	ctx, cancel := context.WithTimeout(ctx, link.HelloTime)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	defer stop()
+	hello, binding, nonce, err := r.exchange(ctx, conn)
+	if err != nil {
+		return nil, reasonHello, err
+	}
+	s, reason, err := r.admit(ctx, hello, nonce, binding)
+	verdict := link.Verdict{Welcome: err == nil}
+	if err != nil {
+		verdict.Message = err.Error()
+		return nil, reason, errors.Join(fmt.Errorf("node %q: %w", hello.NodeID, err), link.WriteFrame(conn, verdict))
+	}
+	s.conn = conn
+	if err := link.WriteFrame(conn, verdict); err == nil && stop() {
+		return s, "", nil
+	}
+	r.table.leave(s)
+	return nil, reasonHello, errors.New("the node went away during the hellos")
+}
+
+func (r *Router) exchange(ctx context.Context, conn *tls.Conn) (hello link.NodeHello, binding, nonce []byte, err error) {
+	if err = conn.HandshakeContext(ctx); err != nil {
+		return hello, nil, nil, fmt.Errorf("TLS: %w", err)
+	}
+	if binding, err = link.Binding(conn.ConnectionState()); err != nil {
+		return hello, nil, nil, err
+	}
+	nonce = make([]byte, link.NonceSize)
+	if _, err = rand.Read(nonce); err != nil {
+		return hello, nil, nil, err
+	}
+	r.mu.Lock()
+	replicas := r.replicas
+	r.mu.Unlock()
+	err = link.WriteFrame(conn, link.ControllerHello{
+		ProtocolMin: link.ProtocolMin, ProtocolMax: link.ProtocolMax,
+		Driver: r.cfg.Driver, Version: r.cfg.Version, Nonce: nonce, Self: r.cfg.Self, Replicas: replicas,
+	})
+	if err == nil {
+		err = link.ReadFrame(conn, &hello)
+	}
+	return hello, binding, nonce, err
+}
+
+// admit decides about a node.
+func (r *Router) admit(ctx context.Context, hello link.NodeHello, nonce, binding []byte) (*session, string, error) {
+	id, err := r.authenticate(ctx, hello.Token)
+	switch {
+	case errors.Is(err, ErrToken):
+		return nil, reasonToken, err
+	case err != nil:
+		return nil, reasonReview, fmt.Errorf("the token cannot be looked at: %w", err)
+	}
+	if err := hello.Check(r.cfg.Driver, nonce, binding); err != nil {
+		return nil, reasonIdentity, err
+	}
+	if id.Node != hello.NodeID {
+		return nil, reasonIdentity, fmt.Errorf("the node calls itself %q, its token belongs to a pod on node %q", hello.NodeID, id.Node)
+	}
+	s := newSession(r, id, hello)
+	old, err := r.table.admit(s)
+	if second, ok := errors.AsType[*secondError](err); ok && second.old != nil && !second.old.alive(ctx) {
+		// The node found the link dead before this end did.
+		second.old.end(errors.New("it did not answer when its node dialled again"))
+		r.table.leave(second.old)
+		old, err = r.table.admit(s)
+	}
+	if err != nil {
+		return nil, reasonSecond, err
+	}
+	if old != nil {
+		old.end(fmt.Errorf("pod %q took its place", id.Pod))
+	}
+	return s, "", nil
+}
+
+// authenticate is the Authenticator's answer, if the token has not expired.
+func (r *Router) authenticate(ctx context.Context, token string) (Identity, error) {
+	id, err := r.cfg.Auth.Authenticate(ctx, token)
+	if err == nil && !id.Expires.After(r.cfg.Now()) {
+		err = fmt.Errorf("%w: it has expired", ErrToken)
+	}
+	return id, err
+}
+
+// sleep waits for d, or for ctx.
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}

@@ -1,0 +1,298 @@
+package router
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
+	"k8s.io/klog/v2"
+
+	"github.com/csi-loop/csi-loop/pkg/router/link"
+)
+
+// session is the controller's end of one link.
+type session struct {
+	router  *Router
+	id      Identity
+	hello   link.NodeHello
+	methods map[string]struct{}
+	conn    net.Conn
+
+	client csi.ControllerClient // set before the session joins the table
+	calls  sync.WaitGroup       // Add only while draining is false
+	wake   chan struct{}        // capacity 1; there is an order to send
+	fresh  chan string          // capacity 1; the last token that came
+	pong   chan struct{}        // capacity 1; the node said something
+
+	ended context.Context
+	end   context.CancelCauseFunc
+
+	mu       sync.Mutex
+	order    link.Order // guarded by mu; what is to be sent
+	draining bool       // guarded by mu; no new calls
+}
+
+func newSession(r *Router, id Identity, hello link.NodeHello) *session {
+	s := &session{
+		router: r, id: id, hello: hello, methods: make(map[string]struct{}, len(hello.Methods)),
+		wake: make(chan struct{}, 1), fresh: make(chan string, 1), pong: make(chan struct{}, 1),
+	}
+	for _, m := range hello.Methods {
+		s.methods[m] = struct{}{}
+	}
+	s.hello.Methods, s.hello.Token = nil, ""
+	s.ended, s.end = context.WithCancelCause(context.Background())
+	return s
+}
+
+// drainTime is how long calls may go on after the node began to stop.
+const drainTime = time.Minute
+
+// run is the life of the link. It returns why it ended.
+func (s *session) run(ctx context.Context) error {
+	r := s.router
+	defer r.table.leave(s)
+	stop := context.AfterFunc(ctx, func() { s.end(context.Cause(ctx)) })
+	defer stop()
+	defer s.end(nil)
+
+	conn, err := link.NewClient(s.conn)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close() }()
+	s.client = csi.NewControllerClient(conn)
+	stream, err := link.OpenStream(s.ended, conn) //nolint:contextcheck // ended follows ctx, and other reasons to end
+	if err != nil {
+		return err
+	}
+	pools, err := s.inventory(stream)
+	if err != nil {
+		r.refuse(reasonInventory)
+		return err
+	}
+	for _, d := range r.table.join(s, pools) {
+		s.duplicate(ctx, d)
+	}
+	klog.FromContext(ctx).Info("Linked to a node", "version", s.hello.Version, "pools", len(s.hello.Pools))
+
+	r.mu.Lock()
+	r.sessions[s] = struct{}{}
+	s.tell(r.replicas, "")
+	r.mu.Unlock()
+	defer func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		delete(r.sessions, s)
+	}()
+	var wg sync.WaitGroup
+	wg.Go(func() { s.sendOrders(stream) })
+	wg.Go(func() { s.renew(ctx) })
+	err = s.receive(stream)
+	r.table.leave(s)
+	s.drain(conn)
+	s.end(err)
+	wg.Wait()
+	return context.Cause(s.ended) //nolint:contextcheck // it is no call
+}
+
+// inventory reads what the node has.
+func (s *session) inventory(stream link.Stream) (map[string]*pool, error) {
+	timer := time.AfterFunc(inventoryTime, func() { s.end(errors.New("the node did not say in time what it has")) })
+	defer timer.Stop()
+	pools := map[string]*pool{"": {volumes: map[string]struct{}{}}}
+	for _, p := range s.hello.Pools {
+		pools[p.ID] = &pool{id: p.ID, name: p.Name, isDefault: p.Name == s.hello.DefaultPool, volumes: map[string]struct{}{}}
+	}
+	for {
+		u, err := stream.Recv()
+		if err != nil {
+			return nil, errors.Join(context.Cause(s.ended), err)
+		}
+		for _, change := range u.Pools {
+			p := pools[change.ID]
+			if p == nil {
+				return nil, fmt.Errorf("the node speaks of pool %q, which it did not prove to have", change.ID)
+			}
+			for _, v := range change.Added {
+				p.volumes[v] = struct{}{}
+			}
+			if change.Free != nil {
+				p.free = *change.Free
+			}
+		}
+		s.take(u)
+		if u.Complete {
+			return pools, nil
+		}
+	}
+}
+
+// receive takes what the node sends until the stream ends.
+func (s *session) receive(stream link.Stream) error {
+	for {
+		u, err := stream.Recv()
+		if err != nil {
+			return errors.Join(context.Cause(s.ended), err)
+		}
+		s.router.table.update(s, u)
+		s.take(u)
+	}
+}
+
+// take hands on what is not about pools.
+func (s *session) take(u link.Update) {
+	select {
+	case s.pong <- struct{}{}: // any word is a sign of life
+	default:
+	}
+	if u.Token == "" {
+		return
+	}
+	select {
+	case <-s.fresh:
+	default:
+	}
+	s.fresh <- u.Token // the only sender
+}
+
+// drain lets the calls under way finish. On a broken connection they have failed
+// already.
+func (s *session) drain(conn *grpc.ClientConn) {
+	s.mu.Lock()
+	s.draining = true
+	s.mu.Unlock()
+	timer := time.AfterFunc(drainTime, func() { _ = conn.Close() })
+	defer timer.Stop()
+	if s.ended.Err() != nil {
+		_ = conn.Close() // the link was ended from here
+	}
+	s.calls.Wait()
+}
+
+// enter counts a call, unless the link is about to end.
+func (s *session) enter() (leave func(), ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.draining {
+		return nil, false
+	}
+	s.calls.Add(1)
+	return s.calls.Done, true
+}
+
+// tell has the node told of replicas, and of a notice for its log.
+func (s *session) tell(replicas []string, notice string) {
+	s.post(func(o *link.Order) {
+		if replicas != nil {
+			o.Replicas = replicas
+		}
+		if notice != "" {
+			o.Notice = notice
+		}
+	})
+}
+
+func (s *session) post(change func(*link.Order)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	change(&s.order)
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (s *session) sendOrders(stream link.Stream) {
+	for {
+		select {
+		case <-s.ended.Done():
+			return
+		case <-s.wake:
+		}
+		s.mu.Lock()
+		o := s.order
+		s.order = link.Order{}
+		s.mu.Unlock()
+		if stream.Send(o) != nil {
+			return // receive sees why
+		}
+	}
+}
+
+// alive asks the node for a word.
+func (s *session) alive(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, probeTime)
+	defer cancel()
+	select {
+	case <-s.pong:
+	default:
+	}
+	s.post(func(o *link.Order) { o.Ping = true })
+	select {
+	case <-s.pong:
+		return true
+	case <-s.ended.Done():
+	case <-ctx.Done():
+	}
+	return false
+}
+
+// duplicate tells everybody of a pool that two nodes have.
+func (s *session) duplicate(ctx context.Context, d duplicate) {
+	msg := fmt.Sprintf("pool %q (ID %s) is on node %q and on node %q: one is a copy of the other (a cloned disk or machine image?). "+
+		"The one on %q is served, the one on %q is not", d.name, d.id, d.first.id.Node, d.second.id.Node, d.first.id.Node, d.second.id.Node)
+	klog.FromContext(ctx).Error(nil, "Refused a pool", "pool", d.id, "first", d.first.id.Node, "second", d.second.id.Node, "reason", msg)
+	d.first.tell(nil, msg)
+	d.second.tell(nil, msg)
+}
+
+// Pauses between attempts to look at a fresh token.
+const renewPause = 5 * time.Second
+
+// renew ends the link when its token expires, unless a fresh one came.
+func (s *session) renew(ctx context.Context) {
+	logger := klog.FromContext(ctx)
+	expires := s.id.Expires
+	var token string // fresh, not looked at yet
+	for {
+		wait := expires.Sub(s.router.cfg.Now())
+		if wait <= 0 {
+			s.end(errors.New("its token expired, and no fresh one came"))
+			return
+		}
+		if token != "" {
+			wait = min(wait, renewPause)
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-s.ended.Done():
+			timer.Stop()
+			return
+		case token = <-s.fresh:
+		case <-timer.C:
+		}
+		timer.Stop()
+		if token == "" {
+			continue
+		}
+		id, err := s.router.authenticate(s.ended, token) //nolint:contextcheck // ended follows ctx
+		switch {
+		case errors.Is(err, ErrToken):
+			logger.Error(err, "A node sent a fresh token that is no good")
+			token = ""
+		case err != nil:
+			logger.Error(err, "Cannot look at a node's fresh token; trying again")
+		case id.Node != s.id.Node || id.NodeUID != s.id.NodeUID || id.PodUID != s.id.PodUID:
+			s.end(fmt.Errorf("it sent the token of pod %q on node %q", id.Pod, id.Node))
+			return
+		default:
+			expires, token = id.Expires, ""
+		}
+	}
+}

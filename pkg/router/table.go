@@ -1,0 +1,449 @@
+package router
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/csi-loop/csi-loop/pkg/router/link"
+)
+
+// table is what the controller knows of nodes and their pools: those with a link,
+// and those that had one.
+type table struct {
+	now func() time.Time
+
+	mu    sync.RWMutex
+	nodes map[string]*node // guarded by mu; by name
+	// pools holds each pool's claims, in the order they were made: the first one
+	// is the pool's place, further ones are refused copies. Guarded by mu.
+	pools map[string][]*pool
+	names map[string][]*pool // guarded by mu; by volume: where it is
+	lost  map[string]*node   // guarded by mu; by volume: a CreateVolume whose answer was lost
+}
+
+// node is a node that has or had a link. All fields but name are guarded by
+// table.mu.
+type node struct {
+	name     string
+	session  *session // nil while away
+	joined   bool     // the session has told everything
+	away     time.Time
+	pools    map[string]*pool    // by ID; "" is for volumes being made
+	replaced map[string]struct{} // pods whose link another pod's replaced
+}
+
+// pool is one node's claim to a pool. Guarded by table.mu.
+type pool struct {
+	id, name  string
+	isDefault bool // of its node
+	node      *node
+	volumes   map[string]struct{}
+	free      link.Free
+}
+
+func newTable(now func() time.Time) *table {
+	return &table{now: now, nodes: map[string]*node{}, pools: map[string][]*pool{}, names: map[string][]*pool{}, lost: map[string]*node{}}
+}
+
+// secondError: the node has a link already.
+type secondError struct {
+	old *session // nil when asking it is of no use
+	msg string
+}
+
+func (e *secondError) Error() string { return e.msg }
+
+// admit makes s the link of its node, and returns the one that it replaces. A
+// second link replaces the first only if it is another pod's, and not one that was
+// replaced itself: pods that replace each other for ever help nobody.
+func (t *table) admit(s *session) (replaced *session, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n := t.nodes[s.id.Node]
+	if n == nil {
+		n = &node{name: s.id.Node, away: t.now(), replaced: map[string]struct{}{}}
+		t.nodes[s.id.Node] = n
+	}
+	if old := n.session; old != nil {
+		if _, was := n.replaced[s.id.PodUID]; was {
+			return nil, &secondError{nil, fmt.Sprintf("node %q is linked by pod %q, which came after this one", n.name, old.id.Pod)}
+		}
+		if old.id.PodUID == s.id.PodUID {
+			return nil, &secondError{old, fmt.Sprintf("node %q is linked by this very pod already", n.name)}
+		}
+		n.replaced[old.id.PodUID] = struct{}{}
+		replaced = old
+		if n.joined {
+			n.away = t.now()
+		}
+	}
+	// What was known of the node counts until the new link has told everything.
+	n.session, n.joined = s, false
+	return replaced, nil
+}
+
+// join makes the node of s take part in routing, with what it has told. It returns
+// the claims that are refused because another node has the pool.
+func (t *table) join(s *session, pools map[string]*pool) (duplicates []duplicate) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n := t.nodes[s.id.Node]
+	if n == nil || n.session != s {
+		return nil // replaced meanwhile
+	}
+	t.clear(n) // what was known from before the link was lost
+	n.joined, n.pools = true, pools
+	for id, p := range pools {
+		p.node = n
+		if id == "" {
+			t.index(p)
+			continue
+		}
+		// What is known of a pool on a node that is away ends when the pool is
+		// found elsewhere: the disk was moved.
+		claims := t.pools[id]
+		for _, other := range slices.Clone(claims) {
+			if other.node.session == nil {
+				t.drop(other)
+			}
+		}
+		t.pools[id] = append(t.pools[id], p)
+		if claims = t.pools[id]; len(claims) > 1 {
+			duplicates = append(duplicates, duplicate{p.id, p.name, claims[0].node.session, s})
+			continue
+		}
+		t.index(p)
+	}
+	return duplicates
+}
+
+// duplicate is a pool that two nodes have.
+type duplicate struct {
+	id, name      string
+	first, second *session
+}
+
+// leave makes the node of s away, if s is still its link.
+func (t *table) leave(s *session) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n := t.nodes[s.id.Node]
+	if n == nil || n.session != s {
+		return
+	}
+	n.session = nil
+	clear(n.replaced)
+	if !n.joined {
+		return // what was known from an earlier link stays
+	}
+	n.joined, n.away = false, t.now()
+	// A copy that was refused gets its turn.
+	for id, p := range n.pools {
+		if claims := t.pools[id]; len(claims) > 1 {
+			t.drop(p)
+			delete(n.pools, id)
+		}
+	}
+}
+
+// forget removes nodes that are away and that gone says are no more.
+func (t *table) forget(gone func(name string, away time.Duration) bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for name, n := range t.nodes {
+		if n.session == nil && gone(name, t.now().Sub(n.away)) {
+			t.clear(n)
+			delete(t.nodes, name)
+			for volume, at := range t.lost {
+				if at == n {
+					delete(t.lost, volume)
+				}
+			}
+		}
+	}
+}
+
+// shown says whether a claim is its pool's place. Precondition: t.mu is held.
+func (t *table) shown(p *pool) bool {
+	claims := t.pools[p.id]
+	return p.id == "" || len(claims) > 0 && claims[0] == p
+}
+
+// clear drops all claims of a node. Precondition: t.mu is held.
+func (t *table) clear(n *node) {
+	for _, p := range n.pools {
+		t.drop(p)
+	}
+	n.pools = nil
+}
+
+// drop ends a claim; the next one, if there is one, takes its place.
+// Precondition: t.mu is held.
+func (t *table) drop(p *pool) {
+	claims := t.pools[p.id]
+	i := slices.Index(claims, p)
+	if i <= 0 {
+		t.unindex(p)
+	}
+	if i < 0 {
+		return // the pool of volumes being made
+	}
+	claims = slices.Delete(claims, i, i+1)
+	if len(claims) == 0 {
+		delete(t.pools, p.id)
+		return
+	}
+	t.pools[p.id] = claims
+	if i == 0 {
+		t.index(claims[0])
+	}
+}
+
+// index and unindex keep names. Precondition: t.mu is held.
+func (t *table) index(p *pool) {
+	for v := range p.volumes {
+		t.indexOne(p, v)
+	}
+}
+
+func (t *table) indexOne(p *pool, volume string) {
+	if !slices.Contains(t.names[volume], p) {
+		t.names[volume] = append(t.names[volume], p)
+	}
+}
+
+func (t *table) unindex(p *pool) {
+	for v := range p.volumes {
+		t.unindexOne(p, v)
+	}
+}
+
+func (t *table) unindexOne(p *pool, volume string) {
+	left := slices.DeleteFunc(t.names[volume], func(o *pool) bool { return o == p })
+	if len(left) == 0 {
+		delete(t.names, volume)
+		return
+	}
+	t.names[volume] = left
+}
+
+// update takes what a joined node says.
+func (t *table) update(s *session, u link.Update) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n := t.nodes[s.id.Node]
+	if n == nil || n.session != s {
+		return
+	}
+	for _, change := range u.Pools {
+		p := n.pools[change.ID]
+		if p == nil {
+			continue // it was not proven
+		}
+		shown := t.shown(p)
+		for _, v := range change.Added {
+			p.volumes[v] = struct{}{}
+			if shown {
+				t.indexOne(p, v)
+			}
+		}
+		for _, v := range change.Removed {
+			delete(p.volumes, v)
+			if shown {
+				t.unindexOne(p, v)
+			}
+		}
+		if change.Free != nil {
+			p.free = *change.Free
+		}
+	}
+}
+
+// place is where something is: a node's link, or how long it has been away.
+type place struct {
+	node    string
+	session *session // nil while away
+	away    time.Duration
+}
+
+// Precondition: t.mu is held.
+func (t *table) place(n *node) place {
+	if n.session != nil && n.joined {
+		return place{node: n.name, session: n.session}
+	}
+	return place{node: n.name, away: t.now().Sub(n.away)}
+}
+
+// pool finds the node that has the pool.
+func (t *table) pool(id string) (place, bool) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	claims := t.pools[id]
+	if len(claims) == 0 {
+		return place{}, false
+	}
+	return t.place(claims[0].node), true
+}
+
+// owns says whether the pool's place is this link.
+func (t *table) owns(s *session, id string) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	claims := t.pools[id]
+	return len(claims) > 0 && claims[0].node.session == s
+}
+
+// node finds a node.
+func (t *table) node(name string) (place, bool) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	n := t.nodes[name]
+	if n == nil {
+		return place{}, false
+	}
+	return t.place(n), true
+}
+
+// all lists the nodes, by name.
+func (t *table) all() []place {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	places := make([]place, 0, len(t.nodes))
+	for _, n := range t.nodes {
+		places = append(places, t.place(n))
+	}
+	slices.SortFunc(places, func(a, b place) int { return cmp.Compare(a.node, b.node) })
+	return places
+}
+
+// volume finds the nodes that have the volume, are making it, or may have made it.
+func (t *table) volume(dir string) []place {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	var places []place
+	seen := map[*node]bool{}
+	add := func(n *node) {
+		if !seen[n] {
+			seen[n] = true
+			places = append(places, t.place(n))
+		}
+	}
+	for _, p := range t.names[dir] {
+		add(p.node)
+	}
+	if n := t.lost[dir]; n != nil {
+		add(n)
+	}
+	return places
+}
+
+// sent notes that a CreateVolume goes to a node; answered, that its answer settled
+// whether the volume exists.
+func (t *table) sent(dir, name string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if n := t.nodes[name]; n != nil {
+		t.lost[dir] = n
+	}
+}
+
+func (t *table) answered(dir string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.lost, dir)
+}
+
+// made notes a volume before its node's own word comes: a repeated call finds it.
+func (t *table) made(s *session, volumeID string) {
+	poolID, dir, ok := strings.Cut(volumeID, ".")
+	if ok {
+		t.update(s, link.Update{Pools: []link.PoolUpdate{{ID: poolID, Added: []string{dir}}}})
+	}
+}
+
+// room is the free space of one node in a pool, in bytes.
+type room struct {
+	place
+
+	free int64
+}
+
+// rooms lists the nodes with a pool of that name ("": their default pool), the
+// roomiest first, by name where equal. Copies that were refused are left out.
+func (t *table) rooms(poolName string, thin bool) []room {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	var rooms []room
+	for _, n := range t.nodes {
+		if p := t.poolOf(n, poolName); p != nil {
+			rooms = append(rooms, room{t.place(n), p.room(thin)})
+		}
+	}
+	slices.SortFunc(rooms, func(a, b room) int {
+		return cmp.Or(cmp.Compare(b.free, a.free), cmp.Compare(a.node, b.node))
+	})
+	return rooms
+}
+
+// room is the pool's last word on free space. Precondition: table.mu is held.
+func (p *pool) room(thin bool) int64 {
+	if thin {
+		return p.free.Thin
+	}
+	return p.free.Thick
+}
+
+// roomAt is the room in the pool of that name on one node.
+func (t *table) roomAt(name, poolName string, thin bool) (room, bool) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	n := t.nodes[name]
+	if n == nil {
+		return room{}, false
+	}
+	p := t.poolOf(n, poolName)
+	if p == nil {
+		return room{place: t.place(n)}, true
+	}
+	return room{t.place(n), p.room(thin)}, true
+}
+
+// hasPool says whether a node has a pool of that name.
+func (t *table) hasPool(name, poolName string) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	n := t.nodes[name]
+	return n != nil && t.poolOf(n, poolName) != nil
+}
+
+// poolOf finds a node's pool by name. Precondition: t.mu is held.
+func (t *table) poolOf(n *node, name string) *pool {
+	for id, p := range n.pools {
+		meant := p.name == name || name == "" && p.isDefault
+		if id != "" && meant && t.shown(p) {
+			return p
+		}
+	}
+	return nil
+}
+
+func (t *table) stats() Stats {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	var s Stats
+	for _, n := range t.nodes {
+		if n.session != nil && n.joined {
+			s.Linked++
+		} else {
+			s.Away++
+		}
+	}
+	for _, claims := range t.pools {
+		s.DuplicatePools += len(claims) - 1
+	}
+	return s
+}
