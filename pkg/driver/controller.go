@@ -34,6 +34,11 @@ var controllerRPCs = []csi.ControllerServiceCapability_RPC_Type{
 	csi.ControllerServiceCapability_RPC_LIST_VOLUME_HEALTH,
 }
 
+// ControllerCapabilities are the optional calls of the Controller service.
+func ControllerCapabilities() []csi.ControllerServiceCapability_RPC_Type {
+	return slices.Clone(controllerRPCs)
+}
+
 // ControllerGetCapabilities lists controllerRPCs.
 func (s *controllerServer) ControllerGetCapabilities(context.Context, *csi.ControllerGetCapabilitiesRequest) (*csi.ControllerGetCapabilitiesResponse, error) {
 	caps := make([]*csi.ControllerServiceCapability, len(controllerRPCs))

@@ -9,6 +9,7 @@ import (
 	"regexp"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
@@ -35,6 +36,8 @@ type Config struct {
 	StateDir string
 	// DefaultPool is used when a request names no pool.
 	DefaultPool string
+	// Observe is told of each CSI call that was answered; it may be nil.
+	Observe func(method, code string, took time.Duration)
 	// EphemeralMaxSize bounds inline ephemeral volumes, in bytes; 0 refuses them.
 	EphemeralMaxSize int64
 	// EphemeralMaxVolumes bounds their number on this node, since the scheduler

@@ -12,7 +12,8 @@ import (
 // identityServer is the CSI Identity service.
 type identityServer struct {
 	csi.UnimplementedIdentityServer
-	d *Driver
+	d      *Driver
+	plugin []*csi.PluginCapability
 }
 
 // GetPluginInfo names the driver and its version.
@@ -20,18 +21,24 @@ func (s *identityServer) GetPluginInfo(context.Context, *csi.GetPluginInfoReques
 	return &csi.GetPluginInfoResponse{Name: s.d.cfg.Name, VendorVersion: s.d.cfg.Version}, nil
 }
 
-// GetPluginCapabilities: a controller, volumes bound to a node, growth while mounted.
+// GetPluginCapabilities: PluginCapabilities, as far as the services are there.
 func (s *identityServer) GetPluginCapabilities(context.Context, *csi.GetPluginCapabilitiesRequest) (*csi.GetPluginCapabilitiesResponse, error) {
+	return &csi.GetPluginCapabilitiesResponse{Capabilities: s.plugin}, nil
+}
+
+// PluginCapabilities are those of the whole driver: a controller, volumes bound to a
+// node, growth while mounted.
+func PluginCapabilities() []*csi.PluginCapability {
 	service := func(t csi.PluginCapability_Service_Type) *csi.PluginCapability {
 		return &csi.PluginCapability{Type: &csi.PluginCapability_Service_{Service: &csi.PluginCapability_Service{Type: t}}}
 	}
-	return &csi.GetPluginCapabilitiesResponse{Capabilities: []*csi.PluginCapability{
+	return []*csi.PluginCapability{
 		service(csi.PluginCapability_Service_CONTROLLER_SERVICE),
 		service(csi.PluginCapability_Service_VOLUME_ACCESSIBILITY_CONSTRAINTS),
 		{Type: &csi.PluginCapability_VolumeExpansion_{
 			VolumeExpansion: &csi.PluginCapability_VolumeExpansion{Type: csi.PluginCapability_VolumeExpansion_ONLINE},
 		}},
-	}}, nil
+	}
 }
 
 // Probe answers not ready until the reconcile at start-up is done, then

@@ -30,7 +30,7 @@ type running struct{ wg sync.WaitGroup }
 
 // intercept puts method and volume into the logger, turns errors into
 // statuses, logs the outcome once, and keeps a panic from ending the other calls.
-func (r *running) intercept(logger klog.Logger) grpc.UnaryServerInterceptor {
+func (r *running) intercept(logger klog.Logger, observe func(method, code string, took time.Duration)) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
 		r.wg.Add(1)
 		defer r.wg.Done()
@@ -45,9 +45,12 @@ func (r *running) intercept(logger klog.Logger) grpc.UnaryServerInterceptor {
 		start := time.Now()
 		resp, err = guarded(klog.NewContext(ctx, log), req, handler, log)
 		took := time.Since(start).Round(time.Microsecond)
+		err = toStatus(err)
+		if observe != nil {
+			observe(method, status.Code(err).String(), took)
+		}
 		switch {
 		case err != nil:
-			err = toStatus(err)
 			report(log, err, took)
 			return nil, err
 		case quiet[method]:

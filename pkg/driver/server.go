@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -83,10 +84,41 @@ const window = 1 << 20
 // stopTime is how long Serve lets running calls finish by default.
 const stopTime = 30 * time.Second
 
-// Serve answers CSI calls on l until ctx ends, then lets running calls finish
+// Serve answers all CSI calls on l until ctx ends, then lets running calls finish
 // for at most grace (0: 30 s) before it cancels them, and waits for those to
 // undo what they did. It returns nil after an orderly stop.
 func (d *Driver) Serve(ctx context.Context, l net.Listener, grace time.Duration) error {
+	return d.serve(ctx, l, grace, func(r grpc.ServiceRegistrar) {
+		csi.RegisterIdentityServer(r, &identityServer{d: d, plugin: PluginCapabilities()})
+		d.RegisterController(r)
+		csi.RegisterNodeServer(r, &nodeServer{d: d})
+	})
+}
+
+// ServeNode is Serve for a node whose Controller service is reached by another way:
+// only the Identity and Node services are there.
+func (d *Driver) ServeNode(ctx context.Context, l net.Listener, grace time.Duration) error {
+	plugin := slices.DeleteFunc(PluginCapabilities(), func(c *csi.PluginCapability) bool {
+		return c.GetService().GetType() == csi.PluginCapability_Service_CONTROLLER_SERVICE
+	})
+	return d.serve(ctx, l, grace, func(r grpc.ServiceRegistrar) {
+		csi.RegisterIdentityServer(r, &identityServer{d: d, plugin: plugin})
+		csi.RegisterNodeServer(r, &nodeServer{d: d})
+	})
+}
+
+// RegisterController adds the Controller service to a server of the caller's, who
+// must give it Interceptor, and see all calls ended before Close.
+func (d *Driver) RegisterController(r grpc.ServiceRegistrar) {
+	csi.RegisterControllerServer(r, &controllerServer{d: d})
+}
+
+// Interceptor is what turns errors of this package into gRPC statuses, and logs.
+func (d *Driver) Interceptor(logger klog.Logger) grpc.UnaryServerInterceptor {
+	return (&running{}).intercept(logger, d.cfg.Observe)
+}
+
+func (d *Driver) serve(ctx context.Context, l net.Listener, grace time.Duration, register func(grpc.ServiceRegistrar)) error {
 	if grace == 0 {
 		grace = stopTime
 	}
@@ -94,10 +126,8 @@ func (d *Driver) Serve(ctx context.Context, l net.Listener, grace time.Duration)
 	calls := &running{}
 	// Windows of a fixed size: growing them costs a ping for each call, and CSI
 	// messages are small.
-	srv := grpc.NewServer(grpc.UnaryInterceptor(calls.intercept(logger)), grpc.InitialWindowSize(window), grpc.InitialConnWindowSize(window))
-	csi.RegisterIdentityServer(srv, &identityServer{d: d})
-	csi.RegisterControllerServer(srv, &controllerServer{d: d})
-	csi.RegisterNodeServer(srv, &nodeServer{d: d})
+	srv := grpc.NewServer(grpc.UnaryInterceptor(calls.intercept(logger, d.cfg.Observe)), grpc.InitialWindowSize(window), grpc.InitialConnWindowSize(window))
+	register(srv)
 
 	failed := make(chan error, 1)
 	go func() { failed <- srv.Serve(l) }()

@@ -88,7 +88,7 @@ func TestStopLetsCallsFinish(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			calls := &running{}
 			s := slowIdentity{entered: make(chan struct{}), release: make(chan struct{})}
-			srv := grpc.NewServer(grpc.UnaryInterceptor(calls.intercept(klog.Background())))
+			srv := grpc.NewServer(grpc.UnaryInterceptor(calls.intercept(klog.Background(), nil)))
 			csi.RegisterIdentityServer(srv, s)
 			path := filepath.Join(socketDir(t), "csi.sock")
 			l, err := Listen(t.Context(), path)
@@ -131,7 +131,7 @@ func (panicking) Probe(context.Context, *csi.ProbeRequest) (*csi.ProbeResponse, 
 
 func TestPanicIsInternal(t *testing.T) {
 	calls := &running{}
-	_, err := calls.intercept(klog.Background())(t.Context(), &csi.ProbeRequest{}, &grpc.UnaryServerInfo{FullMethod: "/csi.v1.Identity/Probe"},
+	_, err := calls.intercept(klog.Background(), nil)(t.Context(), &csi.ProbeRequest{}, &grpc.UnaryServerInfo{FullMethod: "/csi.v1.Identity/Probe"},
 		func(ctx context.Context, req any) (any, error) {
 			return panicking{}.Probe(ctx, req.(*csi.ProbeRequest))
 		})

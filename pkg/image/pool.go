@@ -119,22 +119,30 @@ func (p *Pool) get(dir string) (record, error) {
 	return record{}, fmt.Errorf("%w: %s", ErrNotFound, VolumeID(p.ID(), dir))
 }
 
+// Precondition of all three: the lock of dir is held.
+
 func (p *Pool) remember(dir string, r record) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
+	_, was := p.records[dir]
 	p.records[dir] = r
+	p.mu.Unlock()
+	if !was {
+		p.store.observers.tell(Change{p.ID(), dir, true})
+	}
 }
 
 func (p *Pool) refuse(dir string, err error) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	p.damaged[dir] = err
+	p.mu.Unlock()
+	p.store.observers.tell(Change{p.ID(), dir, true})
 }
 
 func (p *Pool) forget(dir string) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	delete(p.records, dir)
+	p.mu.Unlock()
+	p.store.observers.tell(Change{p.ID(), dir, false})
 }
 
 func (p *Pool) volume(dir string, r record) Volume {

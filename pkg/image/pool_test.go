@@ -525,3 +525,28 @@ func TestRefresherStopsAndSees(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// Observers hear of each volume that comes and goes, once, and Dirs lists them.
+func TestObserve(t *testing.T) {
+	s, p := openPool(t, poolDir(t))
+	var heard []Change
+	stop := s.Observe(func(c Change) { heard = append(heard, c) })
+	v := create(t, p, Spec{Name: "v", Size: size})
+	create(t, p, Spec{Name: "v", Size: size}) // as before
+	if _, err := p.Grow(ctx, v.ID, 2*size); err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff([]string{"v"}, p.Dirs()); d != "" {
+		t.Error(d)
+	}
+	for range 2 {
+		if err := p.Remove(ctx, v.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop()
+	create(t, p, Spec{Name: "w", Size: size})
+	if d := cmp.Diff([]Change{{p.ID(), "v", true}, {p.ID(), "v", false}}, heard); d != "" {
+		t.Error(d)
+	}
+}

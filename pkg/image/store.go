@@ -21,6 +21,8 @@ type Store struct {
 	kill   func(point string)
 	logger klog.Logger
 
+	observers observers
+
 	refresh   time.Duration
 	stop      context.CancelFunc
 	loops     sync.WaitGroup // the refresher, and who tries absent pools again
