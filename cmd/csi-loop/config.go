@@ -18,6 +18,7 @@ import (
 
 	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/kubelet"
 )
 
 // exampleConfig is the configuration file with every field explained.
@@ -28,6 +29,10 @@ var exampleConfig string
 // config is what serve is told: the configuration file's form, over which the
 // environment and the flags are laid.
 type config struct {
+	linkConfig
+
+	Mode                string       `json:"mode"`
+	HTTPEndpoint        string       `json:"httpEndpoint"`
 	Endpoint            string       `json:"endpoint"`
 	NodeID              string       `json:"nodeID"`
 	DriverName          string       `json:"driverName"`
@@ -85,6 +90,7 @@ func (s *scalar) UnmarshalJSON(b []byte) error {
 // defaultConfig holds the values of whatever is not said.
 func defaultConfig() config {
 	return config{
+		linkConfig: defaultLinkConfig(), Mode: modeAll,
 		DriverName: driver.DefaultName, StateDir: "/run/csi-loop",
 		LoopDevicesWarm: 8, LoopDevicesMax: 256,
 		EphemeralMaxSize: "0", EphemeralMaxVolumes: driver.DefaultEphemeralMaxVolumes, StopTimeout: "30s",
@@ -139,6 +145,10 @@ func (c *config) addPools(pairs []string, from string) error {
 
 // plan is a configuration that has been understood.
 type plan struct {
+	mode        string
+	http        string          // address of the HTTP endpoint; "" is none
+	link        linkConfig      // checked, as far as the mode has use for it
+	plugin      *kubelet.Plugin // what to register with the kubelet; nil is nothing
 	driver      driver.Config
 	endpoint    string
 	pools       []image.Config
@@ -150,7 +160,13 @@ type plan struct {
 // resolve checks everything that can be checked without looking at the machine.
 // Its errors are usage errors that name the field by its flag.
 func (c *config) resolve(version string) (plan, error) {
-	p := plan{endpoint: c.Endpoint, imageDirs: c.ImageDirs, warm: c.LoopDevicesWarm, max: c.LoopDevicesMax}
+	if err := c.checkMode(); err != nil {
+		return plan{}, err
+	}
+	if c.Mode == modeController {
+		return c.resolveController(version)
+	}
+	p := plan{mode: c.Mode, http: c.HTTPEndpoint, link: c.linkConfig, endpoint: c.Endpoint, imageDirs: c.ImageDirs, warm: c.LoopDevicesWarm, max: c.LoopDevicesMax}
 	switch {
 	case c.NodeID == "":
 		// Not the host's name by default: in a pod that is the pod's, and volumes
@@ -174,8 +190,13 @@ func (c *config) resolve(version string) (plan, error) {
 		}
 	}
 	var err error
-	if p.stopTimeout, err = time.ParseDuration(string(c.StopTimeout)); err != nil || p.stopTimeout <= 0 {
-		return p, usagef("--stop-timeout %q: is not a positive time such as 30s", c.StopTimeout)
+	if p.stopTimeout, err = c.stopTime(); err != nil {
+		return p, err
+	}
+	if c.Mode == modeNode {
+		if err := c.resolveNode(&p); err != nil {
+			return p, err
+		}
 	}
 	if p.pools, err = c.resolvePools(); err != nil {
 		return p, err
@@ -203,6 +224,14 @@ func (c *config) resolveEphemeral(d *driver.Config) (err error) {
 	d.EphemeralMaxVolumes, d.EphemeralPools = c.EphemeralMaxVolumes, c.EphemeralPools
 	d.EphemeralMaxSize, err = parseSize("--ephemeral-max-size", string(c.EphemeralMaxSize))
 	return err
+}
+
+func (c *config) stopTime() (time.Duration, error) {
+	d, err := time.ParseDuration(string(c.StopTimeout))
+	if err != nil || d <= 0 {
+		return 0, usagef("--stop-timeout %q: is not a positive time such as 30s", c.StopTimeout)
+	}
+	return d, nil
 }
 
 // poolName is what a StorageClass can name.

@@ -48,6 +48,7 @@ func minimal(more ...string) []string {
 
 func TestConfiguration(t *testing.T) {
 	base := plan{
+		mode: modeAll, link: defaultLinkConfig(),
 		driver:   driver.Config{Name: "csi-loop.io", Version: "v1", NodeID: "n", StateDir: "/run/csi-loop", DefaultPool: "p", EphemeralMaxVolumes: 32},
 		endpoint: "unix:///e/csi.sock",
 		pools:    []image.Config{{Name: "p", Path: "/p", Overcommit: 1}},
@@ -235,6 +236,7 @@ func TestExampleConfig(t *testing.T) {
 	newServeFlags(fs)
 	keys := map[string]string{
 		"pool": "pools", "image-dir": "imageDirs", "v": "verbosity", "node-id": "nodeID",
+		"controller-ca": "controllerCA", "link-ca-configmap": "linkCAConfigMap", "link-tls-dir": "linkTLSDir",
 		"config": "--config", "example-config": "csi-loop serve", "vmodule": "verbosity", // not keys
 	}
 	fs.VisitAll(func(f *pflag.Flag) {
@@ -253,8 +255,8 @@ func TestExampleConfig(t *testing.T) {
 	// Where a default exists, the example shows it.
 	want := defaultConfig()
 	got := c
-	got.Endpoint, got.NodeID, got.Pools, got.DefaultPool, got.ImageDirs, got.EphemeralPools = "", "", nil, "", nil, nil
-	if diff := cmp.Diff(want, got); diff != "" {
+	got.Endpoint, got.NodeID, got.Pools, got.DefaultPool, got.ImageDirs, got.EphemeralPools, got.ControllerAddress = "", "", nil, "", nil, nil, nil
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(config{})); diff != "" {
 		t.Errorf("the example's values are not the defaults: %s", diff)
 	}
 }

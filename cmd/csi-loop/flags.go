@@ -22,6 +22,12 @@ files on this machine. It needs root.
 
   csi-loop serve --endpoint=unix:///run/csi/csi-loop.sock --node-id=NAME --pool=default=/some/dir
 
+In Kubernetes it runs in two halves. --mode=node, in a pod on each node, answers
+the kubelet and keeps a link to the controller, which it dials. --mode=controller,
+in a Deployment beside Kubernetes' sidecars, needs no root: it answers them by
+sending each call down the link of the node that has the volume. Flags that belong
+to one of them say so, and are refused elsewhere.
+
 Every flag has an environment equivalent: CSILOOP_ and the flag's name in upper
 case with "_" for "-", as in CSILOOP_NODE_ID. The endpoint's is CSI_ENDPOINT.
 What can be repeated is separated by commas there. A variable that is empty
@@ -48,6 +54,7 @@ type serveFlags struct {
 func newServeFlags(fs *pflag.FlagSet) *serveFlags {
 	f := &serveFlags{config: defaultConfig(), logging: logsapi.NewLoggingConfiguration()}
 	fs.SortFlags = false
+	fs.StringVar(&f.Mode, "mode", f.Mode, "all: every service on one socket; node or controller: the halves of a Kubernetes cluster")
 	fs.StringVar(&f.Endpoint, "endpoint", "", "UNIX socket for CSI calls, unix:///DIR/NAME.sock (environment: CSI_ENDPOINT); required")
 	fs.StringVar(&f.NodeID, "node-id", "", "name of this node and value of its topology segment: in Kubernetes the node's name, else for example the host name; required")
 	fs.StringArrayVar(&f.pools, "pool", nil, "directory for image files, NAME=PATH; can be repeated; required here or in the file")
@@ -61,6 +68,8 @@ func newServeFlags(fs *pflag.FlagSet) *serveFlags {
 	fs.StringArrayVar(&f.EphemeralPools, "ephemeral-pool", nil, "pool that inline ephemeral volumes may name; can be repeated (default: the default pool only)")
 	fs.StringVar(&f.DriverName, "driver-name", f.DriverName, "name the driver registers with")
 	fs.Var(&f.StopTimeout, "stop-timeout", "how long running calls may take to finish at a stop")
+	fs.StringVar(&f.HTTPEndpoint, "http-endpoint", "", "address for /healthz, /readyz and /metrics, as in :9809 (default none)")
+	f.linkFlags(fs)
 	fs.StringVar(&f.file, "config", "", "configuration file (YAML)")
 	fs.BoolVar(&f.example, "example-config", false, "print a configuration file with every key explained, and exit")
 
@@ -72,6 +81,24 @@ func newServeFlags(fs *pflag.FlagSet) *serveFlags {
 	}
 	fs.Lookup("logging-format").Usage = "text or json"
 	return f
+}
+
+// linkFlags registers the flags of the modes node and controller.
+func (f *serveFlags) linkFlags(fs *pflag.FlagSet) {
+	fs.StringVar(&f.RegistrationDir, "registration-dir", "", "node: the kubelet's plugins_registry directory, to register there (default: does not register)")
+	fs.StringVar(&f.KubeletEndpoint, "kubelet-endpoint", "", "node: path of the CSI socket as the kubelet sees it (default: that of --endpoint)")
+	fs.StringArrayVar(&f.ControllerAddress, "controller-address", nil, "node: HOST:PORT of the controller; can be repeated")
+	fs.StringVar(&f.ControllerCA, "controller-ca", "", "node: file with the certificates (PEM) that the controller's is signed with; read again at each connection")
+	fs.StringVar(&f.LinkTokenFile, "link-token-file", "", "node: file with the pod's service account token for the audience csi-loop.io; read again when it changes")
+	fs.StringVar(&f.ControllerName, "controller-name", f.ControllerName, "node, controller: name in the controller's certificate")
+	fs.StringVar(&f.LinkListen, "link-listen", f.LinkListen, "controller: address where nodes are awaited")
+	fs.StringVar(&f.LinkAdvertise, "link-advertise", "", "controller: HOST:PORT where nodes reach this replica")
+	fs.StringVar(&f.Namespace, "namespace", "", "controller: namespace of csi-loop")
+	fs.StringVar(&f.NodeServiceAccount, "node-service-account", "", "controller: service account of the nodes' pods")
+	fs.StringVar(&f.LinkSecret, "link-secret", "", "controller: Secret for the certificate of the links, made and renewed there")
+	fs.StringVar(&f.LinkCAConfigMap, "link-ca-configmap", "", "controller: ConfigMap where the nodes find its CA (key ca.crt)")
+	fs.StringVar(&f.LinkTLSDir, "link-tls-dir", "", "controller: directory with a certificate that is given, tls.crt and tls.key, instead")
+	fs.StringVar(&f.Kubeconfig, "kubeconfig", "", "controller: file that says how to reach the API server, outside a cluster")
 }
 
 // String, Set and Type make scalar a flag.
@@ -142,6 +169,22 @@ func (f *serveFlags) load(fs *pflag.FlagSet, lookup func(string) (string, bool))
 		}
 	}
 	for name, take := range map[string]func(){
+		"mode":                  func() { c.Mode = f.Mode },
+		"http-endpoint":         func() { c.HTTPEndpoint = f.HTTPEndpoint },
+		"registration-dir":      func() { c.RegistrationDir = f.RegistrationDir },
+		"kubelet-endpoint":      func() { c.KubeletEndpoint = f.KubeletEndpoint },
+		"controller-address":    func() { c.ControllerAddress = f.ControllerAddress },
+		"controller-ca":         func() { c.ControllerCA = f.ControllerCA },
+		"controller-name":       func() { c.ControllerName = f.ControllerName },
+		"link-token-file":       func() { c.LinkTokenFile = f.LinkTokenFile },
+		"link-listen":           func() { c.LinkListen = f.LinkListen },
+		"link-advertise":        func() { c.LinkAdvertise = f.LinkAdvertise },
+		"namespace":             func() { c.Namespace = f.Namespace },
+		"node-service-account":  func() { c.NodeServiceAccount = f.NodeServiceAccount },
+		"link-secret":           func() { c.LinkSecret = f.LinkSecret },
+		"link-ca-configmap":     func() { c.LinkCAConfigMap = f.LinkCAConfigMap },
+		"link-tls-dir":          func() { c.LinkTLSDir = f.LinkTLSDir },
+		"kubeconfig":            func() { c.Kubeconfig = f.Kubeconfig },
 		"endpoint":              func() { c.Endpoint = f.Endpoint },
 		"node-id":               func() { c.NodeID = f.NodeID },
 		"default-pool":          func() { c.DefaultPool = f.DefaultPool },

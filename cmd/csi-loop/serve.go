@@ -20,11 +20,27 @@ import (
 // serve puts the driver together, brings it up, and answers calls until ctx
 // ends. What was opened is closed in reverse order. It is the only place that
 // knows all packages.
-func serve(ctx context.Context, p plan, unknown []string) (err error) {
+func serve(ctx context.Context, p plan, unknown []string) error {
 	logger := klog.FromContext(ctx)
 	for _, name := range unknown {
 		logger.Info("Environment variable means nothing to csi-loop", "variable", name)
 	}
+	m := newMetrics(thisBuild())
+	stopHTTP, err := m.serve(ctx, p.http)
+	if err != nil {
+		return err
+	}
+	defer stopHTTP()
+	if p.mode == modeController {
+		return serveController(ctx, p, m)
+	}
+	p.driver.Observe = m.observe
+	return serveMachine(ctx, p, m)
+}
+
+// serveMachine is serve in the modes that attach and mount.
+func serveMachine(ctx context.Context, p plan, m *metrics) (err error) {
+	logger := klog.FromContext(ctx)
 	if os.Geteuid() != 0 {
 		return errors.New("serve needs root, to attach loop devices and to mount: run it with sudo, or in a privileged container")
 	}
@@ -64,10 +80,12 @@ func serve(ctx context.Context, p plan, unknown []string) (err error) {
 	if err := d.Reconcile(ctx); err != nil {
 		return err
 	}
-	return listenAndServe(ctx, d, p, images)
+	m.node(images, loops)
+	m.ready(func() error { return d.Ready(ctx) })
+	return listenAndServe(ctx, d, images, p, m)
 }
 
-func listenAndServe(ctx context.Context, d *driver.Driver, p plan, images *image.Store) error {
+func listenAndServe(ctx context.Context, d *driver.Driver, images *image.Store, p plan, m *metrics) error {
 	l, err := driver.Listen(ctx, p.endpoint)
 	if err != nil {
 		return err
@@ -79,7 +97,10 @@ func listenAndServe(ctx context.Context, d *driver.Driver, p plan, images *image
 	for _, pool := range images.Absent() {
 		absent = append(absent, pool.Name+"="+pool.Path)
 	}
-	klog.FromContext(ctx).Info("Serving", "version", p.driver.Version, "endpoint", p.endpoint, "node", p.driver.NodeID, "pools", pools, "absentPools", absent)
+	klog.FromContext(ctx).Info("Serving", "mode", p.mode, "version", p.driver.Version, "endpoint", p.endpoint, "node", p.driver.NodeID, "pools", pools, "absentPools", absent)
+	if p.mode == modeNode {
+		return serveNode(ctx, d, images, p, l, m)
+	}
 	return d.Serve(ctx, l, p.stopTimeout)
 }
 

@@ -50,17 +50,25 @@ func (s *identityServer) Probe(ctx context.Context, _ *csi.ProbeRequest) (*csi.P
 	default:
 		return &csi.ProbeResponse{Ready: wrapperspb.Bool(false)}, nil
 	}
+	if err := s.d.Ready(ctx); err != nil {
+		return nil, preconditionf("%v", err)
+	}
+	return &csi.ProbeResponse{Ready: wrapperspb.Bool(true)}, nil
+}
+
+// Ready tells why no call can be served: no pool can be used and nothing is staged.
+func (d *Driver) Ready(ctx context.Context) error {
 	var errs []error
-	for _, p := range s.d.images.Pools() {
+	for _, p := range d.images.Pools() {
 		err := p.Check(ctx)
 		if err == nil {
-			return &csi.ProbeResponse{Ready: wrapperspb.Bool(true)}, nil
+			return nil
 		}
 		errs = append(errs, fmt.Errorf("pool %q: %w", p.Name(), err))
 	}
-	if len(s.d.state.list()) > 0 {
+	if len(d.state.list()) > 0 {
 		// What is staged is served from records and the kernel, and must be.
-		return &csi.ProbeResponse{Ready: wrapperspb.Bool(true)}, nil
+		return nil
 	}
-	return nil, preconditionf("no pool can be used: %v", errors.Join(errs...))
+	return fmt.Errorf("no pool can be used: %w", errors.Join(errs...))
 }
