@@ -105,14 +105,6 @@ func (p *Pool) build(ctx context.Context, dir string, r record, space *reservati
 	if err != nil {
 		return 0, err
 	}
-	b, err := r.encode()
-	if err != nil {
-		return 0, err
-	}
-	if err := writeSynced(d, recordFile, b); err != nil {
-		return 0, opError("write", recordFile, err)
-	}
-	p.store.kill("create: record synced")
 	if err := ctx.Err(); err != nil {
 		return 0, err
 	}
@@ -140,8 +132,15 @@ func (p *Pool) discard(name string) {
 	}
 }
 
-// fill makes and syncs the image, and returns the bytes of blocks it has.
+// fill makes and syncs the image and the record, and returns the bytes of blocks
+// that the image has. Neither is of use before the rename, so their order is free:
+// the disk syncs the record while mkfs computes.
 func (p *Pool) fill(ctx context.Context, d *os.File, r record, space *reservation) (int64, error) {
+	b, err := r.encode()
+	if err != nil {
+		return 0, err
+	}
+	note := func() error { return opError("write", recordFile, writeSynced(d, recordFile, b)) }
 	if p.noCow {
 		if err := setNoCow(d); err != nil && r.Allocation == Thick {
 			return 0, fmt.Errorf("%w: thick volumes on btrfs must be NOCOW: %w", ErrUnsupported, opError("chattr +C", d.Name(), err))
@@ -165,12 +164,15 @@ func (p *Pool) fill(ctx context.Context, d *os.File, r record, space *reservatio
 	if r.Allocation == Thick {
 		space.release()
 	}
-	if r.Filesystem != "" {
-		if err := p.store.tools.format(ctx, d, r.spec()); err != nil {
-			return 0, err
-		}
-		p.store.kill("create: formatted")
+	if r.Filesystem == "" {
+		err = note()
+	} else {
+		err = p.store.tools.format(ctx, d, r.spec(), note)
 	}
+	if err != nil {
+		return 0, err
+	}
+	p.store.kill("create: formatted, record synced")
 	if err := p.verify(f, r); err != nil {
 		return 0, err
 	}

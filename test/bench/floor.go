@@ -20,7 +20,7 @@ import (
 // floor makes the same kernel calls as the driver, in the simplest way that can
 // work: no locks, no checks before a call, no errors but fatal ones, no gRPC. What it
 // leaves out on purpose is what a driver is for; what it does not leave out is what
-// stays: the same files are written and synced in the same order, a record of the
+// stays: the same files are written and synced, one after the other, a record of the
 // volume on the node is kept, and what was bound is read back.
 type floor struct {
 	root    string
