@@ -237,7 +237,7 @@ func TestExampleConfig(t *testing.T) {
 	keys := map[string]string{
 		"pool": "pools", "image-dir": "imageDirs", "v": "verbosity", "node-id": "nodeID",
 		"controller-ca": "controllerCA", "link-ca-configmap": "linkCAConfigMap", "link-tls-dir": "linkTLSDir",
-		"config": "--config", "example-config": "csi-loop serve", "vmodule": "verbosity", // not keys
+		"config": "--config", "example-config": "csi-loop serve", "check-config": "csi-loop serve", "vmodule": "verbosity", // not keys
 	}
 	fs.VisitAll(func(f *pflag.Flag) {
 		key, ok := keys[f.Name]

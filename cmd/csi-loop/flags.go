@@ -47,6 +47,7 @@ type serveFlags struct {
 	file    string
 	pools   []string
 	example bool
+	check   bool
 	logging *logsapi.LoggingConfiguration
 }
 
@@ -71,6 +72,7 @@ func newServeFlags(fs *pflag.FlagSet) *serveFlags {
 	fs.StringVar(&f.HTTPEndpoint, "http-endpoint", "", "address for /healthz, /readyz and /metrics, as in :9809 (default none)")
 	f.linkFlags(fs)
 	fs.StringVar(&f.file, "config", "", "configuration file (YAML)")
+	fs.BoolVar(&f.check, "check-config", false, "check the flags, the environment and the file without looking at the machine, and exit")
 	fs.BoolVar(&f.example, "example-config", false, "print a configuration file with every key explained, and exit")
 
 	// Of the many logging flags, those that still mean something.
@@ -245,6 +247,10 @@ func (f *serveFlags) run(c *cobra.Command) error {
 		return err
 	}
 	if err := f.applyLogging(cfg); err != nil {
+		return err
+	}
+	if f.check {
+		_, err := fmt.Fprintln(c.OutOrStdout(), "the configuration is good")
 		return err
 	}
 	if err := completePath(); err != nil {

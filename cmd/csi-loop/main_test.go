@@ -191,6 +191,21 @@ func TestExampleConfigIsPrinted(t *testing.T) {
 	}
 }
 
+func TestCheckConfig(t *testing.T) {
+	for name, args := range map[string][]string{"node": nodeArgs(), "controller": controllerArgs()} {
+		t.Run(name, func(t *testing.T) {
+			p := spawn(t, nil, append([]string{"serve", "--check-config"}, args...)...)
+			if code := p.wait(); code != 0 || p.stdout.String() != "the configuration is good\n" {
+				t.Errorf("exit status %d, output %q, errors %q", code, p.stdout.String(), p.errors())
+			}
+			p = spawn(t, nil, append([]string{"serve", "--check-config", "--logging-format=xml"}, args...)...)
+			if code := p.wait(); code != 2 || p.stdout.String() != "" {
+				t.Errorf("exit status %d, output %q, errors %q", code, p.stdout.String(), p.errors())
+			}
+		})
+	}
+}
+
 func TestHelpTellsThePrecedence(t *testing.T) {
 	var out bytes.Buffer
 	c := newCommand(&out, &out)
