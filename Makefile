@@ -25,10 +25,10 @@ ROOTTEST := CSI_LOOP_ROOT_TESTS=1 $(GO) test -exec $(ROOT) -count=1 -p 2 -timeou
 export GINKGO_NO_COLOR := TRUE
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-unit test-root sanity test-vm test-growth bench bench-smoke cluster cluster-down e2e-build test-image image-archive check check-e2e lint fmt generate image clean
+.PHONY: help build demo test test-unit test-root sanity test-vm test-growth bench bench-smoke chart-test deploy-manifests cluster cluster-down e2e-build test-image image-archive check check-e2e lint fmt generate image clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## compile bin/csi-loop, stamped with the version
 	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' -o bin/csi-loop ./cmd/csi-loop
@@ -38,10 +38,10 @@ demo: ## show the whole life of a volume on this machine, in seconds (root)
 	@$(MAKE) --no-print-directory build
 	@$(ROOT) bin/csi-loop demo
 
-test: ## run every test: unit, root, sanity, and a virtual machine where this one lacks a capability
+test: ## run every test: unit, chart, root, sanity, and a virtual machine where this one lacks a capability
 	@hack/deps root
 	@if hack/has-capability sys_resource; then vm=; else vm=test-growth; fi; \
-	  MAKE='$(MAKE)' hack/steps test-unit test-root sanity $$vm
+	  MAKE='$(MAKE)' hack/steps test-unit chart-test test-root sanity $$vm
 
 test-unit: ## run the tests that need no root, with the race detector
 	@hack/deps unit
@@ -73,9 +73,9 @@ bench-smoke: BENCH_ARGS = -n 3 -volumes 20
 bench-smoke: bench ## the same with a few rounds only: does it still run
 
 check: ## everything CI checks without running a test: format, vet, lint, modules, generated files
-	@MAKE='$(MAKE)' hack/steps check-fmt check-vet lint check-mod check-generate
+	@MAKE='$(MAKE)' hack/steps check-fmt check-vet lint check-mod check-generate check-chart
 
-.PHONY: check-fmt check-vet check-mod check-generate
+.PHONY: check-fmt check-vet check-mod check-generate check-chart
 check-fmt: $(LINT)
 	$(LINT) fmt --diff
 
@@ -96,7 +96,7 @@ lint: $(LINT) ## run golangci-lint
 fmt: $(LINT) ## format the Go code
 	$(LINT) fmt
 
-generate: ## write the generated Go files
+generate: deploy-manifests ## write all generated files
 	$(GO) generate ./...
 
 # The linter is built from source at the version in tools/go.mod: minutes once, then cached.
@@ -106,6 +106,20 @@ $(LINT): tools/go.mod tools/go.sum
 
 image: ## build the container image with docker, or DOCKER=podman
 	$(DOCKER) build --build-arg VERSION=$(VERSION) --build-arg COMMIT=$(COMMIT) -t $(IMAGE):$(VERSION) .
+
+# The chart's tests are a module of their own, for what they need of Helm.
+CHART := cd test/chart && $(GO)
+
+chart-test: ## render the chart with many values, and check what comes out; needs no cluster
+	$(CHART) test -count=1 $(TESTARGS) ./...
+
+deploy-manifests: ## write deploy/ and the table of values in the chart's README
+	$(CHART) run ./generate
+
+check-chart: $(LINT)
+	$(CHART) mod tidy -diff
+	cd test/chart && ../../$(LINT) run -c ../../.golangci.yml ./... && ../../$(LINT) fmt -c ../../.golangci.yml --diff ./...
+	hack/check-unchanged $(MAKE) --no-print-directory deploy-manifests
 
 # A Kubernetes of our own on this machine; see test/e2e/README.md. Everything is
 # built from Go modules, into the user's cache: 20 minutes once, then seconds.

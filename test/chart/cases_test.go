@@ -1,0 +1,150 @@
+package chart
+
+import (
+	"maps"
+	"slices"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	loader3 "helm.sh/helm/v3/pkg/chart/loader"
+	common3 "helm.sh/helm/v3/pkg/chartutil"
+	engine3 "helm.sh/helm/v3/pkg/engine"
+)
+
+// everything switches on all that is optional.
+const everything = `
+fullnameOverride: storage
+commonLabels: {team: storage}
+commonAnnotations: {owner: me}
+image: {registry: "", repository: csi-loop, tag: e2e, pullPolicy: Never}
+imagePullSecrets: [{name: mine}]
+kubeletDir: /var/snap/microk8s/common/var/lib/kubelet
+pools:
+  - {name: default, path: /var/lib/csi-loop, reserve: 10Gi, overcommit: 1.5}
+  - {name: fast, path: /mnt/nvme, reserve: 5%, expect: {filesystem: xfs, uuid: 2f2e6a0c-5a0c-4f49-8f0b-0c8f4b8d8f10, poolID: plpwivhsnryfcn4ykk35, existing: true}}
+defaultPool: fast
+imageDirs: [/srv/images, /srv/more]
+ephemeral: {maxSize: 10Gi, maxVolumes: 5, pools: [default]}
+loopDevices: {warm: 0, max: 1024}
+storageClasses:
+  - {name: a, default: true, fsType: xfs, parameters: {pool: fast, allocation: thin, directIO: "on", blockSize: 512, mkfsOptions: -K}, mountOptions: [noatime]}
+  - {name: b, reclaimPolicy: Retain, volumeBindingMode: Immediate, allowVolumeExpansion: false, labels: {tier: slow}, annotations: {n: "1"}}
+snapshots: {enabled: true}
+volumeSnapshotClasses: [{name: s, default: true, deletionPolicy: Retain, parameters: {p: v}}]
+volumeGroupSnapshotClasses: [{name: g}]
+snapshotController: {enabled: true, installCRDs: true}
+csiDriver: {keep: false, preventPodSchedulingIfMissing: true, labels: {security.kubernetes.io/csi-ephemeral-volume-profile: restricted}}
+log: {format: json, level: 4, sidecarLevel: 5}
+node: {maxUnavailable: 1, stopTimeoutSeconds: 60, podLabels: {p: l}, podAnnotations: {a: b}, extraEnv: [{name: GOGC, value: "50"}], affinity: {nodeAffinity: {}}}
+controller:
+  replicas: 3
+  tls: {secretName: given, caConfigMapName: given-ca, serverName: storage.example.com}
+  podLabels: {p: l}
+  podAnnotations: {a: b}
+  extraEnv: [{name: GOGC, value: "50"}]
+provisioner: {extraArgs: [--worker-threads=7], image: {digest: "sha256:0000000000000000000000000000000000000000000000000000000000000000"}}
+networkPolicy: {enabled: true}
+metrics:
+  podMonitor: {enabled: true, interval: 30s, labels: {release: prometheus}, relabelings: [{action: labeldrop, regex: x}], metricRelabelings: [{action: labeldrop, regex: z}]}
+  prometheusRule: {enabled: true, labels: {release: prometheus}, extraRules: [{alert: Mine, expr: vector(1)}]}
+  grafanaDashboard: {enabled: true, annotations: {grafana_folder: Storage}}
+`
+
+// cases are the values that the tests render.
+var cases = map[string]string{
+	"default":    "",
+	"everything": everything,
+	"one replica": `
+controller: {replicas: 1}`,
+	"groups": `
+pools: [{name: default, path: /var/lib/csi-loop}]
+nodeGroups:
+  - {name: nvme, nodeSelector: {disk: nvme}, pools: [{name: fast, path: /nvme}, {name: slow, path: /hdd}], defaultPool: slow, imageDirs: [/images], resources: {limits: {memory: 1Gi}}}
+  - {name: plain, nodeSelector: {disk: plain}, tolerations: [{key: x, operator: Exists}]}
+storageClasses: [{name: fast, parameters: {pool: fast}}, {name: default, parameters: {pool: default}}]`,
+	"no classes": `
+storageClasses: []`,
+	"nothing optional": `
+storageClasses: [{name: plain}]
+node: {nodeSelector: null, tolerations: [], resources: null}
+controller: {nodeSelector: null, tolerations: [], topologySpreadConstraints: [], resources: null}`,
+}
+
+// Every object of every case is one that the API server's types know, in full.
+func TestObjectsAreValid(t *testing.T) {
+	for name, values := range cases {
+		t.Run(name, func(t *testing.T) {
+			seen := map[string]bool{}
+			for _, o := range render(t, values) {
+				kind := o.GetObjectKind().GroupVersionKind()
+				id := kind.String() + " " + o.GetNamespace() + "/" + o.GetName()
+				if seen[id] {
+					t.Errorf("%s is there twice", id)
+				}
+				seen[id] = true
+				cluster := slices.Contains([]string{
+					"ClusterRole", "ClusterRoleBinding", "CSIDriver", "StorageClass", "VolumeSnapshotClass", "VolumeGroupSnapshotClass", "CustomResourceDefinition",
+				}, kind.Kind)
+				want := Namespace
+				if cluster {
+					want = ""
+				}
+				if o.GetNamespace() != want {
+					t.Errorf("%s: its namespace is not %q", id, want)
+				}
+				if kind.Kind == "CustomResourceDefinition" {
+					if o.GetAnnotations()["helm.sh/resource-policy"] != "keep" {
+						t.Errorf("%s: uninstalling would delete it", id)
+					}
+					continue
+				}
+				for label, want := range map[string]string{
+					"app.kubernetes.io/name": "csi-loop", "app.kubernetes.io/instance": "csi-loop", "app.kubernetes.io/managed-by": "Helm",
+				} {
+					if o.GetLabels()[label] != want {
+						t.Errorf("%s: label %s is %q", id, label, o.GetLabels()[label])
+					}
+				}
+				if name == "everything" && (o.GetLabels()["team"] != "storage" || o.GetAnnotations()["owner"] != "me") {
+					t.Errorf("%s lacks the common labels or annotations: %v, %v", id, o.GetLabels(), o.GetAnnotations())
+				}
+			}
+		})
+	}
+}
+
+// Helm 3 is still in use; its template functions are fewer.
+func TestHelm3RendersTheSame(t *testing.T) {
+	for name, values := range cases {
+		t.Run(name, func(t *testing.T) {
+			want, err := Render(parse(t, values), "Helm")
+			if err != nil {
+				t.Fatal(err)
+			}
+			c, err := loader3.Load(Dir())
+			if err != nil {
+				t.Fatal(err)
+			}
+			all, err := common3.ToRenderValues(c, parse(t, values), common3.ReleaseOptions{Name: "csi-loop", Namespace: Namespace, Revision: 1, IsInstall: true}, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			rendered, err := engine3.Render(c, all)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := byName(rendered)
+			if diff := cmp.Diff(slices.Sorted(maps.Keys(want)), slices.Sorted(maps.Keys(got))); diff != "" {
+				t.Fatal(diff)
+			}
+			for file := range want {
+				if file == "NOTES.txt" {
+					continue
+				}
+				if diff := cmp.Diff(decode(t, file, want[file]), decode(t, file, got[file])); diff != "" {
+					t.Errorf("%s: %s", file, diff)
+				}
+			}
+		})
+	}
+}
