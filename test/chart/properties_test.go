@@ -43,6 +43,9 @@ func TestCSIDriver(t *testing.T) {
 
 func TestNodePod(t *testing.T) {
 	ds := find[*apps.DaemonSet](t, render(t, ""), "csi-loop-node")
+	if got := *ds.Spec.UpdateStrategy.RollingUpdate.MaxUnavailable; got != intstr.FromString("10%") {
+		t.Errorf("an update stops %v of the nodes at once", got)
+	}
 	if got := *ds.Spec.UpdateStrategy.RollingUpdate.MaxSurge; got != intstr.FromInt32(0) {
 		t.Errorf("maxSurge is %v: the kubelet refuses a second driver of one name", got)
 	}

@@ -37,6 +37,6 @@
 //	F16  no mounts without the API server          not applicable: the driver has no client of it
 //	F17  plaintext gRPC, analytics                 not applicable: one UNIX socket, which only its owner
 //	                                               may open: TestSocketIsPrivate
-//	F18  a rollout that stops all nodes at once    not applicable here: it belongs to the chart
+//	F18  a rollout that stops all nodes at once    not applicable here: test/chart, TestNodePod
 //	F19  conformance tests could not run           package test/sanity; order and repeats: TestOneVolumeManyCalls
 package integration

@@ -1,0 +1,155 @@
+package integration
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestRecoveryByHand: the commands of docs/operations.md, in their order, get at the
+// data of a volume while csi-loop is away, and leave a volume that it takes again.
+func TestRecoveryByHand(t *testing.T) {
+	for _, k := range []kind{ext4, xfs, btrfs} {
+		t.Run(k.name, func(t *testing.T) {
+			s := newSite(t, siteConfig{})
+			v := s.rest(k, "by-hand-"+k.name)
+			s.stop()
+			h := newHand(t, v)
+			ran := 0
+			for _, line := range commandsOf(t, "## Recovery by hand") {
+				if h.skips(line) {
+					continue
+				}
+				h.run(line)
+				ran++
+			}
+			if ran < 9 {
+				t.Errorf("only %d commands", ran)
+			}
+			h.unmount()
+			s.start()
+			v.step("stage", v.stage())
+			v.step("publish", v.publish(0, false))
+			v.step("read", v.read(0, 0))
+			v.thick("recovery by hand")
+			v.down()
+		})
+	}
+}
+
+// TestRecoveryAfterACrash: an image as a crash leaves it has a journal to replay. What
+// the page says about it is true: not read-only, but in a copy, or without.
+func TestRecoveryAfterACrash(t *testing.T) {
+	skip := map[string]string{"ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
+	for _, k := range []kind{ext4, xfs, btrfs} {
+		t.Run(k.name, func(t *testing.T) {
+			s := newSite(t, siteConfig{})
+			v := s.volume(k, "crash-"+k.name).up()
+			v.step("write", v.write(0))
+			h := newHand(t, v)
+			crashed := filepath.Join(h.backup, "crashed.img")
+			h.command("cp", "--sparse=always", v.image(), crashed)
+			v.down()
+			if out, err := exec.Command("mount", "-o", "ro,loop", crashed, h.mnt).CombinedOutput(); err == nil {
+				t.Error("it is mounted read-only")
+			} else if !strings.Contains(string(out), "read-only") && !strings.Contains(string(out), "superblock") {
+				t.Errorf("%v: %s", err, out)
+			}
+			h.command("mount", "-o", "ro,loop,"+skip[k.name], crashed, h.mnt)
+			h.unmount()
+			h.command("mount", "-o", "loop", crashed, h.mnt)
+			must(t, compareFile(filepath.Join(h.mnt, "data-0"), v.pattern(0), 0))
+			h.unmount()
+		})
+	}
+}
+
+// commandsOf returns the indented lines of a section of docs/operations.md.
+func commandsOf(t *testing.T, heading string) []string {
+	t.Helper()
+	page, err := os.ReadFile("../../docs/operations.md")
+	must(t, err)
+	_, section, ok := strings.Cut(string(page), "\n"+heading+"\n")
+	if !ok {
+		t.Fatalf("there is no %q", heading)
+	}
+	section, _, _ = strings.Cut(section, "\n## ")
+	var lines []string
+	for line := range strings.SplitSeq(section, "\n") {
+		if command, ok := strings.CutPrefix(line, "    "); ok {
+			command, _, _ = strings.Cut(command, " #")
+			lines = append(lines, strings.TrimSpace(command))
+		}
+	}
+	return lines
+}
+
+// hand is a person with a volume and a shell.
+type hand struct {
+	t           *testing.T
+	v           *volume
+	mnt, backup string
+	device      string // what losetup --show printed last
+}
+
+func newHand(t *testing.T, v *volume) *hand {
+	t.Helper()
+	h := &hand{t: t, v: v, mnt: filepath.Join(v.dir, "mnt"), backup: filepath.Join(v.dir, "backup")}
+	must(t, errors.Join(os.Mkdir(h.mnt, 0o700), os.Mkdir(h.backup, 0o700)))
+	t.Cleanup(h.unmount)
+	return h
+}
+
+// skips says which lines are for other filesystems, or no commands.
+func (h *hand) skips(line string) bool {
+	of := map[string]string{"e2fsck": "ext4", "xfs_repair": "xfs", "btrfs": "btrfs"}
+	program, _, _ := strings.Cut(line, " ")
+	fs, special := of[program]
+	return strings.HasPrefix(line, "POOL/") || strings.Contains(line, "ssh") || special && fs != h.v.fs
+}
+
+// run runs a line of the page, and looks at what it is for.
+func (h *hand) run(line string) {
+	h.t.Helper()
+	words := strings.Fields(strings.NewReplacer(
+		"POOL", h.v.pool, "NAME", h.v.key(), "/mnt", h.mnt, "/backup", h.backup, "/dev/loopN", h.device,
+	).Replace(line))
+	mounts := words[0] == "mount"
+	if mounts || words[0] == "e2fsck" || words[0] == "xfs_repair" || words[0] == "btrfs" {
+		h.unmount()
+	}
+	out := h.command(words[0], words[1:]...)
+	switch {
+	case slices.Contains(words, "-j") && out != "":
+		h.t.Errorf("the volume is attached: %s", out)
+	case slices.Contains(words, "--show"):
+		h.device = out
+	case mounts:
+		if err := compareFile(filepath.Join(h.mnt, "data-0"), h.v.pattern(0), 0); err != nil {
+			h.t.Errorf("%s: %v", line, err)
+		}
+	}
+}
+
+func (h *hand) command(name string, args ...string) string {
+	h.t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		h.t.Fatal(fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out))
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// unmount ends what is mounted; a device of mount -o loop goes with it.
+func (h *hand) unmount() {
+	if err := unix.Unmount(h.mnt, 0); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		h.t.Errorf("unmount: %v", err)
+	}
+}
