@@ -1,9 +1,11 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -13,22 +15,41 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/tools/remotecommand"
 )
 
-// agnhost is there in our own cluster, and can be pulled in others.
-const agnhost = "registry.k8s.io/e2e-test-images/agnhost:2.66.1"
+// The images that pods run. They are there in our own cluster, and can be pulled
+// in others.
+const (
+	agnhost = "registry.k8s.io/e2e-test-images/agnhost:2.66.1"
+	busybox = "registry.k8s.io/e2e-test-images/busybox:1.37.0-2"
+)
+
+// What values.yaml installs.
+const (
+	driver    = "csi-loop.io"
+	release   = "csi-loop"
+	installed = "csi-loop" // namespace
+	poolDir   = "/var/lib/csi-loop"
+	imageDir  = "/var/lib/csi-loop-images"
+	hostname  = "kubernetes.io/hostname"
+)
 
 // patience is for one thing that should take seconds.
-const patience = 2 * time.Minute
+const patience = 3 * time.Minute
 
 // env is what a test works in: a cluster, and a namespace of its own, which goes
-// with the test.
+// with the test. After it no volume of the test may be left anywhere.
 type env struct {
 	*testing.T
 
 	client    kubernetes.Interface
+	config    *rest.Config
 	namespace string
+	before    map[string][]string // volumes by node
 }
 
 // setup skips without a KUBECONFIG, and fails with one that is of no use.
@@ -48,13 +69,24 @@ func setup(t *testing.T) *env {
 		t.Fatal(err)
 	}
 	made, err := client.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{
-		ObjectMeta: metav1.ObjectMeta{GenerateName: "csi-loop-e2e-"},
+		ObjectMeta: metav1.ObjectMeta{GenerateName: "csi-loop-e2e-", Labels: map[string]string{
+			"pod-security.kubernetes.io/enforce": "privileged",
+		}},
 	}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := &env{T: t, client: client, namespace: made.Name}
+	e := &env{T: t, client: client, config: config, namespace: made.Name}
 	t.Cleanup(e.remove)
+	return e
+}
+
+// volumes is setup for a test that has volumes: it proves that none is left.
+func volumes(t *testing.T) *env {
+	t.Helper()
+	e := setup(t)
+	probes(e)
+	e.before = e.listVolumes(t.Context())
 	return e
 }
 
@@ -62,76 +94,125 @@ func setup(t *testing.T) *env {
 func (e *env) remove() {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
+	if e.Failed() {
+		e.dump(ctx)
+	}
+	made := e.madeVolumes(ctx)
 	namespaces := e.client.CoreV1().Namespaces()
 	if err := namespaces.Delete(ctx, e.namespace, metav1.DeleteOptions{}); err != nil {
 		e.Error(err)
 		return
 	}
-	err := wait.PollUntilContextCancel(ctx, time.Second, true, func(ctx context.Context) (bool, error) {
+	err := poll(ctx, time.Second, func(ctx context.Context) error {
 		_, err := namespaces.Get(ctx, e.namespace, metav1.GetOptions{})
-		return apierrors.IsNotFound(err), nil
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		return fmt.Errorf("namespace %s is still there (%w)", e.namespace, err)
 	})
 	if err != nil {
-		e.Errorf("namespace %s does not go away: %v", e.namespace, err)
+		e.Error(err)
+	}
+	e.checkLeaks(ctx, made)
+}
+
+// dump logs what a failure leaves in the namespace.
+func (e *env) dump(ctx context.Context) {
+	events, err := e.client.CoreV1().Events(e.namespace).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		e.Log(err)
+		return
+	}
+	for _, ev := range events.Items {
+		if ev.Type == corev1.EventTypeWarning {
+			e.Logf("%s/%s: %s: %s", ev.InvolvedObject.Kind, ev.InvolvedObject.Name, ev.Reason, ev.Message)
+		}
 	}
 }
 
-// nodes are the names of those that are ready.
+// poll calls f until it succeeds or ctx ends; the error is f's last.
+func poll(ctx context.Context, every time.Duration, f func(context.Context) error) error {
+	var last error
+	err := wait.PollUntilContextCancel(ctx, every, true, func(ctx context.Context) (bool, error) {
+		err := f(ctx)
+		if err != nil && (last == nil || ctx.Err() == nil) {
+			last = err
+		}
+		return err == nil, nil
+	})
+	if err != nil && last != nil {
+		return last
+	}
+	return err
+}
+
+// eventually fails the test if f does not succeed in time.
+func (e *env) eventually(what string, limit time.Duration, f func(context.Context) error) {
+	e.Helper()
+	ctx, cancel := context.WithTimeout(e.Context(), limit)
+	defer cancel()
+	start := time.Now()
+	if err := poll(ctx, 300*time.Millisecond, f); err != nil {
+		e.Fatalf("%s: not after %s: %v", what, time.Since(start).Round(time.Second), err)
+	}
+	e.Logf("%s: after %s", what, time.Since(start).Round(100*time.Millisecond))
+}
+
+// must fails the test on an error.
+func must[T any](e *env) func(v T, err error) T {
+	return func(v T, err error) T {
+		e.Helper()
+		if err != nil {
+			e.Fatal(err)
+		}
+		return v
+	}
+}
+
+// nodes are the names of those that are ready, in order.
 func (e *env) nodes() []string {
 	e.Helper()
-	list, err := e.client.CoreV1().Nodes().List(e.Context(), metav1.ListOptions{})
-	if err != nil {
-		e.Fatal(err)
-	}
+	list := must[*corev1.NodeList](e)(e.client.CoreV1().Nodes().List(e.Context(), metav1.ListOptions{}))
 	var names []string
-	for _, n := range list.Items {
-		for _, c := range n.Status.Conditions {
-			if c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue {
-				names = append(names, n.Name)
-			}
+	for i := range list.Items {
+		if ready(&list.Items[i]) {
+			names = append(names, list.Items[i].Name)
 		}
 	}
+	slices.Sort(names)
 	return names
 }
 
-// pod is one container that ends by itself.
-func pod(name, node, image string, args ...string) *corev1.Pod {
-	return &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"app": name}},
-		Spec: corev1.PodSpec{
-			NodeName: node, RestartPolicy: corev1.RestartPolicyNever,
-			TerminationGracePeriodSeconds: new(int64(1)),
-			Containers: []corev1.Container{{
-				Name: "main", Image: image, Args: args, ImagePullPolicy: corev1.PullIfNotPresent,
-			}},
-		},
-	}
+func ready(n *corev1.Node) bool {
+	return slices.ContainsFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool {
+		return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
+	})
 }
 
-// run creates a pod and waits for a phase; it fails with what the pod says.
-func (e *env) run(p *corev1.Pod, want corev1.PodPhase) *corev1.Pod {
+// exec runs a command in a container of a pod and returns what it wrote.
+func (e *env) exec(ctx context.Context, namespace, pod string, argv ...string) (string, error) {
+	request := e.client.CoreV1().RESTClient().Post().Namespace(namespace).Resource("pods").Name(pod).SubResource("exec").
+		VersionedParams(&corev1.PodExecOptions{Command: argv, Stdout: true, Stderr: true}, scheme.ParameterCodec)
+	executor, err := remotecommand.NewWebSocketExecutor(e.config, "GET", request.URL().String())
+	if err != nil {
+		return "", err
+	}
+	var out, trouble bytes.Buffer
+	err = executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdout: &out, Stderr: &trouble})
+	if err != nil {
+		return out.String(), fmt.Errorf("%s in %s: %w: %s", strings.Join(argv, " "), pod, err, trouble.String())
+	}
+	return out.String(), nil
+}
+
+// sh runs a shell command in a pod of the test; it must succeed.
+func (e *env) sh(pod, script string) string {
 	e.Helper()
-	pods := e.client.CoreV1().Pods(e.namespace)
-	last, err := pods.Create(e.Context(), p, metav1.CreateOptions{})
+	out, err := e.exec(e.Context(), e.namespace, pod, "sh", "-c", script)
 	if err != nil {
 		e.Fatal(err)
 	}
-	name := last.Name
-	err = wait.PollUntilContextTimeout(e.Context(), 200*time.Millisecond, patience, true,
-		func(ctx context.Context) (bool, error) {
-			last, err = pods.Get(ctx, name, metav1.GetOptions{})
-			if err != nil {
-				return false, err
-			}
-			if last.Status.Phase == corev1.PodFailed && want != corev1.PodFailed {
-				return false, fmt.Errorf("it failed: %s", e.logs(name))
-			}
-			return last.Status.Phase == want, nil
-		})
-	if err != nil {
-		e.Fatalf("pod %s on %s is not %s: %v\n%s", name, p.Spec.NodeName, want, err, e.events(name))
-	}
-	return last
+	return strings.TrimSpace(out)
 }
 
 // logs never fail: they are for the words of another failure.
@@ -143,6 +224,7 @@ func (e *env) logs(name string) string {
 	return string(out)
 }
 
+// events of an object, one a line.
 func (e *env) events(object string) string {
 	list, err := e.client.CoreV1().Events(e.namespace).List(e.Context(), metav1.ListOptions{
 		FieldSelector: "involvedObject.name=" + object,
@@ -155,4 +237,19 @@ func (e *env) events(object string) string {
 		fmt.Fprintf(&out, "%s %s: %s\n", ev.Type, ev.Reason, ev.Message)
 	}
 	return out.String()
+}
+
+// eventSays waits for an event of the object that has all the words.
+func (e *env) eventSays(object string, words ...string) {
+	e.Helper()
+	e.eventually(fmt.Sprintf("an event of %s with %q", object, words), patience, func(context.Context) error {
+		all := e.events(object)
+		for line := range strings.Lines(all) {
+			if !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(line, w) }) {
+				e.Log(strings.TrimSpace(line))
+				return nil
+			}
+		}
+		return fmt.Errorf("there is only:\n%s", all)
+	})
 }
