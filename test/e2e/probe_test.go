@@ -172,15 +172,13 @@ func (e *env) checkLeaks(ctx context.Context, made []string) {
 				left = append(left, "PersistentVolume "+pv.Name)
 			}
 		}
-		if len(made) > 0 {
-			pattern := strings.Join(made, "|")
-			for node := range e.before {
-				out, err := e.host(ctx, node, "grep -hsE '"+pattern+"' /sys/block/loop*/loop/backing_file /proc/1/mountinfo; true")
-				if err != nil {
-					return err
-				}
-				left = append(left, strings.Fields(out)...)
+		pattern := strings.Join(append(made, e.namespace), "|") // the namespace is in the names of mapped images
+		for node := range e.before {
+			out, err := e.host(ctx, node, "grep -hsE '"+pattern+"' /sys/block/loop*/loop/backing_file /proc/1/mountinfo; true")
+			if err != nil {
+				return err
 			}
+			left = append(left, strings.Fields(out)...)
 		}
 		if len(left) > 0 {
 			return fmt.Errorf("left behind: %q", left)
