@@ -130,6 +130,7 @@ cluster: ## start Kubernetes with 3 nodes on this machine, without a container e
 	@hack/deps cluster
 	@$(E2E) build -trimpath -buildvcs=false -o ../../bin/cluster ./cluster
 	@bin=$$($(E2E) run ./build cluster sidecars helm) && ($(E2E) run ./images $$bin) && \
+	  ln -sf $$bin/helm bin/helm && \
 	  $(ROOT) $(CURDIR)/bin/cluster -bin=$$bin $(CLUSTER_ARGS) up
 
 cluster-down: ## end it, and leave nothing on the machine (root)
@@ -156,8 +157,25 @@ check-e2e: $(LINT) ## format, vet and lint the test cluster's own code
 	cd test/e2e && CGO_ENABLED=0 $(GO) vet -trimpath $(E2E_PKGS)
 	cd test/e2e && CGO_ENABLED=0 GOFLAGS="$(GOFLAGS) -trimpath" ../../$(LINT) run -c ../../.golangci.yml $(E2E_PKGS)
 
-test-e2e: ## run the tests against the cluster of KUBECONFIG
-	cd test/e2e && CGO_ENABLED=0 $(GO) test -trimpath -count=1 -v .
+# Where the tests go, and what they need besides: helm, and a command that cuts a
+# node's power. The defaults are those of "make cluster".
+KUBECONFIG_OWN     := $(or $(CSI_LOOP_E2E_STATE),/var/tmp/csi-loop-e2e)/pki/admin.kubeconfig
+export KUBECONFIG  ?= $(KUBECONFIG_OWN)
+export CSI_LOOP_E2E_HELM  ?= $(CURDIR)/bin/helm
+export CSI_LOOP_E2E_POWER ?= $(ROOT) $(CURDIR)/bin/cluster
+HELM_VALUES        := -f test/e2e/values.yaml
+
+e2e-load: image-archive ## put the image onto every node of the cluster (root)
+	$(ROOT) $(CURDIR)/bin/cluster load $(CURDIR)/bin/image.tar
+
+e2e-install: ## install the chart with the tests' values, or upgrade to it
+	sum=$$(sha256sum bin/image.tar | cut -c 1-16) && \
+	  $(CSI_LOOP_E2E_HELM) upgrade --install csi-loop charts/csi-loop --namespace=csi-loop --create-namespace \
+	    $(HELM_VALUES) --set-string image.tag=$(VERSION),node.podAnnotations.image=$$sum,controller.podAnnotations.image=$$sum \
+	    --wait --timeout=5m
+
+test-e2e: ## run our tests against the cluster of KUBECONFIG, where csi-loop is installed
+	cd test/e2e && CGO_ENABLED=0 $(GO) test -trimpath -count=1 -timeout=60m -v $(TESTARGS) .
 
 clean: ## remove what was built
 	rm -rf bin

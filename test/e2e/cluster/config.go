@@ -19,6 +19,7 @@ func (c *cluster) writeConfig(n int) error {
 		c.writeFile(n, "cni/10-ptp.conflist", cniConfig(n)),
 		c.writeFile(n, "kubelet.yaml", c.kubeletConfig()),
 		c.writeFile(n, "Corefile", c.corefile()),
+		c.writeFile(n, "audit.yaml", auditPolicy),
 	)
 }
 
@@ -124,6 +125,18 @@ func (c *cluster) corefile() string {
 }
 `, dnsAddress, c.pki("dns.kubeconfig"), dnsAddress)
 }
+
+// auditPolicy records what csi-loop's service accounts ask for: the tests compare
+// it with what they are granted.
+const auditPolicy = `
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+- level: Metadata
+  userGroups: ["system:serviceaccounts:csi-loop"]
+- level: None
+`
 
 // dnsRules lets CoreDNS read what it answers from.
 const dnsRules = `

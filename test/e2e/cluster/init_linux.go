@@ -282,7 +282,7 @@ func copyTop(ctx context.Context, root string) error {
 
 // makeVar lays out an empty disk.
 func makeVar(root string) error {
-	for _, d := range []string{"cache", "lib/kubelet", "lib/etcd", "log/pods", "log/containers", "tmp", poolMount[len("/var/"):]} {
+	for _, d := range []string{"cache", "lib/kubelet", "lib/etcd", "log/pods", "log/containers", "log/kubernetes", "tmp", poolMount[len("/var/"):], imageMount[len("/var/"):]} {
 		if err := os.MkdirAll(filepath.Join(root, "var", d), 0o755); err != nil {
 			return err
 		}

@@ -24,6 +24,8 @@ const (
 	mtu         = "1400"          // below that of every cloud's network
 	maxNodes    = 9               // of the addresses and interface names here
 	poolMount   = "/var/lib/csi-loop"
+	imageMount  = "/var/lib/csi-loop-images" // for mapped volumes
+	auditLog    = "/var/log/kubernetes/audit.log"
 	pauseImage  = "registry.k8s.io/pause:3.10.2"
 	cgroupOf    = "csi-loop-e2e-" // and the node's name
 )

@@ -26,6 +26,7 @@ import (
 	"os"
 	"os/signal"
 	"strconv"
+	"strings"
 	"syscall"
 )
 
@@ -129,9 +130,9 @@ var commands = map[string]command{
 
 func onNode(f func(context.Context, *cluster, int, []string) error) func(context.Context, *cluster, []string) error {
 	return func(ctx context.Context, c *cluster, args []string) error {
-		n, err := strconv.Atoi(args[0])
+		n, err := strconv.Atoi(strings.TrimPrefix(args[0], "node"))
 		if err != nil || n < 1 || n > maxNodes {
-			return fmt.Errorf("no node %q: a number from 1 to %d", args[0], maxNodes)
+			return fmt.Errorf("no node %q: a number from 1 to %d, or node1 to node%d", args[0], maxNodes, maxNodes)
 		}
 		return f(ctx, c, n, args[1:])
 	}

@@ -66,6 +66,7 @@ func (c *cluster) controlPlane(hyperkube string) []service {
 			"--requestheader-extra-headers-prefix=X-Remote-Extra-",
 			"--proxy-client-cert-file=" + c.pki("front-proxy.crt"), "--proxy-client-key-file=" + c.pki("front-proxy.key"),
 			"--enable-aggregator-routing=true", "--profiling=false",
+			"--audit-policy-file=" + c.dir(1, "conf/audit.yaml"), "--audit-log-path=" + auditLog,
 		}},
 		{name: "kube-controller-manager", api: true, argv: append([]string{
 			hyperkube, "kube-controller-manager",
