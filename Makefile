@@ -130,7 +130,6 @@ cluster: ## start Kubernetes with 3 nodes on this machine, without a container e
 	@hack/deps cluster
 	@$(E2E) build -trimpath -buildvcs=false -o ../../bin/cluster ./cluster
 	@bin=$$($(E2E) run ./build cluster sidecars helm) && ($(E2E) run ./images $$bin) && \
-	  ln -sf $$bin/helm bin/helm && \
 	  $(ROOT) $(CURDIR)/bin/cluster -bin=$$bin $(CLUSTER_ARGS) up
 
 cluster-down: ## end it, and leave nothing on the machine (root)
@@ -151,31 +150,52 @@ test-image: image-archive ## prove that the image has every program that the dri
 
 # The same flags as the build, or client-go is compiled a second time. Linting the
 # rest of test/e2e would compile all of Kubernetes; the build does that.
-E2E_PKGS := . ./build ./cluster ./image ./images ./pause
+E2E_PKGS := . ./build ./cluster ./image ./images ./pause ./report
 check-e2e: $(LINT) ## format, vet and lint the test cluster's own code
 	$(E2E) mod tidy -diff
 	cd test/e2e && CGO_ENABLED=0 $(GO) vet -trimpath $(E2E_PKGS)
 	cd test/e2e && CGO_ENABLED=0 GOFLAGS="$(GOFLAGS) -trimpath" ../../$(LINT) run -c ../../.golangci.yml $(E2E_PKGS)
+	cd test/e2e/kind && $(GO) mod tidy -diff && ../../../$(LINT) run -c ../../../.golangci.yml ./... && $(GO) test ./...
 
-# Where the tests go, and what they need besides: helm, and a command that cuts a
-# node's power. The defaults are those of "make cluster".
-KUBECONFIG_OWN     := $(or $(CSI_LOOP_E2E_STATE),/var/tmp/csi-loop-e2e)/pki/admin.kubeconfig
-export KUBECONFIG  ?= $(KUBECONFIG_OWN)
-export CSI_LOOP_E2E_HELM  ?= $(CURDIR)/bin/helm
-export CSI_LOOP_E2E_POWER ?= $(ROOT) $(CURDIR)/bin/cluster
-HELM_VALUES        := -f test/e2e/values.yaml
+# Where the tests go, and a command that cuts a node's power. The defaults are those
+# of "make cluster"; with kind set both, see test/e2e/README.md.
+KUBECONFIG             ?= $(or $(CSI_LOOP_E2E_STATE),/var/tmp/csi-loop-e2e)/pki/admin.kubeconfig
+CSI_LOOP_E2E_POWER     ?= $(ROOT) $(CURDIR)/bin/cluster
+E2E_RESULTS            ?= $(CURDIR)/bin/e2e-results
+export KUBECONFIG CSI_LOOP_E2E_POWER
 
 e2e-load: image-archive ## put the image onto every node of the cluster (root)
 	$(ROOT) $(CURDIR)/bin/cluster load $(CURDIR)/bin/image.tar
 
 e2e-install: ## install the chart with the tests' values, or upgrade to it
-	sum=$$(sha256sum bin/image.tar | cut -c 1-16) && \
-	  $(CSI_LOOP_E2E_HELM) upgrade --install csi-loop charts/csi-loop --namespace=csi-loop --create-namespace \
-	    $(HELM_VALUES) --set-string image.tag=$(VERSION),node.podAnnotations.image=$$sum,controller.podAnnotations.image=$$sum \
-	    --wait --timeout=5m
+	@bin=$$($(E2E) run ./build helm) && sum=$$(cat bin/image.tar 2>/dev/null | sha256sum | cut -c 1-16) && \
+	  $$bin/helm upgrade --install csi-loop charts/csi-loop --namespace=csi-loop --create-namespace --values=test/e2e/values.yaml \
+	    --set-string=image.tag=$(VERSION),node.podAnnotations.image=$$sum,controller.podAnnotations.image=$$sum \
+	    --hide-notes --wait --timeout=5m
 
 test-e2e: ## run our tests against the cluster of KUBECONFIG, where csi-loop is installed
-	cd test/e2e && CGO_ENABLED=0 $(GO) test -trimpath -count=1 -timeout=60m -v $(TESTARGS) .
+	@bin=$$($(E2E) run ./build helm) && cd test/e2e && \
+	  CGO_ENABLED=0 CSI_LOOP_E2E_HELM=$$bin/helm $(GO) test -trimpath -count=1 -timeout=60m -v $(TESTARGS) ./
+
+e2e-suite: ## run Kubernetes' own storage suite against it, on SUITE_FILESYSTEMS (xfs ext4)
+	@bin=$$($(E2E) run ./build suite) && test/e2e/suite/run $$bin $(E2E_RESULTS) $(SUITE_FILESYSTEMS)
+
+e2e-rights: ## compare what csi-loop asked the API for, in the tests so far, with what it may
+	@$(MAKE) --no-print-directory test-e2e TESTARGS=-run=TestRights CSI_LOOP_E2E_AUDIT=1
+
+# Everything of the above, from nothing to nothing.
+e2e: ## start a cluster, install csi-loop, run our tests and the official suite, end the cluster (root)
+	@trap '$(MAKE) --no-print-directory cluster-down' EXIT && \
+	  $(MAKE) --no-print-directory cluster CLUSTER_ARGS=-pool=xfs && \
+	  $(MAKE) --no-print-directory e2e-load e2e-install && \
+	  MAKE='$(MAKE)' hack/steps test-e2e e2e-suite e2e-rights
+
+kind: image ## start a cluster with kind, on a machine with Docker, and load the image (root)
+	cd test/e2e/kind && $(GO) build -trimpath -o ../../../bin/kind sigs.k8s.io/kind
+	KIND=bin/kind test/e2e/kind/up $(IMAGE):$(VERSION)
+
+kind-down: ## end it (root)
+	KIND=bin/kind test/e2e/kind/down
 
 clean: ## remove what was built
 	rm -rf bin

@@ -75,7 +75,7 @@ func TestTooLargeClaimStaysPendingAndSaysWhy(t *testing.T) {
 	e.start(e.shell("late", "", "late"))
 	e.eventSays("late", "FailedScheduling", "did not have enough free storage")
 	e.createClaim(claim("now", now, "900Ti"))
-	e.eventSays("now", "ProvisioningFailed", "900 TiB")
+	e.eventSays("now", "ProvisioningFailed", "not enough space", "989560464998400 bytes")
 	for _, name := range []string{"late", "now"} {
 		c := must[*corev1.PersistentVolumeClaim](e)(e.client.CoreV1().PersistentVolumeClaims(e.namespace).Get(t.Context(), name, metav1.GetOptions{}))
 		if c.Status.Phase != corev1.ClaimPending {
@@ -141,7 +141,7 @@ func TestWrongParametersAreNamed(t *testing.T) {
 func TestSmallVolumeSaysTheMinimum(t *testing.T) {
 	e := volumes(t)
 	e.createClaim(claim("small", e.class(immediate, "csi.storage.k8s.io/fstype", "xfs"), "16Mi"))
-	e.eventSays("small", "ProvisioningFailed", "300 MiB")
+	e.eventSays("small", "ProvisioningFailed", "at least 314572800 bytes")
 }
 
 // Provisioning that was asked for before the class could be served goes on by

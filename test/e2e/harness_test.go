@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -36,6 +37,7 @@ const (
 	poolDir   = "/var/lib/csi-loop"
 	imageDir  = "/var/lib/csi-loop-images"
 	hostname  = "kubernetes.io/hostname"
+	mark      = "csi-loop.io/e2e" // label of what the tests make
 )
 
 // patience is for one thing that should take seconds.
@@ -70,7 +72,7 @@ func setup(t *testing.T) *env {
 	}
 	made, err := client.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{
 		ObjectMeta: metav1.ObjectMeta{GenerateName: "csi-loop-e2e-", Labels: map[string]string{
-			"pod-security.kubernetes.io/enforce": "privileged",
+			"pod-security.kubernetes.io/enforce": "privileged", mark: "",
 		}},
 	}, metav1.CreateOptions{})
 	if err != nil {
@@ -86,7 +88,11 @@ func volumes(t *testing.T) *env {
 	t.Helper()
 	e := setup(t)
 	probes(e)
-	e.before = e.listVolumes(t.Context())
+	before, err := e.listVolumes(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.before = before
 	return e
 }
 
@@ -97,13 +103,17 @@ func (e *env) remove() {
 	if e.Failed() {
 		e.dump(ctx)
 	}
-	made := e.madeVolumes(ctx)
+	made, err := e.madeVolumes(ctx)
+	if err != nil {
+		e.Error(err)
+	}
+	e.removeContents(ctx)
 	namespaces := e.client.CoreV1().Namespaces()
 	if err := namespaces.Delete(ctx, e.namespace, metav1.DeleteOptions{}); err != nil {
 		e.Error(err)
 		return
 	}
-	err := poll(ctx, time.Second, func(ctx context.Context) error {
+	err = poll(ctx, time.Second, func(ctx context.Context) error {
 		_, err := namespaces.Get(ctx, e.namespace, metav1.GetOptions{})
 		if apierrors.IsNotFound(err) {
 			return nil
@@ -114,6 +124,31 @@ func (e *env) remove() {
 		e.Error(err)
 	}
 	e.checkLeaks(ctx, made)
+}
+
+// removeContents deletes what the namespace controller, which looks at a namespace
+// every few seconds, would be slow to wait for.
+func (e *env) removeContents(ctx context.Context) {
+	all := metav1.ListOptions{}
+	err := errors.Join(
+		e.client.AppsV1().StatefulSets(e.namespace).DeleteCollection(ctx, metav1.DeleteOptions{}, all),
+		e.client.CoreV1().Pods(e.namespace).DeleteCollection(ctx, metav1.DeleteOptions{}, all),
+		e.client.CoreV1().PersistentVolumeClaims(e.namespace).DeleteCollection(ctx, metav1.DeleteOptions{}, all),
+		poll(ctx, 300*time.Millisecond, func(ctx context.Context) error {
+			claims, err := e.client.CoreV1().PersistentVolumeClaims(e.namespace).List(ctx, all)
+			if err != nil {
+				return err
+			}
+			pods, err := e.client.CoreV1().Pods(e.namespace).List(ctx, all)
+			if err == nil && len(claims.Items)+len(pods.Items) > 0 {
+				err = fmt.Errorf("%d claims and %d pods do not go away", len(claims.Items), len(pods.Items))
+			}
+			return err
+		}),
+	)
+	if err != nil {
+		e.Error(err)
+	}
 }
 
 // dump logs what a failure leaves in the namespace.
@@ -172,7 +207,18 @@ func must[T any](e *env) func(v T, err error) T {
 // nodes are the names of those that are ready, in order.
 func (e *env) nodes() []string {
 	e.Helper()
-	list := must[*corev1.NodeList](e)(e.client.CoreV1().Nodes().List(e.Context(), metav1.ListOptions{}))
+	names, err := e.listNodes(e.Context())
+	if err != nil {
+		e.Fatal(err)
+	}
+	return names
+}
+
+func (e *env) listNodes(ctx context.Context) ([]string, error) {
+	list, err := e.client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return nil, err
+	}
 	var names []string
 	for i := range list.Items {
 		if ready(&list.Items[i]) {
@@ -180,7 +226,7 @@ func (e *env) nodes() []string {
 		}
 	}
 	slices.Sort(names)
-	return names
+	return names, nil
 }
 
 func ready(n *corev1.Node) bool {

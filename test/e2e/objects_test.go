@@ -21,7 +21,7 @@ var idle = []string{"sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 
 func (e *env) class(change func(*storagev1.StorageClass), parameters ...string) string {
 	e.Helper()
 	c := &storagev1.StorageClass{
-		ObjectMeta:  metav1.ObjectMeta{GenerateName: "csi-loop-e2e-"},
+		ObjectMeta:  metav1.ObjectMeta{GenerateName: "csi-loop-e2e-", Labels: map[string]string{mark: ""}},
 		Provisioner: driver, Parameters: map[string]string{}, AllowVolumeExpansion: new(true),
 		VolumeBindingMode: new(storagev1.VolumeBindingWaitForFirstConsumer),
 	}

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -54,19 +53,46 @@ func probes(e *env) {
 	}
 }
 
-func startProbes(e *env) error {
-	labels := map[string]string{"app": "probe"}
+// sweep removes what an earlier run left that was ended from outside.
+func (e *env) sweep() {
+	e.Helper()
+	ours := metav1.ListOptions{LabelSelector: mark}
+	if err := e.client.StorageV1().StorageClasses().DeleteCollection(e.Context(), metav1.DeleteOptions{}, ours); err != nil {
+		e.Fatal(err)
+	}
 	namespaces := e.client.CoreV1().Namespaces()
-	e.eventually("the probes of an earlier run are gone", patience, func(ctx context.Context) error {
-		_, err := namespaces.Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
-			Name: probeNamespace, Labels: map[string]string{"pod-security.kubernetes.io/enforce": "privileged"},
-		}}, metav1.CreateOptions{})
-		if apierrors.IsAlreadyExists(err) {
-			return errors.Join(err, ignoreGone(namespaces.Delete(ctx, probeNamespace, metav1.DeleteOptions{})))
+	e.eventually("nothing is left of an earlier run", patience, func(ctx context.Context) error {
+		list, err := namespaces.List(ctx, ours)
+		if err != nil {
+			return err
 		}
-		return err
+		var left []string
+		for _, n := range list.Items {
+			if n.Name == e.namespace {
+				continue
+			}
+			left = append(left, n.Name)
+			if err := ignoreGone(namespaces.Delete(ctx, n.Name, metav1.DeleteOptions{})); err != nil {
+				return err
+			}
+		}
+		if len(left) > 0 {
+			return fmt.Errorf("there are %q", left)
+		}
+		return nil
 	})
-	_, err := e.client.AppsV1().DaemonSets(probeNamespace).Create(e.Context(), &appsv1.DaemonSet{
+}
+
+func startProbes(e *env) error {
+	e.sweep()
+	labels := map[string]string{"app": "probe"}
+	_, err := e.client.CoreV1().Namespaces().Create(e.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
+		Name: probeNamespace, Labels: map[string]string{"pod-security.kubernetes.io/enforce": "privileged", mark: ""},
+	}}, metav1.CreateOptions{})
+	if err != nil {
+		return err
+	}
+	_, err = e.client.AppsV1().DaemonSets(probeNamespace).Create(e.Context(), &appsv1.DaemonSet{
 		ObjectMeta: metav1.ObjectMeta{Name: "probe"},
 		Spec: appsv1.DaemonSetSpec{
 			Selector: &metav1.LabelSelector{MatchLabels: labels},
@@ -127,32 +153,49 @@ func (e *env) onNode(node, script string) string {
 }
 
 // listVolumes are the names of volumes, and of what is left of them, by node.
-func (e *env) listVolumes(ctx context.Context) map[string][]string {
+func (e *env) listVolumes(ctx context.Context) (map[string][]string, error) {
+	nodes, err := e.listNodes(ctx)
+	if err != nil {
+		return nil, err
+	}
 	found := map[string][]string{}
-	for _, node := range e.nodes() {
-		out, err := e.host(ctx, node, "cd "+poolDir+" 2>/dev/null && ls -d volumes/* .new-* .gone-* 2>/dev/null; true")
+	for _, node := range nodes {
+		out, err := e.host(ctx, node, "cd "+poolDir+" && ls -d volumes/* .new-* .gone-* 2>/dev/null; true")
 		if err != nil {
-			e.Fatal(err)
+			return nil, err
 		}
 		found[node] = strings.Fields(strings.ReplaceAll(out, "volumes/", ""))
 	}
-	return found
+	return found, nil
 }
 
 // madeVolumes are the names of the volumes since the test began.
-func (e *env) madeVolumes(ctx context.Context) []string {
+func (e *env) madeVolumes(ctx context.Context) ([]string, error) {
 	if e.before == nil {
-		return nil
+		return nil, nil
 	}
+	found, err := e.listVolumes(ctx)
 	var made []string
-	for node, names := range e.listVolumes(ctx) {
+	for node, names := range found {
 		for _, name := range names {
 			if !slices.Contains(e.before[node], name) {
 				made = append(made, name)
 			}
 		}
 	}
-	return made
+	return made, err
+}
+
+// expectMade waits until there are so many volumes more than when the test began.
+func (e *env) expectMade(want int) {
+	e.Helper()
+	e.eventually(fmt.Sprintf("the test has %d volumes", want), patience, func(ctx context.Context) error {
+		made, err := e.madeVolumes(ctx)
+		if err == nil && len(made) != want {
+			err = fmt.Errorf("there are %q", made)
+		}
+		return err
+	})
 }
 
 // checkLeaks waits until nothing is left of the volumes: no PersistentVolume, no
@@ -162,7 +205,10 @@ func (e *env) checkLeaks(ctx context.Context, made []string) {
 		return
 	}
 	err := poll(ctx, time.Second, func(ctx context.Context) error {
-		left := e.madeVolumes(ctx)
+		left, err := e.madeVolumes(ctx)
+		if err != nil {
+			return err
+		}
 		list, err := e.client.CoreV1().PersistentVolumes().List(ctx, metav1.ListOptions{})
 		if err != nil {
 			return err

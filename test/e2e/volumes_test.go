@@ -109,16 +109,9 @@ func TestInlineEphemeralVolumeGoesWithItsPod(t *testing.T) {
 	if kib := e.number("modest", "df -k /data | tail -n 1 | awk '{print $2}'"); kib < 48<<10 || kib > 64<<10 {
 		t.Errorf("a volume of 64Mi has %d KiB", kib)
 	}
-	if len(e.madeVolumes(t.Context())) != 1 {
-		t.Errorf("volumes while the pod runs: %q", e.madeVolumes(t.Context()))
-	}
+	e.expectMade(1)
 	e.stop("modest")
-	e.eventually("its image is gone", patience, func(ctx context.Context) error {
-		if made := e.madeVolumes(ctx); len(made) > 0 {
-			return fmt.Errorf("there are %q", made)
-		}
-		return nil
-	})
+	e.expectMade(0)
 	e.start(inline("greedy", "1Ti"))
 	e.eventSays("greedy", "FailedMount", "ephemeral")
 }
@@ -134,12 +127,7 @@ func TestGenericEphemeralVolumeGoesWithItsPod(t *testing.T) {
 	e.run(p, corev1.PodRunning)
 	e.sh("owner", "echo x > /data/file")
 	e.stop("owner")
-	e.eventually("its volume is gone", patience, func(ctx context.Context) error {
-		if made := e.madeVolumes(ctx); len(made) > 0 {
-			return fmt.Errorf("there are %q", made)
-		}
-		return nil
-	})
+	e.expectMade(0)
 }
 
 // number runs a shell command that prints one.
