@@ -159,10 +159,11 @@ check-e2e: $(LINT) ## format, vet and lint the test cluster's own code
 
 # Where the tests go, and a command that cuts a node's power. The defaults are those
 # of "make cluster"; with kind set both, see test/e2e/README.md.
-KUBECONFIG             ?= $(or $(CSI_LOOP_E2E_STATE),/var/tmp/csi-loop-e2e)/pki/admin.kubeconfig
-CSI_LOOP_E2E_POWER     ?= $(ROOT) $(CURDIR)/bin/cluster
-E2E_RESULTS            ?= $(CURDIR)/bin/e2e-results
-export KUBECONFIG CSI_LOOP_E2E_POWER
+OWN_KUBECONFIG := $(or $(CSI_LOOP_E2E_STATE),/var/tmp/csi-loop-e2e)/pki/admin.kubeconfig
+E2E_RESULTS    ?= $(CURDIR)/bin/e2e-results
+e2e-install test-e2e e2e-suite e2e-rights: export KUBECONFIG ?= $(OWN_KUBECONFIG)
+test-e2e: export CSI_LOOP_E2E_POWER ?= $(ROOT) $(CURDIR)/bin/cluster
+.PHONY: e2e e2e-load e2e-install test-e2e e2e-suite e2e-rights kind kind-down
 
 e2e-load: image-archive ## put the image onto every node of the cluster (root)
 	$(ROOT) $(CURDIR)/bin/cluster load $(CURDIR)/bin/image.tar
@@ -183,7 +184,8 @@ e2e-suite: ## run Kubernetes' own storage suite against it, on SUITE_FILESYSTEMS
 e2e-rights: ## compare what csi-loop asked the API for, in the tests so far, with what it may
 	@$(MAKE) --no-print-directory test-e2e TESTARGS=-run=TestRights CSI_LOOP_E2E_AUDIT=1
 
-# Everything of the above, from nothing to nothing.
+# Everything of the above, from nothing to nothing, and never on another cluster.
+e2e: export KUBECONFIG := $(OWN_KUBECONFIG)
 e2e: ## start a cluster, install csi-loop, run our tests and the official suite, end the cluster (root)
 	@trap '$(MAKE) --no-print-directory cluster-down' EXIT && \
 	  $(MAKE) --no-print-directory cluster CLUSTER_ARGS=-pool=xfs && \
