@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	storagev1 "k8s.io/api/storage/v1"
@@ -231,19 +230,4 @@ func (e *env) volumeOf(name string) *corev1.PersistentVolume {
 		return err
 	})
 	return volume
-}
-
-// stays checks that f holds for a while.
-func (e *env) stays(what string, d time.Duration, f func(context.Context) error) {
-	e.Helper()
-	for end := time.Now().Add(d); time.Now().Before(end); {
-		if err := f(e.Context()); err != nil {
-			e.Fatalf("%s: %v", what, err)
-		}
-		select {
-		case <-time.After(500 * time.Millisecond):
-		case <-e.Context().Done():
-			e.Fatal(e.Context().Err())
-		}
-	}
 }

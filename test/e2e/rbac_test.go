@@ -107,6 +107,20 @@ func (e *env) granted() map[right]bool {
 	return rights
 }
 
+// auditEvent is what is of use here in one line of the log.
+type auditEvent struct {
+	Verb string `json:"verb"`
+	User struct {
+		Username string `json:"username"`
+	} `json:"user"`
+	ObjectRef struct {
+		APIGroup    string `json:"apiGroup"`
+		Resource    string `json:"resource"`
+		Subresource string `json:"subresource"`
+	} `json:"objectRef"`
+	Annotations map[string]string `json:"annotations"`
+}
+
 // audited are the rights that were used, and those that were denied.
 func (e *env) audited() (used, denied map[right]bool) {
 	e.Helper()
@@ -114,13 +128,7 @@ func (e *env) audited() (used, denied map[right]bool) {
 	for _, node := range e.controlPlanes() {
 		log := e.onNode(node, "cat "+auditLog+" | grep -F '\"resource\"'; true")
 		for line := range strings.Lines(log) {
-			var event struct {
-				Verb      string
-				User      struct{ Username string }
-				ObjectRef struct{ Namespace, APIGroup, Resource, Subresource string }
-
-				Annotations map[string]string
-			}
+			var event auditEvent
 			if err := json.Unmarshal([]byte(line), &event); err != nil {
 				e.Fatal(err)
 			}

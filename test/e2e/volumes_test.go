@@ -113,7 +113,7 @@ func TestInlineEphemeralVolumeGoesWithItsPod(t *testing.T) {
 	e.stop("modest")
 	e.expectMade(0)
 	e.start(inline("greedy", "1Ti"))
-	e.eventSays("greedy", "FailedMount", "ephemeral")
+	e.eventSays("greedy", "FailedMount", "2147483648", "this node allows")
 }
 
 func TestGenericEphemeralVolumeGoesWithItsPod(t *testing.T) {
