@@ -95,6 +95,7 @@ lint: $(LINT) ## run golangci-lint
 
 fmt: $(LINT) ## format the Go code
 	$(LINT) fmt
+	cd test/chart && ../../$(LINT) fmt -c ../../.golangci.yml
 
 generate: deploy-manifests ## write all generated files
 	$(GO) generate ./...

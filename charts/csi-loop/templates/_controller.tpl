@@ -3,8 +3,9 @@
 - --csi-address=/csi/csi.sock
 - --timeout={{ .sidecar.timeout }}
 - --retry-interval-max=15s
-- --kube-api-qps=50
-- --kube-api-burst=100
+# A volume is about five requests; the API server defends itself.
+- --kube-api-qps=200
+- --kube-api-burst=400
 - --leader-election
 - --feature-gates=ReleaseLeaderElectionOnExit=true
 - --http-endpoint=:{{ .sidecar.httpPort }}

@@ -26,7 +26,9 @@ app.kubernetes.io/component: {{ . }}
 app.kubernetes.io/part-of: csi-loop
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+{{- if eq .root.Release.Service "Helm" }}
 helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version | replace "+" "_" }}
+{{- end }}
 {{- with .root.Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
