@@ -67,6 +67,9 @@ func TestNodePod(t *testing.T) {
 	if c.LivenessProbe.HTTPGet.Path != "/healthz" || c.ReadinessProbe.HTTPGet.Path != "/readyz" || c.Image != "ghcr.io/csi-loop/csi-loop:0.1.0" {
 		t.Errorf("%+v", c)
 	}
+	if strings.HasPrefix(c.TerminationMessagePath, "/dev") || c.TerminationMessagePath == "" {
+		t.Errorf("the kubelet makes %q on the node", c.TerminationMessagePath)
+	}
 	// What is mounted, from where, and how mounts travel.
 	type mount struct {
 		Path, Host, Propagation string
@@ -209,7 +212,7 @@ func TestControllerPod(t *testing.T) {
 				t.Error(config)
 			}
 			budget := find[*policy.PodDisruptionBudget](t, all, prefix+"-controller")
-			if *budget.Spec.MaxUnavailable != intstr.FromInt32(1) {
+			if *budget.Spec.MaxUnavailable != intstr.FromInt32(1) || *budget.Spec.UnhealthyPodEvictionPolicy != policy.AlwaysAllow {
 				t.Error(budget.Spec)
 			}
 			if diff := cmp.Diff(d.Spec.Selector, pod.TopologySpreadConstraints[0].LabelSelector); diff != "" {
