@@ -8,9 +8,11 @@ import (
 	"path"
 	"path/filepath"
 	"runtime"
+	"sync"
 
 	"helm.sh/helm/v4/pkg/chart/common"
 	commonutil "helm.sh/helm/v4/pkg/chart/common/util"
+	v2 "helm.sh/helm/v4/pkg/chart/v2"
 	"helm.sh/helm/v4/pkg/chart/v2/loader"
 	"helm.sh/helm/v4/pkg/engine"
 )
@@ -30,6 +32,9 @@ func Root() string {
 // Dir is the chart.
 func Dir() string { return filepath.Join(Root(), "charts", "csi-loop") }
 
+// load reads the chart, once.
+var load = sync.OnceValues(func() (*v2.Chart, error) { return loader.Load(Dir()) })
+
 // release is what a rendering is called.
 func release() common.ReleaseOptions {
 	return common.ReleaseOptions{Name: "csi-loop", Namespace: Namespace, Revision: 1, IsInstall: true}
@@ -39,7 +44,7 @@ func release() common.ReleaseOptions {
 // result is by the names of the templates, such as "node.yaml". service is what the
 // objects say they are managed by.
 func Render(values map[string]any, service string) (map[string]string, error) {
-	c, err := loader.Load(Dir())
+	c, err := load()
 	if err != nil {
 		return nil, err
 	}

@@ -11,7 +11,7 @@ app.kubernetes.io/component: {{ .component }}
 {{- /* Labels of a pod: nothing that changes with the chart's version alone. */}}
 {{- define "csi-loop.podLabels" -}}
 {{ include "csi-loop.selector" . }}
-{{- with merge (dict) (.labels | default dict) .root.Values.commonLabels }}
+{{- with merge (dict) (.labels | default dict) (.root.Values.commonLabels | default dict) }}
 {{ toYaml . }}
 {{- end }}
 {{- end }}
@@ -46,7 +46,7 @@ metadata:
     {{- with .labels }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
-  {{- with merge (dict) (.annotations | default dict) .root.Values.commonAnnotations }}
+  {{- with merge (dict) (.annotations | default dict) (.root.Values.commonAnnotations | default dict) }}
   annotations:
     {{- toYaml . | nindent 4 }}
   {{- end }}
