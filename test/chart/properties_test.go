@@ -98,7 +98,7 @@ func TestNodePod(t *testing.T) {
 	if diff := cmp.Diff([]core.VolumeProjection{
 		{ServiceAccountToken: &core.ServiceAccountTokenProjection{Audience: "csi-loop.io", ExpirationSeconds: ptr.To[int64](3600), Path: "token"}},
 		{ConfigMap: &core.ConfigMapProjection{
-			LocalObjectReference: core.LocalObjectReference{Name: "csi-loop-link-ca"}, Optional: new(true), Items: []core.KeyToPath{{Key: "ca.crt", Path: "ca.crt"}},
+			LocalObjectReference: core.LocalObjectReference{Name: "csi-loop-link-ca"}, Items: []core.KeyToPath{{Key: "ca.crt", Path: "ca.crt"}},
 		}},
 	}, link.Sources); diff != "" {
 		t.Error(diff)
