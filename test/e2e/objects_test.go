@@ -174,17 +174,20 @@ func (e *env) restartPods(namespace, selector string) {
 	e.Helper()
 	pods := e.client.CoreV1().Pods(namespace)
 	options := metav1.ListOptions{LabelSelector: selector}
-	old := map[string]bool{}
+	old, want := map[string]bool{}, 0
 	for _, p := range must[*corev1.PodList](e)(pods.List(e.Context(), options)).Items {
 		old[string(p.UID)] = true
+		if p.DeletionTimestamp == nil { // the last of an upgrade may be on their way out
+			want++
+		}
 	}
-	if len(old) == 0 {
+	if want == 0 {
 		e.Fatalf("no pod in %s has %s", namespace, selector)
 	}
 	if err := pods.DeleteCollection(e.Context(), metav1.DeleteOptions{}, options); err != nil {
 		e.Fatal(err)
 	}
-	e.waitPods(namespace, selector, len(old), func(p *corev1.Pod) bool { return !old[string(p.UID)] })
+	e.waitPods(namespace, selector, want, func(p *corev1.Pod) bool { return !old[string(p.UID)] })
 }
 
 // waitPods waits for so many ready pods, and no others.
