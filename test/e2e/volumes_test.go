@@ -142,7 +142,7 @@ func (e *env) number(pod, script string) int64 {
 }
 
 // writes is a loop that appends to a file until it cannot, and counts.
-const writes = `i=0; while i=$((i+1)); echo $i >> %[1]s/log && sync %[1]s/log; do echo $i > /tmp/count; sleep 0.05; done > /tmp/error 2>&1; echo stopped >> /tmp/error`
+const writes = `i=0; while i=$((i+1)); echo $i >> %[1]s/log && sync %[1]s/log; do echo $i > /tmp/next && mv /tmp/next /tmp/count; sleep 0.05; done > /tmp/error 2>&1; echo stopped >> /tmp/error`
 
 // write starts the loop in a pod's volume; the function that it returns checks
 // that it went on without an error.
