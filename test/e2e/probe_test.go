@@ -241,7 +241,8 @@ func (e *env) checkLeaks(ctx context.Context, made []string) {
 func (e *env) power(action, node string) {
 	e.Helper()
 	argv := append(powerCommand(e), action, node)
-	if out, err := exec.CommandContext(e.Context(), argv[0], argv[1:]...).CombinedOutput(); err != nil {
+	ctx := context.WithoutCancel(e.Context()) // for clean-ups too
+	if out, err := exec.CommandContext(ctx, argv[0], argv[1:]...).CombinedOutput(); err != nil {
 		e.Fatalf("%s: %v: %s", strings.Join(argv, " "), err, out)
 	}
 }
