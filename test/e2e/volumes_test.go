@@ -170,12 +170,24 @@ func (e *env) write(pod, dir string) func() {
 // grow asks for a larger volume and waits until the claim says that it is.
 func (e *env) grow(name, size string) {
 	e.Helper()
-	claims := e.client.CoreV1().PersistentVolumeClaims(e.namespace)
+	e.resize(name, size)
+	e.waitSize(name, size)
+}
+
+// resize asks for another size.
+func (e *env) resize(name, size string) {
+	e.Helper()
 	patch := fmt.Sprintf(`{"spec":{"resources":{"requests":{"storage":%q}}}}`, size)
+	claims := e.client.CoreV1().PersistentVolumeClaims(e.namespace)
 	must[*corev1.PersistentVolumeClaim](e)(claims.Patch(e.Context(), name, types.StrategicMergePatchType, []byte(patch), metav1.PatchOptions{}))
+}
+
+// waitSize waits until the claim says that its volume is that large.
+func (e *env) waitSize(name, size string) {
+	e.Helper()
 	want := resource.MustParse(size)
 	e.eventually("claim "+name+" has "+size, patience, func(ctx context.Context) error {
-		c, err := claims.Get(ctx, name, metav1.GetOptions{})
+		c, err := e.client.CoreV1().PersistentVolumeClaims(e.namespace).Get(ctx, name, metav1.GetOptions{})
 		if err != nil {
 			return err
 		}
@@ -215,13 +227,23 @@ func TestMountedExt4GrowsWhereTheKernelAllowsIt(t *testing.T) {
 		check()
 		return
 	}
-	patch := `{"spec":{"resources":{"requests":{"storage":"256Mi"}}}}`
-	_, err = e.client.CoreV1().PersistentVolumeClaims(e.namespace).Patch(t.Context(), "ext4", types.StrategicMergePatchType, []byte(patch), metav1.PatchOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	e.eventSays("ext4", "VolumeResizeFailed", "CAP_SYS_RESOURCE")
+	e.resize("ext4", "256Mi")
+	e.eventually("the claim says why it does not grow", patience, func(ctx context.Context) error {
+		c, err := e.client.CoreV1().PersistentVolumeClaims(e.namespace).Get(ctx, "ext4", metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		for _, condition := range c.Status.Conditions {
+			if strings.Contains(condition.Message, "CAP_SYS_RESOURCE") {
+				return nil
+			}
+		}
+		return fmt.Errorf("it says %+v", c.Status.Conditions)
+	})
 	check()
+	e.stop("ext4") // and grows when it is mounted the next time
+	e.run(e.shell("again", p.Spec.NodeName, "ext4"), corev1.PodRunning)
+	e.waitSize("ext4", "256Mi")
 }
 
 func TestRawBlockGrowsInUse(t *testing.T) {

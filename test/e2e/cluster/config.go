@@ -9,7 +9,7 @@ import (
 
 // writeConfig writes what the services of node n read.
 func (c *cluster) writeConfig(n int) error {
-	for _, d := range []string{"conf/cni", "log", "root", "var"} {
+	for _, d := range []string{"conf/cni", "conf/bin", "log", "root", "var"} {
 		if err := os.MkdirAll(c.dir(n, d), 0o755); err != nil {
 			return err
 		}
@@ -20,6 +20,8 @@ func (c *cluster) writeConfig(n int) error {
 		c.writeFile(n, "kubelet.yaml", c.kubeletConfig()),
 		c.writeFile(n, "Corefile", c.corefile()),
 		c.writeFile(n, "audit.yaml", auditPolicy),
+		os.WriteFile(c.dir(n, "conf/bin/systemctl"), fmt.Appendf(nil, systemctl, c.dir(n, "conf")), 0o755),
+		os.WriteFile(c.dir(n, "conf/bin/sudo"), []byte(sudo), 0o755),
 	)
 }
 

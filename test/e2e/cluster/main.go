@@ -123,8 +123,9 @@ var commands = map[string]command{
 	"kill-service": {2, onNode(func(ctx context.Context, c *cluster, n int, args []string) error {
 		return c.signalService(ctx, n, args[0], "KILL")
 	})},
-	// Not for people: the two steps into a node's namespaces.
+	// Not for people: the two steps into a node's namespaces, and a service in them.
 	"spawn": {1, onNode(func(_ context.Context, c *cluster, n int, _ []string) error { return c.spawn(n) })},
+	"sshd":  {1, onNode(func(ctx context.Context, c *cluster, n int, _ []string) error { return c.serveSSH(ctx, n) })},
 	"init":  {1, onNode(func(_ context.Context, c *cluster, n int, _ []string) error { return c.init(n) })},
 }
 

@@ -18,6 +18,7 @@ func (c *cluster) services(n int) []service {
 	if n == 1 {
 		all = append(all, c.controlPlane(hyperkube)...)
 	}
+	all = append(all, service{name: "sshd", argv: []string{"/proc/1/exe", "-state=" + c.state, "-bin=" + c.bin, "sshd", strconv.Itoa(n)}})
 	kubeconfig := "--kubeconfig=" + c.pki(nodeName(n)+".kubeconfig")
 	return append(all,
 		service{name: "coredns", api: true, argv: []string{c.binary("coredns"), "-conf", c.dir(n, "conf/Corefile")}},
