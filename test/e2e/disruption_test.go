@@ -110,7 +110,7 @@ func (e *env) killKubelet(node string) {
 	if len(old) != 1 {
 		e.Fatalf("the kubelets of %s are %q", node, old)
 	}
-	e.onNode(node, "kill -9 "+old[0])
+	e.onNode(node, "(sleep 1; kill -9 "+old[0]+") >/dev/null 2>&1 &") // which would go through the kubelet too
 	e.eventually("another kubelet answers on "+node, patience, func(ctx context.Context) error {
 		now, err := e.host(ctx, node, kubelets) // which goes through the kubelet
 		if err != nil {

@@ -190,7 +190,8 @@ func (e *env) restartPods(namespace, selector string) {
 	e.waitPods(namespace, selector, want, func(p *corev1.Pod) bool { return !old[string(p.UID)] })
 }
 
-// waitPods waits for so many ready pods, and no others.
+// waitPods waits for so many ready pods, and no others but such as are on their way
+// out.
 func (e *env) waitPods(namespace, selector string, want int, counts func(*corev1.Pod) bool) {
 	e.Helper()
 	e.eventually(fmt.Sprintf("%d pods with %s are ready", want, selector), patience, func(ctx context.Context) error {
@@ -198,14 +199,18 @@ func (e *env) waitPods(namespace, selector string, want int, counts func(*corev1
 		if err != nil {
 			return err
 		}
-		var have int
+		var have, staying int
 		for i := range list.Items {
-			if p := &list.Items[i]; running(p) && counts(p) {
+			p := &list.Items[i]
+			if p.DeletionTimestamp == nil {
+				staying++
+			}
+			if running(p) && counts(p) {
 				have++
 			}
 		}
-		if have != want || len(list.Items) != want {
-			return fmt.Errorf("%d of %d are", have, len(list.Items))
+		if have != want || staying != want {
+			return fmt.Errorf("%d of %d are", have, staying)
 		}
 		return nil
 	})

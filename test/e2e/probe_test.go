@@ -126,6 +126,8 @@ func (e *env) host(ctx context.Context, node, script string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	err := poll(ctx, 500*time.Millisecond, func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, 30*time.Second) // a kubelet that dies leaves streams open
+		defer cancel()
 		list, err := e.client.CoreV1().Pods(probeNamespace).List(ctx, metav1.ListOptions{FieldSelector: "spec.nodeName=" + node})
 		if err != nil {
 			return err
