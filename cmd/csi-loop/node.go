@@ -44,13 +44,17 @@ func linkSettings(ctx context.Context, d *driver.Driver, images *image.Store, p 
 			return images.Observe(func(c image.Change) { f(c.PoolID, c.Dir, c.Exists) })
 		},
 	}
-	for _, pool := range images.Pools() {
-		cfg.Pools = append(cfg.Pools, link.Pool{
-			ID: pool.ID(), Name: pool.Name(), Key: pool.PublicKey(), Sign: pool.Sign, Volumes: pool.Dirs,
-			Free: func() link.Free {
-				return link.Free{Thick: pool.Capacity(image.Thick), Thin: pool.Capacity(image.Thin)}
-			},
-		})
+	cfg.Pools = func() []link.Pool {
+		var pools []link.Pool
+		for _, pool := range images.Pools() {
+			pools = append(pools, link.Pool{
+				ID: pool.ID(), Name: pool.Name(), Key: pool.PublicKey(), Sign: pool.Sign, Volumes: pool.Dirs,
+				Free: func() link.Free {
+					return link.Free{Thick: pool.Capacity(image.Thick), Thin: pool.Capacity(image.Thin)}
+				},
+			})
+		}
+		return pools
 	}
 	return cfg
 }

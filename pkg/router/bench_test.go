@@ -33,7 +33,7 @@ func BenchmarkNodes(b *testing.B) {
 	c := newCluster(b)
 	nodes := make([]*fakeNode, count)
 	for i := range nodes {
-		p := newPool(b, "default", 1<<50)
+		p := newDisk(b, "default", 1<<45)
 		for v := range volumes {
 			p.volumes[fmt.Sprintf("pvc-%08d-0000-4000-8000-%012d", i, v)] = 1
 		}

@@ -73,9 +73,11 @@ func (r *Router) offered(method string) error {
 	return nil
 }
 
-// byID sends a call to the node that the ID in it leads to. An ID that nothing can
-// have gets the answer unknown.
-func byID[Req, Resp any](ctx context.Context, r *Router, method, kind, id string, req Req, do caller[Req, Resp], unknown func() (Resp, error)) (Resp, error) {
+// byID sends a call to the node that the ID in it leads to, and lets checks judge the
+// answer. An ID that nothing can have gets the answer unknown.
+func byID[Req, Resp any](
+	ctx context.Context, r *Router, method, kind, id string, req Req, do caller[Req, Resp], unknown func() (Resp, error), checks ...func(*session, Resp) error,
+) (Resp, error) {
 	var none Resp
 	if id == "" {
 		return none, invalidf("%s_id is missing", kind)
@@ -87,7 +89,26 @@ func byID[Req, Resp any](ctx context.Context, r *Router, method, kind, id string
 	case !ok:
 		return unknown()
 	}
-	return call(ctx, s, method, req, do)
+	resp, err := call(ctx, s, method, req, do)
+	for _, check := range checks {
+		if err == nil {
+			err = check(s, resp)
+		}
+	}
+	if err != nil {
+		return none, err
+	}
+	return resp, nil
+}
+
+// same checks that an answer is about what was asked.
+func same[Resp any](kind, id string, of func(Resp) string) func(*session, Resp) error {
+	return func(s *session, resp Resp) error {
+		if of(resp) != id {
+			return unavailablef("node %q answered for %s %.200q instead of %q", s.id.Node, kind, of(resp), id)
+		}
+		return nil
+	}
 }
 
 // notFound is the answer for IDs that nothing can have, where one is needed.
@@ -129,7 +150,8 @@ func (s *controllerServer) ControllerExpandVolume(ctx context.Context, req *csi.
 // ControllerGetVolume goes to the volume's node.
 func (s *controllerServer) ControllerGetVolume(ctx context.Context, req *csi.ControllerGetVolumeRequest) (*csi.ControllerGetVolumeResponse, error) {
 	id := req.GetVolumeId()
-	return byID(ctx, s.r, "ControllerGetVolume", "volume", id, req, csi.ControllerClient.ControllerGetVolume, notFound[*csi.ControllerGetVolumeResponse]("volume", id))
+	return byID(ctx, s.r, "ControllerGetVolume", "volume", id, req, csi.ControllerClient.ControllerGetVolume, notFound[*csi.ControllerGetVolumeResponse]("volume", id),
+		same("volume", id, func(r *csi.ControllerGetVolumeResponse) string { return r.GetVolume().GetVolumeId() }))
 }
 
 // ControllerModifyVolume goes to the volume's node.
@@ -150,7 +172,11 @@ func (s *controllerServer) CreateSnapshot(ctx context.Context, req *csi.CreateSn
 		return nil, invalidf("name is missing")
 	}
 	id := req.GetSourceVolumeId()
-	return byID(ctx, s.r, "CreateSnapshot", "source_volume", id, req, csi.ControllerClient.CreateSnapshot, notFound[*csi.CreateSnapshotResponse]("volume", id))
+	return byID(ctx, s.r, "CreateSnapshot", "source_volume", id, req, csi.ControllerClient.CreateSnapshot, notFound[*csi.CreateSnapshotResponse]("volume", id),
+		same("volume", id, func(r *csi.CreateSnapshotResponse) string { return r.GetSnapshot().GetSourceVolumeId() }),
+		func(n *session, r *csi.CreateSnapshotResponse) error {
+			return s.r.owned(n, "snapshot", r.GetSnapshot().GetSnapshotId())
+		})
 }
 
 // DeleteSnapshot goes to the snapshot's node.
@@ -161,5 +187,6 @@ func (s *controllerServer) DeleteSnapshot(ctx context.Context, req *csi.DeleteSn
 // GetSnapshot goes to the snapshot's node.
 func (s *controllerServer) GetSnapshot(ctx context.Context, req *csi.GetSnapshotRequest) (*csi.GetSnapshotResponse, error) {
 	id := req.GetSnapshotId()
-	return byID(ctx, s.r, "GetSnapshot", "snapshot", id, req, csi.ControllerClient.GetSnapshot, notFound[*csi.GetSnapshotResponse]("snapshot", id))
+	return byID(ctx, s.r, "GetSnapshot", "snapshot", id, req, csi.ControllerClient.GetSnapshot, notFound[*csi.GetSnapshotResponse]("snapshot", id),
+		same("snapshot", id, func(r *csi.GetSnapshotResponse) string { return r.GetSnapshot().GetSnapshotId() }))
 }

@@ -65,12 +65,43 @@ func (c *creation) at(ctx context.Context, s *session) (*csi.CreateVolumeRespons
 	c.r.table.sent(c.dir, s.id.Node)
 	resp, err := call(ctx, s, "CreateVolume", c.req, csi.ControllerClient.CreateVolume)
 	if err == nil {
+		err = c.r.credible(s, resp.GetVolume())
+	}
+	if err == nil {
 		c.r.table.made(s, resp.GetVolume().GetVolumeId())
 	}
 	if !uncertain(err) {
 		c.r.table.answered(c.dir)
 	}
-	return resp, err
+	if err != nil {
+		return nil, err
+	}
+	return resp, nil
+}
+
+// credible refuses a volume that is not the node's to give: its claim would be bound
+// to another node's volume, and that one deleted with it.
+func (r *Router) credible(s *session, v *csi.Volume) error {
+	if err := r.owned(s, "volume", v.GetVolumeId()); err != nil {
+		return err
+	}
+	for _, t := range v.GetAccessibleTopology() {
+		if name, ok := r.nodeOf(t); !ok || name != s.id.Node {
+			return unavailablef("node %q answered that volume %q is in %v", s.id.Node, v.GetVolumeId(), t.GetSegments())
+		}
+	}
+	if len(v.GetAccessibleTopology()) != 1 {
+		return unavailablef("node %q answered that volume %q has %d topologies", s.id.Node, v.GetVolumeId(), len(v.GetAccessibleTopology()))
+	}
+	return nil
+}
+
+// owned refuses an ID in an answer that is not in one of the node's pools.
+func (r *Router) owned(s *session, kind, id string) error {
+	if !r.here(s, id) {
+		return unavailablef("node %q answered with a %s %.200q, whose pool it does not have", s.id.Node, kind, id)
+	}
+	return nil
 }
 
 // pool is the name of the pool asked for; "" is the node's default.

@@ -98,6 +98,13 @@ type fakeAuth struct {
 	mu     sync.Mutex
 	tokens map[string]Identity
 	down   bool
+	looked int
+}
+
+func (a *fakeAuth) asked() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.looked
 }
 
 func (a *fakeAuth) issue(node, pod string, ttl time.Duration) string {
@@ -111,6 +118,7 @@ func (a *fakeAuth) issue(node, pod string, ttl time.Duration) string {
 func (a *fakeAuth) Authenticate(_ context.Context, token string) (Identity, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.looked++
 	if a.down {
 		return Identity{}, errors.New("the API server is away")
 	}
@@ -201,6 +209,16 @@ func newCluster(tb testing.TB) *cluster {
 	c.start()
 	tb.Cleanup(c.halt)
 	return c
+}
+
+// replica is another controller of the same cluster.
+func (c *cluster) replica() *cluster {
+	c.tb.Helper()
+	r := newCluster(c.tb)
+	r.halt()
+	r.ca, r.auth, r.roster, r.cert = c.ca, c.auth, c.roster, c.cert
+	r.start()
+	return r
 }
 
 var every = []csi.ControllerServiceCapability_RPC_Type{
@@ -305,7 +323,7 @@ type fakePool struct {
 	size    int64
 }
 
-func newPool(tb testing.TB, name string, size int64) *fakePool {
+func newDisk(tb testing.TB, name string, size int64) *fakePool {
 	tb.Helper()
 	public, private, err := ed25519.GenerateKey(rand.Reader)
 	must(tb, err)
@@ -366,20 +384,25 @@ func (c *cluster) node(name string, pools ...*fakePool) *fakeNode {
 
 // up starts the node's process.
 func (n *fakeNode) up() *fakeNode {
-	var pools []link.Pool
-	for _, p := range n.pools {
-		pool := link.Pool{
-			ID: p.id, Name: p.name, Key: p.key.Public().(ed25519.PublicKey),
-			Sign: func(b []byte) []byte { return ed25519.Sign(p.key, b) }, Volumes: p.list, Free: p.free,
+	find := func() []link.Pool {
+		var pools []link.Pool
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		for _, p := range n.pools {
+			pool := link.Pool{
+				ID: p.id, Name: p.name, Key: p.key.Public().(ed25519.PublicKey),
+				Sign: func(b []byte) []byte { return ed25519.Sign(p.key, b) }, Volumes: p.list, Free: p.free,
+			}
+			if n.proofs != nil {
+				n.proofs(&pool)
+			}
+			pools = append(pools, pool)
 		}
-		if n.proofs != nil {
-			n.proofs(&pool)
-		}
-		pools = append(pools, pool)
+		return pools
 	}
 	cfg := link.Config{
 		Driver: driver, Version: "v-node", NodeID: n.name, Addresses: []string{n.address},
-		CA: n.ca, Token: n.currentToken, Pools: pools, DefaultPool: "default",
+		CA: n.ca, Token: n.currentToken, Pools: find, DefaultPool: "default",
 		Observe: func(f func(string, string, bool)) func() {
 			n.mu.Lock()
 			defer n.mu.Unlock()

@@ -100,7 +100,7 @@ func (r *relay) cut() {
 // A node that creates, and dies before it answers, has the one volume there is.
 func TestLostAnswer(t *testing.T) {
 	c := newCluster(t)
-	a, b := c.node("a", newPool(t, "default", 10*gib)).up(), c.node("b", newPool(t, "default", gib)).up()
+	a, b := c.node("a", newDisk(t, "default", 10*gib)).up(), c.node("b", newDisk(t, "default", gib)).up()
 	c.linked(a, b)
 	made := make(chan struct{})
 	a.hook = func(ctx context.Context, step string) error {
@@ -137,7 +137,7 @@ func TestLostAnswer(t *testing.T) {
 func TestCutInCreate(t *testing.T) {
 	c := newCluster(t)
 	r := newRelay(t, c.address)
-	a, b := c.node("a", newPool(t, "default", 10*gib)), c.node("b", newPool(t, "default", gib)).up()
+	a, b := c.node("a", newDisk(t, "default", 10*gib)), c.node("b", newDisk(t, "default", gib)).up()
 	c.router.cfg.Self = r.address() // so that the node keeps to the relay
 	a.address = r.address()
 	begun, finish := make(chan struct{}, 2), make(chan struct{})
@@ -184,7 +184,7 @@ func TestCutInCreate(t *testing.T) {
 // volume a second time before it has.
 func TestControllerRestart(t *testing.T) {
 	c := newCluster(t)
-	a, b := c.node("a", newPool(t, "default", 10*gib)).up(), c.node("b", newPool(t, "default", 20*gib)).up()
+	a, b := c.node("a", newDisk(t, "default", 10*gib)).up(), c.node("b", newDisk(t, "default", 20*gib)).up()
 	c.linked(a, b)
 	resp, err := c.csi.CreateVolume(t.Context(), create("x", 1, a))
 	must(t, err)
@@ -214,7 +214,7 @@ func TestHalfOpen(t *testing.T) {
 	c := newCluster(t)
 	r := newRelay(t, c.address)
 	c.router.cfg.Self = r.address()
-	a := c.node("a", newPool(t, "default", gib))
+	a := c.node("a", newDisk(t, "default", gib))
 	a.address = r.address()
 	a.up()
 	c.linked(a)
@@ -237,7 +237,7 @@ func TestSecondLinkWhileFirstIsDead(t *testing.T) {
 	c := newCluster(t)
 	r := newRelay(t, c.address)
 	c.router.cfg.Self = r.address()
-	a := c.node("a", newPool(t, "default", gib))
+	a := c.node("a", newDisk(t, "default", gib))
 	a.address = r.address()
 	a.up()
 	c.linked(a)
@@ -259,11 +259,11 @@ func TestSecondLinkWhileFirstIsDead(t *testing.T) {
 // same pod does not replace itself.
 func TestSecondClaimant(t *testing.T) {
 	c := newCluster(t)
-	a := c.node("a", newPool(t, "default", gib)).up()
+	a := c.node("a", newDisk(t, "default", gib)).up()
 	c.linked(a)
 	first, _ := c.router.table.node("a")
 
-	same := c.node("a", newPool(t, "default", gib))
+	same := c.node("a", newDisk(t, "default", gib))
 	same.token = a.token
 	same.up()
 	eventually(t, "the same pod is refused", func() bool { return c.router.Stats().Refused[reasonSecond] > 0 })
@@ -272,7 +272,7 @@ func TestSecondClaimant(t *testing.T) {
 	}
 	same.stop()
 
-	other := c.node("a", newPool(t, "default", 2*gib))
+	other := c.node("a", newDisk(t, "default", 2*gib))
 	other.token = c.auth.issue("a", "pod-2", time.Hour)
 	other.up()
 	eventually(t, "the other pod's link counts", func() bool {
@@ -291,10 +291,10 @@ func TestSecondClaimant(t *testing.T) {
 // A copy of a pool is refused as long as the first is there, and gets its turn then.
 func TestDuplicatePool(t *testing.T) {
 	c := newCluster(t)
-	p := newPool(t, "default", 10*gib)
+	p := newDisk(t, "default", 10*gib)
 	p.volumes["x"] = 1
 	clone := &fakePool{id: p.id, name: p.name, key: p.key, volumes: map[string]int64{"x": 1, "y": 1}, size: 20 * gib}
-	a, b := c.node("a", p).up(), c.node("b", clone, newPool(t, "fast", gib))
+	a, b := c.node("a", p).up(), c.node("b", clone, newDisk(t, "fast", gib))
 	c.linked(a)
 	b.up()
 	c.linked(a, b)
@@ -333,7 +333,7 @@ func TestDuplicatePool(t *testing.T) {
 // A disk that moves while its node is away takes its volumes along.
 func TestMovedDisk(t *testing.T) {
 	c := newCluster(t)
-	p := newPool(t, "default", 10*gib)
+	p := newDisk(t, "default", 10*gib)
 	p.volumes["x"] = 1
 	a := c.node("a", p).up()
 	c.linked(a)
@@ -353,7 +353,7 @@ func TestMovedDisk(t *testing.T) {
 
 func TestTokenExpiresOnLiveLink(t *testing.T) {
 	c := newCluster(t)
-	a := c.node("a", newPool(t, "default", gib))
+	a := c.node("a", newDisk(t, "default", gib))
 	a.token = c.auth.issue("a", "pod-a", 300*time.Millisecond)
 	a.up()
 	c.linked(a)
@@ -385,7 +385,7 @@ func TestTokenExpiresOnLiveLink(t *testing.T) {
 // While tokens cannot be looked at, links live and none is made.
 func TestReviewDown(t *testing.T) {
 	c := newCluster(t)
-	a, b := c.node("a", newPool(t, "default", gib)).up(), c.node("b", newPool(t, "default", gib))
+	a, b := c.node("a", newDisk(t, "default", gib)).up(), c.node("b", newDisk(t, "default", gib))
 	c.linked(a)
 	c.auth.mu.Lock()
 	c.auth.down = true
@@ -403,7 +403,7 @@ func TestReviewDown(t *testing.T) {
 func TestBadCertificate(t *testing.T) {
 	c := newCluster(t)
 	other := newAuthority(t)
-	stranger := c.node("a", newPool(t, "default", gib))
+	stranger := c.node("a", newDisk(t, "default", gib))
 	stranger.ca = func() (*x509.CertPool, error) { return other.pool(), nil }
 	c.auth.mu.Lock()
 	c.auth.tokens = map[string]Identity{}
@@ -416,13 +416,13 @@ func TestBadCertificate(t *testing.T) {
 	c.cert = c.ca.issue(t, "somebody-else")
 	stranger.stop()
 	before := c.router.Stats().Refused[reasonHello]
-	named := c.node("b", newPool(t, "default", gib)).up()
+	named := c.node("b", newDisk(t, "default", gib)).up()
 	eventually(t, "the handshake fails", func() bool { return c.router.Stats().Refused[reasonHello] > before+1 })
 	c.linked()
 	named.stop()
 	// A second CA in the bundle: the certificate may come from either.
 	c.cert = other.issue(t, link.DefaultName)
-	rotating := c.node("c", newPool(t, "default", gib))
+	rotating := c.node("c", newDisk(t, "default", gib))
 	rotating.ca = func() (*x509.CertPool, error) {
 		p := c.ca.pool()
 		p.AddCert(other.cert)
@@ -446,7 +446,7 @@ func TestBadProof(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newCluster(t)
-			a := c.node("a", newPool(t, "default", gib))
+			a := c.node("a", newDisk(t, "default", gib))
 			a.proofs = func(p *link.Pool) { spoil(t, p) }
 			a.up()
 			eventually(t, "it is refused", func() bool { return c.router.Stats().Refused[reasonIdentity] > 0 })
@@ -458,7 +458,7 @@ func TestBadProof(t *testing.T) {
 // A token of another node's pod does not open a link for this one.
 func TestForeignToken(t *testing.T) {
 	c := newCluster(t)
-	a := c.node("a", newPool(t, "default", gib))
+	a := c.node("a", newDisk(t, "default", gib))
 	a.token = c.auth.issue("b", "pod-b", time.Hour)
 	a.up()
 	eventually(t, "it is refused", func() bool { return c.router.Stats().Refused[reasonIdentity] > 0 })
@@ -480,7 +480,7 @@ func (c *cluster) dialRaw(t *testing.T) (*tls.Conn, link.ControllerHello) {
 // are bound to the first one.
 func TestReplayedSignature(t *testing.T) {
 	c := newCluster(t)
-	p := newPool(t, "default", gib)
+	p := newDisk(t, "default", gib)
 	token := c.auth.issue("a", "pod-a", time.Hour)
 	c.node("a", p)
 	first, hello := c.dialRaw(t)
@@ -569,7 +569,7 @@ func TestGarbageHellos(t *testing.T) {
 
 func twice(t *testing.T, _ *cluster, _ link.NodeHello) []link.PoolProof {
 	t.Helper()
-	p := newPool(t, "default", gib)
+	p := newDisk(t, "default", gib)
 	proof := link.PoolProof{ID: p.id, Name: p.name, Key: p.key.Public().(ed25519.PublicKey)}
 	return []link.PoolProof{proof, proof}
 }
@@ -591,21 +591,13 @@ func TestSilentNode(t *testing.T) {
 // found over the others.
 func TestReplicas(t *testing.T) {
 	first := newCluster(t)
-	replica := func() *cluster {
-		c := newCluster(t)
-		c.ca, c.auth, c.roster = first.ca, first.auth, first.roster
-		c.halt()
-		c.cert = first.cert
-		c.start()
-		return c
-	}
-	second := replica()
+	second := first.replica()
 	first.router.SetReplicas([]string{first.address, second.address})
 	second.router.SetReplicas([]string{first.address, second.address})
-	a := first.node("a", newPool(t, "default", gib)).up()
+	a := first.node("a", newDisk(t, "default", gib)).up()
 	first.linked(a)
 	second.linked(a)
-	third := replica()
+	third := first.replica()
 	for _, c := range []*cluster{first, second, third} {
 		c.router.SetReplicas([]string{first.address, second.address, third.address})
 	}
@@ -630,7 +622,7 @@ func TestReplicas(t *testing.T) {
 // A node that stops lets calls finish, and answers them.
 func TestOrderlyStop(t *testing.T) {
 	c := newCluster(t)
-	a := c.node("a", newPool(t, "default", gib))
+	a := c.node("a", newDisk(t, "default", gib))
 	begun, finish := make(chan struct{}), make(chan struct{})
 	a.hook = func(_ context.Context, step string) error {
 		if step == "before" {

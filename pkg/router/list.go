@@ -14,6 +14,8 @@ const (
 	// pageMost bounds a page that the caller does not bound, so that the answer
 	// stays below the 4 MiB that a sidecar takes.
 	pageMost = 5000
+	// maxToken bounds a node's token, in bytes.
+	maxToken = 1 << 10
 	// tokenPrefix begins the tokens of lists, before they are encoded.
 	tokenPrefix = "at:"
 )
@@ -97,6 +99,9 @@ func pages[Entry any](
 			if err != nil {
 				return nil, "", wholeOr(err, s)
 			}
+			if len(part) > int(left) || nodeNext != "" && nodeNext == at.token || len(nodeNext) > maxToken {
+				return nil, "", unavailablef("the list would not be whole: node %q does not keep to pages", s.id.Node)
+			}
 			entries = append(entries, part...)
 			at.token = nodeNext
 		}
@@ -152,11 +157,15 @@ func (s *controllerServer) ControllerListVolumeHealth(ctx context.Context, req *
 // otherwise lists those of all nodes.
 func (s *controllerServer) ListSnapshots(ctx context.Context, req *csi.ListSnapshotsRequest) (*csi.ListSnapshotsResponse, error) {
 	none := gone(&csi.ListSnapshotsResponse{})
+	own := func(n *session, resp *csi.ListSnapshotsResponse) error {
+		resp.Entries = only(s.r, n, resp.GetEntries(), func(e *csi.ListSnapshotsResponse_Entry) string { return e.GetSnapshot().GetSnapshotId() })
+		return nil
+	}
 	switch {
 	case req.GetSnapshotId() != "":
-		return byID(ctx, s.r, "ListSnapshots", "snapshot", req.GetSnapshotId(), req, csi.ControllerClient.ListSnapshots, none)
+		return byID(ctx, s.r, "ListSnapshots", "snapshot", req.GetSnapshotId(), req, csi.ControllerClient.ListSnapshots, none, own)
 	case req.GetSourceVolumeId() != "":
-		return byID(ctx, s.r, "ListSnapshots", "volume", req.GetSourceVolumeId(), req, csi.ControllerClient.ListSnapshots, none)
+		return byID(ctx, s.r, "ListSnapshots", "volume", req.GetSourceVolumeId(), req, csi.ControllerClient.ListSnapshots, none, own)
 	}
 	entries, next, err := pages(ctx, s.r, req.GetStartingToken(), req.GetMaxEntries(),
 		func(ctx context.Context, n *session, token string, limit int32) ([]*csi.ListSnapshotsResponse_Entry, string, error) {

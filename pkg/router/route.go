@@ -19,6 +19,8 @@ const (
 	controllerService = "/" + "csi.v1.Controller" + "/"
 	// maxID is CSI's limit for strings.
 	maxID = 128
+	// maxText bounds what a node can put into an event, in runes.
+	maxText = 4096
 )
 
 var poolIDs = regexp.MustCompile(`^[a-z2-7]{20}$`)
@@ -93,11 +95,11 @@ func (s *session) translate(ctx context.Context, method string, err error, answe
 	case st.Code() == codes.Unimplemented:
 		return s.tooOld(method)
 	case answered:
-		return status.Error(st.Code(), st.Message()) // without details, which CSI wants empty
+		return status.Errorf(st.Code(), "%.*s", maxText, st.Message()) // without details, which CSI wants empty
 	case ctx.Err() != nil:
 		return status.FromContextError(ctx.Err()).Err()
 	}
-	return unavailablef("%s: link to node %q: %s", method, s.id.Node, st.Message())
+	return unavailablef("%s: link to node %q: %.*s", method, s.id.Node, maxText, st.Message())
 }
 
 // Node says whether the answer leaves open what the node did.

@@ -19,7 +19,7 @@ import (
 
 func TestVolumeLife(t *testing.T) {
 	c := newCluster(t)
-	a, b := c.node("a", newPool(t, "default", 10*gib)).up(), c.node("b", newPool(t, "default", 20*gib)).up()
+	a, b := c.node("a", newDisk(t, "default", 10*gib)).up(), c.node("b", newDisk(t, "default", 20*gib)).up()
 	c.linked(a, b)
 	ctx := t.Context()
 	if resp, err := c.ident.Probe(ctx, &csi.ProbeRequest{}); err != nil || !resp.GetReady().GetValue() {
@@ -53,8 +53,8 @@ func TestVolumeLife(t *testing.T) {
 // one leaves it to the next.
 func TestImmediate(t *testing.T) {
 	c := newCluster(t)
-	a := c.node("a", newPool(t, "default", 10*gib)).up()
-	b := c.node("b", newPool(t, "default", 20*gib), newPool(t, "fast", gib)).up()
+	a := c.node("a", newDisk(t, "default", 10*gib)).up()
+	b := c.node("b", newDisk(t, "default", 20*gib), newDisk(t, "fast", gib)).up()
 	c.linked(a, b)
 	ctx := t.Context()
 	_, err := c.csi.CreateVolume(ctx, create("x", gib, nil))
@@ -88,7 +88,7 @@ func TestImmediate(t *testing.T) {
 // The topology's order is kept, and a list of nodes is tried to its end.
 func TestTopologies(t *testing.T) {
 	c := newCluster(t)
-	a, b := c.node("a", newPool(t, "default", gib)).up(), c.node("b", newPool(t, "default", 20*gib)).up()
+	a, b := c.node("a", newDisk(t, "default", gib)).up(), c.node("b", newDisk(t, "default", 20*gib)).up()
 	c.linked(a, b)
 	both := create("x", gib, nil)
 	both.AccessibilityRequirements = &csi.TopologyRequirement{Requisite: slices.Concat(b.topology(), a.topology()), Preferred: a.topology()}
@@ -112,7 +112,7 @@ func TestTopologies(t *testing.T) {
 // The table of design section 6: what is answered while a node is away.
 func TestAway(t *testing.T) {
 	c := newCluster(t)
-	a, b := c.node("a", newPool(t, "default", 10*gib)).up(), c.node("b", newPool(t, "default", 10*gib)).up()
+	a, b := c.node("a", newDisk(t, "default", 10*gib)).up(), c.node("b", newDisk(t, "default", 10*gib)).up()
 	c.linked(a, b)
 	ctx := t.Context()
 	resp, err := c.csi.CreateVolume(ctx, create("pvc-1", gib, a))
@@ -252,8 +252,8 @@ func TestAway(t *testing.T) {
 // A node that is registered and has never linked counts as away since the start.
 func TestAwaySinceStart(t *testing.T) {
 	c := newCluster(t)
-	b := c.node("b", newPool(t, "default", 10*gib)).up()
-	a := c.node("a", newPool(t, "default", 10*gib))
+	b := c.node("b", newDisk(t, "default", 10*gib)).up()
+	a := c.node("a", newDisk(t, "default", 10*gib))
 	c.linked(b)
 	ctx := t.Context()
 	_, err := c.csi.CreateVolume(ctx, create("x", gib, a))
@@ -277,7 +277,7 @@ func TestAwaySinceStart(t *testing.T) {
 
 func TestCapacity(t *testing.T) {
 	c := newCluster(t)
-	a, b := c.node("a", newPool(t, "default", 10*gib)).up(), c.node("b", newPool(t, "default", 5*gib)).up()
+	a, b := c.node("a", newDisk(t, "default", 10*gib)).up(), c.node("b", newDisk(t, "default", 5*gib)).up()
 	c.linked(a, b)
 	for name, tt := range map[string]struct {
 		req  *csi.GetCapacityRequest
@@ -302,7 +302,7 @@ func TestListPages(t *testing.T) {
 	var nodes []*fakeNode
 	var want []string
 	for i := range 3 {
-		p := newPool(t, "default", 10*gib)
+		p := newDisk(t, "default", 10*gib)
 		for v := range i * 4 {
 			p.volumes[fmt.Sprintf("v%d", v)] = 1
 			want = append(want, image.VolumeID(p.id, fmt.Sprintf("v%d", v)))
@@ -352,8 +352,8 @@ func TestListPages(t *testing.T) {
 // An older node lacks a method: it has to be upgraded, nothing is "unimplemented".
 func TestOlderNode(t *testing.T) {
 	c := newCluster(t)
-	a := c.node("a", newPool(t, "default", gib)).up()
-	b := c.node("b", newPool(t, "default", gib))
+	a := c.node("a", newDisk(t, "default", gib)).up()
+	b := c.node("b", newDisk(t, "default", gib))
 	b.register = func(r grpc.ServiceRegistrar) {
 		desc := csi.Controller_ServiceDesc
 		desc.Methods = slices.DeleteFunc(slices.Clone(desc.Methods), func(m grpc.MethodDesc) bool { return m.MethodName == "ControllerGetVolume" })
@@ -375,7 +375,7 @@ func TestOlderNode(t *testing.T) {
 // Codes that the link makes are not the node's.
 func TestLinkCodes(t *testing.T) {
 	c := newCluster(t)
-	a := c.node("a", newPool(t, "default", gib)).up()
+	a := c.node("a", newDisk(t, "default", gib)).up()
 	c.linked(a)
 	place, _ := c.router.table.node("a")
 	huge := &csi.ControllerGetVolumeRequest{VolumeId: strings.Repeat("x", link.MaxMessage+1)}
@@ -396,7 +396,7 @@ func TestLinkCodes(t *testing.T) {
 // The caller's deadline reaches the node, and a node that is slow holds up nobody.
 func TestSlowNode(t *testing.T) {
 	c := newCluster(t)
-	a, b := c.node("a", newPool(t, "default", 10*gib)).up(), c.node("b", newPool(t, "default", 10*gib)).up()
+	a, b := c.node("a", newDisk(t, "default", 10*gib)).up(), c.node("b", newDisk(t, "default", 10*gib)).up()
 	c.linked(a, b)
 	deadlines := make(chan time.Duration, 100)
 	a.hook = func(ctx context.Context, _ string) error {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -133,6 +134,9 @@ func (r *Router) Ready() error {
 	if _, ok := r.cfg.Roster.Registered(); !ok {
 		return errors.New("the nodes of the cluster are not known yet")
 	}
+	if _, err := r.cfg.Certificate(); err != nil {
+		return fmt.Errorf("no certificate for the links: %w", err)
+	}
 	return nil
 }
 
@@ -151,6 +155,7 @@ const (
 	reasonIdentity  = "identity"  // the hello contradicts the token, or a proof fails
 	reasonSecond    = "second"    // the node has a link already
 	reasonInventory = "inventory" // the node did not say what it has
+	reasonCrowd     = "crowd"     // too many connections that say nothing
 )
 
-var reasons = []string{reasonHello, reasonToken, reasonReview, reasonIdentity, reasonSecond, reasonInventory}
+var reasons = []string{reasonCrowd, reasonHello, reasonToken, reasonReview, reasonIdentity, reasonSecond, reasonInventory}

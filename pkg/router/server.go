@@ -47,7 +47,7 @@ func (r *Router) ServeLinks(ctx context.Context, l net.Listener) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { r.forgetting(ctx) })
-	hellos := make(chan struct{}, maxHellos)
+	door := gate{most: maxHellos, from: map[string]int{}}
 	for {
 		conn, err := l.Accept()
 		switch {
@@ -65,9 +65,48 @@ func (r *Router) ServeLinks(ctx context.Context, l net.Listener) error {
 			}
 			continue
 		}
-		hellos <- struct{}{} // each is given back within a deadline
-		wg.Go(func() { r.accept(ctx, tls.Server(conn, config), func() { <-hellos }) })
+		leave, ok := door.enter(conn.RemoteAddr())
+		if !ok {
+			r.refuse(reasonCrowd)
+			_ = conn.Close()
+			continue
+		}
+		wg.Go(func() { r.accept(ctx, tls.Server(conn, config), leave) })
 	}
+}
+
+// gate bounds the connections that have not said who they are. A connection beyond
+// the bound is refused at once, and while half of it is used, one address has no more
+// than an eighth: whoever opens many and says nothing shuts out itself.
+type gate struct {
+	most int
+
+	mu    sync.Mutex
+	total int            // guarded by mu
+	from  map[string]int // guarded by mu; by address
+}
+
+// enter lets a connection in until leave is called.
+func (g *gate) enter(addr net.Addr) (leave func(), ok bool) {
+	host, _, err := net.SplitHostPort(addr.String())
+	if err != nil {
+		host = addr.String()
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.total >= g.most || g.total >= g.most/2 && g.from[host] >= g.most/8 {
+		return nil, false
+	}
+	g.total++
+	g.from[host]++
+	return sync.OnceFunc(func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.total--
+		if g.from[host]--; g.from[host] == 0 {
+			delete(g.from, host)
+		}
+	}), true
 }
 
 func (r *Router) setServing(on bool) {
@@ -174,7 +213,7 @@ func (r *Router) admit(ctx context.Context, hello link.NodeHello, nonce, binding
 	if id.Node != hello.NodeID {
 		return nil, reasonIdentity, fmt.Errorf("the node calls itself %q, its token belongs to a pod on node %q", hello.NodeID, id.Node)
 	}
-	s := newSession(r, id, hello)
+	s := newSession(r, id, hello, nonce, binding)
 	old, err := r.table.admit(s)
 	if second, ok := errors.AsType[*secondError](err); ok && second.old != nil && !second.old.alive(ctx) {
 		// The node found the link dead before this end did.

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"k8s.io/klog/v2"
 
@@ -21,13 +23,16 @@ type session struct {
 	id      Identity
 	hello   link.NodeHello
 	methods map[string]struct{}
-	conn    net.Conn
+	// nonce and binding are what proofs on this connection are about.
+	nonce, binding []byte
+	conn           net.Conn
 
 	client csi.ControllerClient // set before the session joins the table
 	calls  sync.WaitGroup       // Add only while draining is false
 	wake   chan struct{}        // capacity 1; there is an order to send
 	fresh  chan string          // capacity 1; the last token that came
 	pong   chan struct{}        // capacity 1; the node said something
+	talk   *rate.Limiter        // of what it may say, in bytes
 
 	ended context.Context
 	end   context.CancelCauseFunc
@@ -37,10 +42,12 @@ type session struct {
 	draining bool       // guarded by mu; no new calls
 }
 
-func newSession(r *Router, id Identity, hello link.NodeHello) *session {
+func newSession(r *Router, id Identity, hello link.NodeHello, nonce, binding []byte) *session {
 	s := &session{
-		router: r, id: id, hello: hello, methods: make(map[string]struct{}, len(hello.Methods)),
+		router: r, id: id, hello: hello, nonce: nonce, binding: binding, methods: make(map[string]struct{}, len(hello.Methods)),
 		wake: make(chan struct{}, 1), fresh: make(chan string, 1), pong: make(chan struct{}, 1),
+		// A node that does nothing but send must not keep this process busy.
+		talk: rate.NewLimiter(talkRate, talkBurst),
 	}
 	for _, m := range hello.Methods {
 		s.methods[m] = struct{}{}
@@ -49,6 +56,14 @@ func newSession(r *Router, id Identity, hello link.NodeHello) *session {
 	s.ended, s.end = context.WithCancelCause(context.Background())
 	return s
 }
+
+// What a node may say on the stream, in bytes a second and at once. A message counts
+// messageCost more than it has.
+const (
+	talkRate    = 4 << 20
+	talkBurst   = 2 * link.MaxMessage
+	messageCost = 1 << 10
+)
 
 // drainTime is how long calls may go on after the node began to stop.
 const drainTime = time.Minute
@@ -93,7 +108,7 @@ func (s *session) run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { s.sendOrders(stream) })
 	wg.Go(func() { s.renew(ctx) })
-	err = s.receive(stream)
+	err = s.receive(ctx, stream)
 	r.table.leave(s)
 	s.drain(conn)
 	s.end(err)
@@ -105,26 +120,29 @@ func (s *session) run(ctx context.Context) error {
 func (s *session) inventory(stream link.Stream) (map[string]*pool, error) {
 	timer := time.AfterFunc(inventoryTime, func() { s.end(errors.New("the node did not say in time what it has")) })
 	defer timer.Stop()
-	pools := map[string]*pool{"": {volumes: map[string]struct{}{}}}
+	pools := map[string]*pool{"": newPool("", "", false)}
 	for _, p := range s.hello.Pools {
-		pools[p.ID] = &pool{id: p.ID, name: p.Name, isDefault: p.Name == s.hello.DefaultPool, volumes: map[string]struct{}{}}
+		pools[p.ID] = newPool(p.ID, p.Name, p.Name == s.hello.DefaultPool)
 	}
 	for {
-		u, err := stream.Recv()
+		u, late, err := s.listen(stream)
 		if err != nil {
-			return nil, errors.Join(context.Cause(s.ended), err)
+			return nil, err
+		}
+		for _, p := range late {
+			if pools[p.id] == nil {
+				pools[p.id] = p
+			}
 		}
 		for _, change := range u.Pools {
 			p := pools[change.ID]
 			if p == nil {
 				return nil, fmt.Errorf("the node speaks of pool %q, which it did not prove to have", change.ID)
 			}
-			for _, v := range change.Added {
-				p.volumes[v] = struct{}{}
-			}
-			if change.Free != nil {
-				p.free = *change.Free
-			}
+			p.change(change, func(string) {}, func(string) {})
+		}
+		if err := bounded(pools); err != nil {
+			return nil, err
 		}
 		s.take(u)
 		if u.Complete {
@@ -134,15 +152,54 @@ func (s *session) inventory(stream link.Stream) (map[string]*pool, error) {
 }
 
 // receive takes what the node sends until the stream ends.
-func (s *session) receive(stream link.Stream) error {
+func (s *session) receive(ctx context.Context, stream link.Stream) error {
 	for {
-		u, err := stream.Recv()
+		u, late, err := s.listen(stream)
 		if err != nil {
-			return errors.Join(context.Cause(s.ended), err)
+			return err
 		}
-		s.router.table.update(s, u)
+		duplicates, err := s.router.table.update(s, late, u)
+		if err != nil {
+			return err
+		}
+		for _, d := range duplicates {
+			s.duplicate(ctx, d)
+		}
 		s.take(u)
 	}
+}
+
+// listen waits for the node's next word, and looks at what can be judged by itself:
+// the names in it, and the proofs of pools that came in late.
+func (s *session) listen(stream link.Stream) (link.Update, []*pool, error) {
+	u, size, err := stream.Recv()
+	if err == nil {
+		err = s.talk.WaitN(s.ended, size+messageCost)
+	}
+	if err != nil {
+		return u, nil, errors.Join(context.Cause(s.ended), err)
+	}
+	for _, change := range u.Pools {
+		for _, v := range change.Added {
+			if !sound(v) {
+				return u, nil, fmt.Errorf("%.200q is not the name of a volume", v)
+			}
+		}
+	}
+	var late []*pool
+	for _, p := range u.Proofs {
+		if err := p.Check(s.id.Node, s.nonce, s.binding); err != nil {
+			s.router.refuse(reasonIdentity)
+			return u, nil, err
+		}
+		late = append(late, newPool(p.ID, p.Name, p.Name == s.hello.DefaultPool))
+	}
+	return u, late, nil
+}
+
+// sound says whether a volume may have that name: some newer csi-loop's, perhaps.
+func sound(volume string) bool {
+	return volume != "" && len(volume) <= maxID && !strings.ContainsFunc(volume, func(r rune) bool { return r <= ' ' || r > '~' })
 }
 
 // take hands on what is not about pools.
@@ -252,47 +309,62 @@ func (s *session) duplicate(ctx context.Context, d duplicate) {
 	d.second.tell(nil, msg)
 }
 
-// Pauses between attempts to look at a fresh token.
+// renewPause is the pause between two looks at fresh tokens: each is a request to the
+// API server, and a node can send them without end.
 const renewPause = 5 * time.Second
 
 // renew ends the link when its token expires, unless a fresh one came.
 func (s *session) renew(ctx context.Context) {
-	logger := klog.FromContext(ctx)
 	expires := s.id.Expires
-	var token string // fresh, not looked at yet
+	var fresh <-chan string // nil during a pause
+	var token string        // fresh, not looked at yet
+	pause := time.NewTimer(0)
+	defer pause.Stop()
 	for {
 		wait := expires.Sub(s.router.cfg.Now())
 		if wait <= 0 {
 			s.end(errors.New("its token expired, and no fresh one came"))
 			return
 		}
-		if token != "" {
-			wait = min(wait, renewPause)
-		}
-		timer := time.NewTimer(wait)
+		expiry := time.NewTimer(wait)
 		select {
 		case <-s.ended.Done():
-			timer.Stop()
+			expiry.Stop()
 			return
-		case token = <-s.fresh:
-		case <-timer.C:
+		case <-expiry.C:
+			continue
+		case <-pause.C:
+			fresh = s.fresh
+		case token = <-fresh:
 		}
-		timer.Stop()
-		if token == "" {
+		expiry.Stop()
+		if fresh == nil || token == "" {
 			continue
 		}
-		id, err := s.router.authenticate(s.ended, token) //nolint:contextcheck // ended follows ctx
-		switch {
-		case errors.Is(err, ErrToken):
-			logger.Error(err, "A node sent a fresh token that is no good")
+		var ok bool
+		if expires, ok = s.prolong(ctx, token, expires); ok {
 			token = ""
-		case err != nil:
-			logger.Error(err, "Cannot look at a node's fresh token; trying again")
-		case id.Node != s.id.Node || id.NodeUID != s.id.NodeUID || id.PodUID != s.id.PodUID:
-			s.end(fmt.Errorf("it sent the token of pod %q on node %q", id.Pod, id.Node))
-			return
-		default:
-			expires, token = id.Expires, ""
 		}
+		fresh = nil
+		pause.Reset(renewPause)
 	}
+}
+
+// prolong looks at a fresh token, and returns when the link expires. Without ok the
+// token has to be looked at again.
+func (s *session) prolong(ctx context.Context, token string, expires time.Time) (_ time.Time, ok bool) {
+	logger := klog.FromContext(ctx)
+	id, err := s.router.authenticate(s.ended, token) //nolint:contextcheck // ended follows ctx
+	switch {
+	case errors.Is(err, ErrToken):
+		logger.Error(err, "A node sent a fresh token that is no good")
+		return expires, true
+	case err != nil:
+		logger.Error(err, "Cannot look at a node's fresh token; trying again")
+		return expires, false
+	case id.Node != s.id.Node || id.NodeUID != s.id.NodeUID || id.PodUID != s.id.PodUID:
+		s.end(fmt.Errorf("it sent the token of pod %q on node %q", id.Pod, id.Node))
+		return expires, true
+	}
+	return id.Expires, true
 }

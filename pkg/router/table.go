@@ -45,6 +45,40 @@ type pool struct {
 	free      link.Free
 }
 
+func newPool(id, name string, isDefault bool) *pool {
+	return &pool{id: id, name: name, isDefault: isDefault, volumes: map[string]struct{}{}}
+}
+
+// maxFree is more than a node has; the sum for 8000 nodes does not overflow.
+const maxFree = int64(1) << 50
+
+// change takes a node's word, and tells which names are new or gone.
+func (p *pool) change(u link.PoolUpdate, added, removed func(volume string)) {
+	for _, v := range u.Added {
+		p.volumes[v] = struct{}{}
+		added(v)
+	}
+	for _, v := range u.Removed {
+		delete(p.volumes, v)
+		removed(v)
+	}
+	if u.Free != nil {
+		p.free = link.Free{Thick: min(max(0, u.Free.Thick), maxFree), Thin: min(max(0, u.Free.Thin), maxFree)}
+	}
+}
+
+// bounded refuses a node that says more than one can have.
+func bounded(pools map[string]*pool) error {
+	volumes := 0
+	for _, p := range pools {
+		volumes += len(p.volumes)
+	}
+	if len(pools)-1 > link.MaxPools || volumes > link.MaxVolumes {
+		return fmt.Errorf("%d pools with %d volumes; a node can have %d and %d", len(pools)-1, volumes, link.MaxPools, link.MaxVolumes)
+	}
+	return nil
+}
+
 func newTable(now func() time.Time) *table {
 	return &table{now: now, nodes: map[string]*node{}, pools: map[string][]*pool{}, names: map[string][]*pool{}, lost: map[string]*node{}}
 }
@@ -97,28 +131,35 @@ func (t *table) join(s *session, pools map[string]*pool) (duplicates []duplicate
 	}
 	t.clear(n) // what was known from before the link was lost
 	n.joined, n.pools = true, pools
-	for id, p := range pools {
-		p.node = n
-		if id == "" {
-			t.index(p)
-			continue
+	for _, p := range pools {
+		if d, is := t.claim(n, p); is {
+			duplicates = append(duplicates, d)
 		}
-		// What is known of a pool on a node that is away ends when the pool is
-		// found elsewhere: the disk was moved.
-		claims := t.pools[id]
-		for _, other := range slices.Clone(claims) {
-			if other.node.session == nil {
-				t.drop(other)
-			}
-		}
-		t.pools[id] = append(t.pools[id], p)
-		if claims = t.pools[id]; len(claims) > 1 {
-			duplicates = append(duplicates, duplicate{p.id, p.name, claims[0].node.session, s})
-			continue
-		}
-		t.index(p)
 	}
 	return duplicates
+}
+
+// claim adds a pool to those known, and says whether another node has it.
+// Precondition: t.mu is held, and p is one of the pools of n.
+func (t *table) claim(n *node, p *pool) (_ duplicate, is bool) {
+	p.node = n
+	if p.id == "" {
+		t.index(p)
+		return duplicate{}, false
+	}
+	// What is known of a pool on a node that is away ends when the pool is found
+	// elsewhere: the disk was moved.
+	for _, other := range slices.Clone(t.pools[p.id]) {
+		if other.node.session == nil {
+			t.drop(other)
+		}
+	}
+	t.pools[p.id] = append(t.pools[p.id], p)
+	if claims := t.pools[p.id]; len(claims) > 1 {
+		return duplicate{p.id, p.name, claims[0].node.session, n.session}, true
+	}
+	t.index(p)
+	return duplicate{}, false
 }
 
 // duplicate is a pool that two nodes have.
@@ -231,36 +272,42 @@ func (t *table) unindexOne(p *pool, volume string) {
 	t.names[volume] = left
 }
 
-// update takes what a joined node says.
-func (t *table) update(s *session, u link.Update) {
+// update takes what a joined node says: pools that came in late, and what changed. It
+// returns the late pools that are refused because another node has them, and an error
+// when it is more than a node can have.
+func (t *table) update(s *session, late []*pool, u link.Update) (duplicates []duplicate, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	n := t.nodes[s.id.Node]
 	if n == nil || n.session != s {
-		return
+		return nil, nil // replaced meanwhile
+	}
+	for _, p := range late {
+		if n.pools[p.id] != nil {
+			continue
+		}
+		n.pools[p.id] = p
+		if d, is := t.claim(n, p); is {
+			duplicates = append(duplicates, d)
+		}
 	}
 	for _, change := range u.Pools {
 		p := n.pools[change.ID]
 		if p == nil {
-			continue // it was not proven
+			return nil, fmt.Errorf("the node speaks of pool %q, which it did not prove to have", change.ID)
 		}
 		shown := t.shown(p)
-		for _, v := range change.Added {
-			p.volumes[v] = struct{}{}
+		p.change(change, func(v string) {
 			if shown {
 				t.indexOne(p, v)
 			}
-		}
-		for _, v := range change.Removed {
-			delete(p.volumes, v)
+		}, func(v string) {
 			if shown {
 				t.unindexOne(p, v)
 			}
-		}
-		if change.Free != nil {
-			p.free = *change.Free
-		}
+		})
 	}
+	return duplicates, bounded(n.pools)
 }
 
 // place is where something is: a node's link, or how long it has been away.
@@ -359,9 +406,16 @@ func (t *table) answered(dir string) {
 
 // made notes a volume before its node's own word comes: a repeated call finds it.
 func (t *table) made(s *session, volumeID string) {
-	poolID, dir, ok := strings.Cut(volumeID, ".")
-	if ok {
-		t.update(s, link.Update{Pools: []link.PoolUpdate{{ID: poolID, Added: []string{dir}}}})
+	poolID, dir, _ := strings.Cut(volumeID, ".")
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n := t.nodes[s.id.Node]
+	if n == nil || n.session != s || n.pools[poolID] == nil {
+		return
+	}
+	if p := n.pools[poolID]; t.shown(p) {
+		p.volumes[dir] = struct{}{}
+		t.indexOne(p, dir)
 	}
 }
 

@@ -31,7 +31,9 @@ type Config struct {
 	CA    func() (*x509.CertPool, error)
 	Token func() (string, error)
 
-	Pools       []Pool
+	// Pools lists the pools that are there now. It is asked again at each Refresh: a
+	// pool that comes in later is announced over the links that are up.
+	Pools       func() []Pool
 	DefaultPool string
 	// Observe may be nil; then only what the pools hold at the start is known.
 	Observe Observe
@@ -46,7 +48,7 @@ type Config struct {
 	RetryMin, RetryMax time.Duration
 	// StopTime is how long calls may take to finish at a stop; default 30 s.
 	StopTime time.Duration
-	// Refresh is how often free space and token are looked at; default 10 s.
+	// Refresh is how often pools, free space and token are looked at; default 10 s.
 	Refresh time.Duration
 }
 
@@ -133,6 +135,7 @@ func (a *Agent) refresh(ctx context.Context) {
 		if pause(ctx, a.cfg.Refresh) != nil {
 			return
 		}
+		a.inventory.discover()
 		a.inventory.refresh()
 	}
 }
@@ -273,7 +276,7 @@ func (a *Agent) link(dialling, ctx context.Context, address, claimed string) (la
 	case hello.Self != claimed:
 		return false, fmt.Errorf("the replica there calls itself %q", hello.Self)
 	}
-	token, err := a.introduce(conn, hello)
+	session, err := a.introduce(ctx, conn, hello)
 	if err != nil {
 		return false, err
 	}
@@ -283,7 +286,7 @@ func (a *Agent) link(dialling, ctx context.Context, address, claimed string) (la
 	klog.FromContext(ctx).Info("Linked to the controller", "address", address, "replica", hello.Self, "version", hello.Version)
 	a.setReplicas(ctx, hello.Replicas)
 	a.up(hello.Self)
-	return true, a.serve(ctx, conn, token)
+	return true, a.serve(ctx, conn, session)
 }
 
 // dial connects, makes sure who is there, and reads the controller's hello.
@@ -326,47 +329,52 @@ func (a *Agent) dial(ctx context.Context, address string) (*tls.Conn, Controller
 	return conn, hello, nil
 }
 
-// introduce says who this node is, and returns the token it said so with.
-func (a *Agent) introduce(conn *tls.Conn, controller ControllerHello) (string, error) {
+// introduce says who this node is, and returns what the stream goes on from.
+func (a *Agent) introduce(ctx context.Context, conn *tls.Conn, controller ControllerHello) (*session, error) {
 	protocol, err := controller.choose()
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	token, err := a.cfg.Token()
 	if err != nil {
-		return "", fmt.Errorf("token: %w", err)
+		return nil, fmt.Errorf("token: %w", err)
 	}
 	binding, err := Binding(conn.ConnectionState())
 	if err != nil {
-		return "", err
+		return nil, err
+	}
+	s := &session{
+		agent: a, ctx: ctx, sent: token, proven: map[string]bool{},
+		prove: func(p Pool) PoolProof { return Prove(p, controller.Nonce, binding, a.cfg.NodeID) },
 	}
 	hello := NodeHello{
 		Protocol: protocol, Driver: a.cfg.Driver, Version: a.cfg.Version, NodeID: a.cfg.NodeID,
 		Token: token, Methods: a.methods, DefaultPool: a.cfg.DefaultPool,
 	}
-	for _, p := range a.cfg.Pools {
-		hello.Pools = append(hello.Pools, Prove(p, controller.Nonce, binding, a.cfg.NodeID))
+	for _, p := range a.inventory.known() {
+		hello.Pools = append(hello.Pools, s.prove(p))
+		s.proven[p.ID] = true
 	}
 	if err := WriteFrame(conn, hello); err != nil {
-		return "", fmt.Errorf("hello: %w", err)
+		return nil, fmt.Errorf("hello: %w", err)
 	}
 	var verdict Verdict
 	if err := ReadFrame(conn, &verdict); err != nil {
-		return "", fmt.Errorf("answer to the hello: %w", err)
+		return nil, fmt.Errorf("answer to the hello: %w", err)
 	}
 	if !verdict.Welcome {
-		return "", fmt.Errorf("the controller refuses this node: %s", verdict.Message)
+		return nil, fmt.Errorf("the controller refuses this node: %s", verdict.Message)
 	}
-	return token, conn.SetDeadline(time.Time{})
+	return s, conn.SetDeadline(time.Time{})
 }
 
 // serve answers the controller until the link ends, or, when ctx does, until the
 // calls under way are answered.
-func (a *Agent) serve(ctx context.Context, conn *tls.Conn, token string) error {
+func (a *Agent) serve(ctx context.Context, conn *tls.Conn, session *session) error {
 	watched := watch(conn)
 	srv := newServer(grpc.UnaryInterceptor(a.intercept))
 	a.cfg.Register(srv)
-	registerSync(srv, &session{agent: a, ctx: ctx, sent: token})
+	registerSync(srv, session)
 	stopping := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		timer := time.AfterFunc(a.cfg.StopTime, srv.Stop)

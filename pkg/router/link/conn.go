@@ -78,6 +78,9 @@ func newServer(options ...grpc.ServerOption) *grpc.Server {
 // ErrUsed is a second dial: a link has one connection, and it is gone.
 var ErrUsed = errors.New("the link is down")
 
+// maxHeaders bounds what a node sends around an answer, its error's text included.
+const maxHeaders = 64 << 10
+
 // NewClient makes the controller's gRPC client over a connection whose hellos are
 // done. The client never dials again: calls on a dead link fail at once.
 func NewClient(conn net.Conn) (*grpc.ClientConn, error) {
@@ -95,6 +98,7 @@ func NewClient(conn net.Conn) (*grpc.ClientConn, error) {
 		}),
 		grpc.WithIdleTimeout(0), // going idle would close the link
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: PingEvery, Timeout: PingWait, PermitWithoutStream: true}),
+		grpc.WithMaxHeaderListSize(maxHeaders),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxMessage), grpc.MaxCallSendMsgSize(MaxMessage)),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithDisableRetry(),

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"regexp"
 	"time"
 
 	"github.com/csi-loop/csi-loop/pkg/image"
@@ -33,15 +34,19 @@ const (
 	PingEvery = 10 * time.Second
 	// PingWait is how long the answer to one may take.
 	PingWait = 3 * time.Second
-	// MaxMessage bounds a gRPC message, in bytes. Lists are paged, so nothing
-	// comes near it.
-	MaxMessage = 64 << 20
+	// MaxMessage bounds a gRPC message, in bytes: twice what the names of MaxVolumes
+	// take. Lists are paged.
+	MaxMessage = 16 << 20
 
 	// NonceSize is what a controller sends, in bytes.
 	NonceSize = 32
 
-	// maxPools bounds the pools of one node.
-	maxPools = 64
+	// MaxVolumes bounds the volumes of one node.
+	MaxVolumes = 1 << 16
+	// maxNode is the length of the longest node name, maxText that of other texts.
+	maxNode, maxText = 253, 128
+	// MaxPools bounds the pools of one node.
+	MaxPools = 64
 )
 
 // ControllerHello is the first frame.
@@ -105,12 +110,14 @@ func (h NodeHello) Check(driver string, nonce, binding []byte) error {
 			ErrVersion, h.Version, h.Protocol, ProtocolMin, ProtocolMax)
 	case h.Driver != driver:
 		return fmt.Errorf("the node belongs to the driver %q, this controller to %q", h.Driver, driver)
-	case h.NodeID == "":
-		return errors.New("the node has no ID")
+	case h.NodeID == "" || len(h.NodeID) > maxNode:
+		return fmt.Errorf("the node's ID has %d bytes, 1 to %d are allowed", len(h.NodeID), maxNode)
+	case len(h.Version) > maxText || len(h.DefaultPool) > maxText:
+		return errors.New("version or default pool are too long")
 	case h.Token == "":
 		return errors.New("the node has no token")
-	case len(h.Pools) > maxPools:
-		return fmt.Errorf("%d pools, at most %d are allowed", len(h.Pools), maxPools)
+	case len(h.Pools) > MaxPools:
+		return fmt.Errorf("%d pools, at most %d are allowed", len(h.Pools), MaxPools)
 	}
 	seen := make(map[string]bool, len(h.Pools))
 	for _, p := range h.Pools {
@@ -118,8 +125,8 @@ func (h NodeHello) Check(driver string, nonce, binding []byte) error {
 			return fmt.Errorf("pool %q is there twice", p.ID)
 		}
 		seen[p.ID] = true
-		if err := p.check(h.NodeID, nonce, binding); err != nil {
-			return fmt.Errorf("pool %q (ID %s): %w", p.Name, p.ID, err)
+		if err := p.Check(h.NodeID, nonce, binding); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -130,15 +137,23 @@ func Prove(p Pool, nonce, binding []byte, nodeID string) PoolProof {
 	return PoolProof{ID: p.ID, Name: p.Name, Key: p.Key, Signature: p.Sign(statement(nonce, binding, nodeID, p.ID))}
 }
 
-func (p PoolProof) check(nodeID string, nonce, binding []byte) error {
+// Check says whether the node has the pool's key. binding is the channel's, nonce
+// what the controller sent on it.
+func (p PoolProof) Check(nodeID string, nonce, binding []byte) error {
+	if !poolName.MatchString(p.Name) {
+		return fmt.Errorf("pool %.80q: not a name of a pool", p.Name)
+	}
 	if len(p.Key) != ed25519.PublicKeySize || image.PoolID(p.Key) != p.ID {
-		return errors.New("the ID does not belong to the key")
+		return fmt.Errorf("pool %q (ID %.80s): the ID does not belong to the key", p.Name, p.ID)
 	}
 	if !ed25519.Verify(p.Key, statement(nonce, binding, nodeID, p.ID), p.Signature) {
-		return errors.New("the signature is not that of the pool's key on this connection")
+		return fmt.Errorf("pool %q (ID %s): the signature is not that of the pool's key on this connection", p.Name, p.ID)
 	}
 	return nil
 }
+
+// poolName is what a pool can be called.
+var poolName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,98}[a-z0-9])?$`)
 
 // statement is what a pool's key signs. The purpose comes first, so that no other
 // use of the key can be made to sign this.

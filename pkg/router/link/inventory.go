@@ -27,12 +27,13 @@ const chunk = 10_000
 // inventory is what a node tells its controllers: kept up to date, and given to
 // each stream as a whole first and as changes then.
 type inventory struct {
-	pools []Pool
+	find func() []Pool
 
 	mu     sync.Mutex
+	pools  []Pool                     // guarded by mu; those that have been read
 	names  map[string]map[string]bool // guarded by mu; pool ID, volume; false: known to be gone
 	making map[string]int             // guarded by mu; volume, calls that make it
-	free   map[string]Free            // guarded by mu; by pool ID
+	free   map[string]Free            // guarded by mu; by pool ID; only of pools that have been read
 	token  string                     // guarded by mu
 	subs   map[*subscriber]struct{}   // guarded by mu
 }
@@ -53,38 +54,67 @@ func (s *subscriber) ring() {
 	}
 }
 
-// openInventory reads the pools. No change between the reading and the observing
-// is lost, because observing begins first and its word counts.
-func openInventory(pools []Pool, observe Observe) (_ *inventory, stop func()) {
+// openInventory reads the pools that find lists. No change between the reading and
+// the observing is lost, because observing begins first and its word counts.
+func openInventory(find func() []Pool, observe Observe) (_ *inventory, stop func()) {
 	i := &inventory{
-		pools: pools, names: map[string]map[string]bool{"": {}}, making: map[string]int{},
+		find: find, names: map[string]map[string]bool{"": {}}, making: map[string]int{},
 		free: map[string]Free{}, subs: map[*subscriber]struct{}{},
-	}
-	for _, p := range pools {
-		i.names[p.ID] = map[string]bool{}
 	}
 	stop = func() {}
 	if observe != nil {
 		stop = observe(i.set)
 	}
-	for _, p := range pools {
-		volumes, free := p.Volumes(), p.Free()
-		i.mu.Lock()
-		known := i.names[p.ID]
-		for _, v := range volumes {
-			if _, ok := known[v]; !ok {
-				known[v] = true
-			}
-		}
-		for v, exists := range known {
-			if !exists {
-				delete(known, v)
-			}
-		}
-		i.free[p.ID] = free
-		i.mu.Unlock()
-	}
+	i.discover()
 	return i, stop
+}
+
+// discover reads the pools that were not there before, and tells of each when all
+// its volumes are known. One goroutine at a time may.
+func (i *inventory) discover() {
+	for _, p := range i.find() {
+		i.mu.Lock()
+		_, known := i.names[p.ID]
+		if !known {
+			i.names[p.ID] = map[string]bool{} // changes count from here on
+		}
+		i.mu.Unlock()
+		if !known {
+			i.read(p)
+		}
+	}
+}
+
+func (i *inventory) read(p Pool) {
+	volumes, free := p.Volumes(), p.Free()
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	names := i.names[p.ID]
+	for _, v := range volumes {
+		if _, ok := names[v]; !ok {
+			names[v] = true
+		}
+	}
+	for v, exists := range names {
+		if !exists {
+			delete(names, v)
+		}
+	}
+	i.pools, i.free[p.ID] = append(i.pools, p), free
+	for s := range i.subs {
+		for v := range names {
+			s.volumes[[2]string{p.ID, v}] = true
+		}
+		s.free[p.ID] = free
+		s.ring()
+	}
+}
+
+// known lists the pools that have been read.
+func (i *inventory) known() []Pool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return slices.Clone(i.pools)
 }
 
 // set notes that a volume exists, or does not any more.
@@ -100,14 +130,15 @@ func (i *inventory) setLocked(poolID, volume string, exists bool) {
 	if !ok {
 		return
 	}
-	// A volume that goes while openInventory reads must stay known as gone; later
-	// the entry does no harm, and the next removal of the name finds it.
-	if exists {
+	_, read := i.free[poolID]
+	switch {
+	case !read && poolID != "":
+		names[volume] = exists // one that goes during the reading must be known as gone
+		return
+	case exists:
 		names[volume] = true
-	} else if _, read := i.free[poolID]; read || poolID == "" {
+	default:
 		delete(names, volume)
-	} else {
-		names[volume] = false
 	}
 	for s := range i.subs {
 		s.volumes[[2]string{poolID, volume}] = exists
@@ -134,7 +165,7 @@ func (i *inventory) begin(volume string) (done func()) {
 
 // refresh asks the pools for their free space and sends what changed.
 func (i *inventory) refresh() {
-	for _, p := range i.pools {
+	for _, p := range i.known() {
 		free := p.Free()
 		i.mu.Lock()
 		if i.free[p.ID] != free {
@@ -179,6 +210,8 @@ func (i *inventory) subscribe(sent string) (*subscriber, []Update) {
 		u := PoolUpdate{ID: id}
 		if free, ok := i.free[id]; ok {
 			u.Free = &free
+		} else if id != "" {
+			continue // it is being read
 		}
 		volumes := make([]string, 0, len(known))
 		for v, exists := range known {

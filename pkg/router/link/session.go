@@ -20,6 +20,9 @@ type session struct {
 	agent *Agent
 	ctx   context.Context // of the agent: replicas outlive the link they were heard of on
 	sent  string          // token that the controller has
+	// prove makes the proof of a pool on this connection.
+	prove  func(Pool) PoolProof
+	proven map[string]bool // pools whose proof the controller has
 }
 
 // sync sends everything, then changes, until the stream or the agent ends.
@@ -27,7 +30,7 @@ func (s *session) sync(stream grpc.ServerStream) error {
 	sub, updates := s.agent.inventory.subscribe(s.sent)
 	defer s.agent.inventory.unsubscribe(sub)
 	for _, u := range updates {
-		if err := send(stream, u); err != nil {
+		if err := s.send(stream, u); err != nil {
 			return err
 		}
 	}
@@ -37,7 +40,7 @@ func (s *session) sync(stream grpc.ServerStream) error {
 	for {
 		select {
 		case <-sub.wake:
-			if err := send(stream, s.agent.inventory.take(sub)); err != nil {
+			if err := s.send(stream, s.agent.inventory.take(sub)); err != nil {
 				return err
 			}
 		case o := <-orders:
@@ -45,7 +48,7 @@ func (s *session) sync(stream grpc.ServerStream) error {
 			if !o.Ping {
 				continue
 			}
-			if err := send(stream, Update{}); err != nil {
+			if err := s.send(stream, Update{}); err != nil {
 				return err
 			}
 		case err := <-failed:
@@ -83,7 +86,19 @@ func (s *session) obey(o Order) {
 	}
 }
 
-func send(stream grpc.ServerStream, u Update) error {
+// send adds the proofs of pools that came in after the hello.
+func (s *session) send(stream grpc.ServerStream, u Update) error {
+	for _, change := range u.Pools {
+		if change.ID == "" || s.proven[change.ID] {
+			continue
+		}
+		for _, p := range s.agent.inventory.known() {
+			if p.ID == change.ID {
+				u.Proofs = append(u.Proofs, s.prove(p))
+				s.proven[p.ID] = true
+			}
+		}
+	}
 	m, err := encode(u)
 	if err != nil {
 		return err

@@ -13,8 +13,11 @@ import (
 // controller knows only a part.
 type Update struct {
 	// Complete says that everything there is has been sent.
-	Complete bool         `json:"complete,omitempty"`
-	Pools    []PoolUpdate `json:"pools,omitempty"`
+	Complete bool `json:"complete,omitempty"`
+	// Proofs are of pools that came in after the hello, and come before or with the
+	// first word about them. After Complete, that word is everything a pool has.
+	Proofs []PoolProof  `json:"proofs,omitempty"`
+	Pools  []PoolUpdate `json:"pools,omitempty"`
 	// Token replaces the token of the hello.
 	Token string `json:"token,omitempty"`
 }
@@ -75,17 +78,16 @@ func (s Stream) Send(o Order) error {
 	return s.SendMsg(m)
 }
 
-// Recv waits for the next update.
-func (s Stream) Recv() (Update, error) {
+// Recv waits for the next update, and returns how many bytes it came in.
+func (s Stream) Recv() (u Update, size int, err error) {
 	var m wrapperspb.BytesValue
 	if err := s.RecvMsg(&m); err != nil {
-		return Update{}, err
+		return Update{}, 0, err
 	}
-	var u Update
 	if err := json.Unmarshal(m.GetValue(), &u); err != nil {
-		return Update{}, fmt.Errorf("not an update: %w", err)
+		return Update{}, 0, fmt.Errorf("not an update: %w", err)
 	}
-	return u, nil
+	return u, len(m.GetValue()), nil
 }
 
 // syncer answers the stream on the node.
