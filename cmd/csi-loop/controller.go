@@ -16,11 +16,14 @@ import (
 	"github.com/csi-loop/csi-loop/pkg/router/kube"
 )
 
-// API requests per second: a thousand nodes that link at once are as many reviews
-// of tokens.
+// API requests per second. A thousand nodes that link at once are as many reviews of
+// tokens; they have a limit of their own, since anybody who reaches the controller
+// can cause one.
 const (
-	apiQPS   = 200
-	apiBurst = 1000
+	reviewQPS   = 200
+	reviewBurst = 1000
+	apiQPS      = 20
+	apiBurst    = 50
 )
 
 // serveController is serve in controller mode: it needs Kubernetes, and nothing of
@@ -32,6 +35,11 @@ func serveController(ctx context.Context, p plan, m *metrics) (err error) {
 	}
 	rest.QPS, rest.Burst = apiQPS, apiBurst
 	client, err := kubernetes.NewForConfig(rest)
+	if err != nil {
+		return err
+	}
+	rest.QPS, rest.Burst = reviewQPS, reviewBurst
+	reviews, err := kubernetes.NewForConfig(rest)
 	if err != nil {
 		return err
 	}
@@ -56,7 +64,8 @@ func serveController(ctx context.Context, p plan, m *metrics) (err error) {
 	roster := kube.NewRoster(client, p.driver.Name)
 	group.Go(func() error { roster.Run(ctx); return nil })
 	return routeCSI(ctx, p, m, group, router.Config{
-		Auth:   &kube.Reviewer{Client: client, Namespace: p.link.Namespace, ServiceAccount: p.link.NodeServiceAccount},
+		Auth:   &kube.Reviewer{Client: reviews, Namespace: p.link.Namespace, ServiceAccount: p.link.NodeServiceAccount},
+		Claims: &kube.Claims{Client: client, Driver: p.driver.Name},
 		Roster: roster, Certificate: func() (*tls.Certificate, error) { return certificate() },
 	}, func(ctx context.Context, tell func([]string)) {
 		(&kube.Replicas{Client: client, Namespace: p.link.Namespace, Driver: p.driver.Name, Self: p.link.LinkAdvertise, Tell: tell}).Run(ctx)
@@ -89,5 +98,6 @@ func routeCSI(ctx context.Context, p plan, m *metrics, group *errgroup.Group, cf
 		return r.ServeCSI(ctx, sidecars, p.stopTimeout)
 	})
 	group.Go(func() error { replicas(ctx, r.SetReplicas); return nil })
+	group.Go(func() error { r.WatchOrphans(ctx); return nil })
 	return group.Wait()
 }

@@ -3,6 +3,9 @@
 //
 //	csi-loop serve     run the driver
 //	csi-loop demo      show what it does, on this machine, in seconds
+//	csi-loop nodes     list the nodes that a controller knows
+//	csi-loop orphans   list volumes that Kubernetes has no use for, and remove them
+//	csi-loop pool      look at a pool on a disk, or give a copied one an identity
 //	csi-loop version   say what was built
 //
 // This package turns flags, environment and a configuration file into a plan
@@ -58,7 +61,7 @@ func newCommand(out, errOut io.Writer) *cobra.Command {
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return usagef("%w (%s --help lists the flags)", err, c.CommandPath())
 	})
-	root.AddCommand(newServeCommand(), newDemoCommand(), newVersionCommand())
+	root.AddCommand(newServeCommand(), newDemoCommand(), newNodesCommand(), newOrphansCommand(), newPoolCommand(), newVersionCommand())
 	return root
 }
 

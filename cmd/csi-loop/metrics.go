@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"os"
 	"strings"
 	"sync"
 	"time"
@@ -133,8 +132,13 @@ func (m *metrics) node(images *image.Store, loops *loop.Manager) {
 		gauge := func(name, help string, value int64, labels ...string) {
 			send("csi_loop_"+name, help, prometheus.GaugeValue, float64(value), labels...)
 		}
+		const absent = "1 while a pool is configured and cannot be used, else 0."
+		for _, p := range images.Absent() {
+			gauge("pool_absent", absent, 1, "pool", p.Name)
+		}
 		for _, p := range images.Pools() {
 			u := p.Usage()
+			gauge("pool_absent", absent, 0, "pool", p.Name())
 			gauge("pool_size_bytes", "Size of the file system that the pool is on; 0 when it does not answer.", u.Size, "pool", p.Name())
 			gauge("pool_used_bytes", "What is used of it, by csi-loop and others.", u.Size-u.Free, "pool", p.Name())
 			gauge("pool_reserved_bytes", "What is kept free for others, by configuration.", u.Reserved, "pool", p.Name())
@@ -142,29 +146,16 @@ func (m *metrics) node(images *image.Store, loops *loop.Manager) {
 			gauge("pool_volumes", "Volumes in the pool.", int64(u.Volumes), "pool", p.Name())
 			gauge("pool_damaged_volumes", "Volumes that are refused because their record cannot be read.", int64(len(p.Damaged())), "pool", p.Name())
 		}
-		bound, err := loops.FindAll(ctx)
-		if err != nil {
-			return
-		}
-		gauge("loop_devices", "Loop devices of the machine, others' included; unbound ones include those that are running down.", int64(len(bound)), "state", "bound")
-		gauge("loop_devices", "Loop devices of the machine, others' included; unbound ones include those that are running down.", int64(max(0, registered()-len(bound))), "state", "unbound")
 		gauge("loop_devices_limit", "Loop devices that csi-loop attaches at most.", int64(loops.Limit()))
-	}))
-}
-
-// registered counts the machine's loop devices.
-func registered() int {
-	entries, err := os.ReadDir("/sys/block")
-	if err != nil {
-		return 0
-	}
-	n := 0
-	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), "loop") {
-			n++
+		gauge("loop_devices_attached", "Loop devices that csi-loop attached.", int64(loops.Attached()))
+		states, err := loops.States(ctx)
+		if err != nil {
+			return // the rest is worth showing
 		}
-	}
-	return n
+		for state, n := range states {
+			gauge("loop_devices", "Loop devices of the machine, others' included. Those of others are unbound or bound.", int64(n), "state", strings.ToLower(state.String()))
+		}
+	}))
 }
 
 // links shows the node's links.
@@ -176,16 +167,38 @@ func (m *metrics) links(count func() (up, wanted int)) {
 	}))
 }
 
-// router shows the controller's links.
+// router shows the controller's links, and what was found over them.
 func (m *metrics) router(r *router.Router) {
 	m.registry.MustRegister(collector(func(_ context.Context, send func(string, string, prometheus.ValueType, float64, ...string)) {
+		gauge := func(name, help string, value float64, labels ...string) {
+			send("csi_loop_"+name, help, prometheus.GaugeValue, value, labels...)
+		}
 		s := r.Stats()
-		const nodes = "Nodes that have linked since this controller started."
-		send("csi_loop_link_nodes", nodes, prometheus.GaugeValue, float64(s.Linked), "state", "linked")
-		send("csi_loop_link_nodes", nodes, prometheus.GaugeValue, float64(s.Away), "state", "away")
-		send("csi_loop_link_duplicate_pools", "Pools that are refused because another node has one with the same ID.", prometheus.GaugeValue, float64(s.DuplicatePools))
+		const nodes = "Nodes that have a link, and that should have one."
+		gauge("link_nodes", nodes, float64(s.Linked), "state", "linked")
+		gauge("link_nodes", nodes, float64(s.Away), "state", "away")
+		gauge("link_duplicate_pools", "Pools that are refused because another node has one with the same ID.", float64(s.DuplicatePools))
 		for reason, n := range s.Refused {
 			send("csi_loop_link_refused_total", "Links that were refused.", prometheus.CounterValue, float64(n), "reason", reason)
 		}
+		for _, n := range r.Nodes() {
+			if n.State != router.NodeLinked {
+				gauge("link_node_away", "1 for each node that should have a link and has none.", 1, "node", n.Name)
+			}
+		}
+		if s.Orphans.Time.IsZero() {
+			return // not looked for yet
+		}
+		volumes, bytes := map[string]int{router.OrphanUnclaimed: 0, router.OrphanElsewhere: 0}, int64(0)
+		for _, v := range s.Orphans.Orphans {
+			volumes[v.Reason]++
+			bytes += v.Size
+		}
+		for reason, n := range volumes {
+			gauge("orphan_volumes", "Volumes that Kubernetes has no use for.", float64(n), "reason", reason)
+		}
+		gauge("orphan_volumes_size_bytes", "Their size, all together.", float64(bytes))
+		gauge("orphan_look_timestamp_seconds", "When orphans were last looked for.", float64(s.Orphans.Time.Unix()))
+		gauge("orphan_look_unseen_nodes", "Nodes that were not looked at then.", float64(len(s.Orphans.Unseen)))
 	}))
 }

@@ -123,12 +123,12 @@ func TestHTTP(t *testing.T) {
 	}
 	m.observe("CreateVolume", "OK", 20*time.Millisecond)
 	m.links(func() (int, int) { return 1, 3 })
-	m.router(router.New(router.Config{Self: "a"}))
+	m.router(router.New(router.Config{Self: "a", Roster: noRoster{}}))
 	code, body := get(t, h, "/metrics")
 	for _, want := range []string{
 		`csi_loop_csi_calls_seconds_count{code="OK",method="CreateVolume"} 1`, `csi_loop_build_info{`, `version="v1"`,
 		`csi_loop_links{state="up"} 1`, `csi_loop_links{state="down"} 2`, `csi_loop_link_nodes{state="linked"} 0`,
-		`csi_loop_link_refused_total{reason="token"} 0`, `csi_loop_link_duplicate_pools 0`,
+		`csi_loop_link_refused_total{reason="token"} 0`, `csi_loop_link_node_away{node="n1"} 1`, `csi_loop_link_duplicate_pools 0`,
 	} {
 		if code != http.StatusOK || !strings.Contains(body, want) {
 			t.Errorf("%d: no %s", code, want)

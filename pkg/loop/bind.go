@@ -232,7 +232,7 @@ func (m *Manager) setDiscard(number int, want bool) error {
 // registered instead. It returns the number to use.
 func (m *Manager) recycle(number int) (int, error) {
 	add := -1
-	if m.kernel.Remove(number) == nil {
+	if m.remove(number) == nil {
 		add = number
 	}
 	n, err := m.kernel.Add(add)

@@ -33,6 +33,7 @@ type Manager struct {
 	// seen holds the numbers known to be registered, registered those of them that
 	// came into being for us. Guarded by mu.
 	seen, registered map[int]bool
+	deleting         int  // removals under way; guarded by mu
 	closed           bool // guarded by mu
 }
 

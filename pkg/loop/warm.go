@@ -50,7 +50,7 @@ func (m *Manager) Trim(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		err := m.kernel.Remove(n)
+		err := m.remove(n)
 		switch {
 		case err == nil, errors.Is(err, syscall.ENODEV): // ENODEV: somebody else did it
 			m.unnote(n)
@@ -105,7 +105,7 @@ func (m *Manager) Remove(ctx context.Context, number int) error {
 		if _, err := Next(info.State, Remove); err != nil {
 			return opError("remove", number, err)
 		}
-		err = m.kernel.Remove(number)
+		err = m.remove(number)
 		switch {
 		case err == nil, errors.Is(err, syscall.ENODEV):
 			m.unnote(number)

@@ -158,6 +158,25 @@ func (r *fakeRoster) set(node string, there bool) {
 	}
 }
 
+// fakeClaims is what Kubernetes knows of volumes.
+type fakeClaims struct {
+	mu   sync.Mutex
+	refs References
+	err  error
+}
+
+func (f *fakeClaims) References(context.Context) (References, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return References{PVs: maps.Clone(f.refs.PVs), Claims: maps.Clone(f.refs.Claims)}, f.err
+}
+
+func (f *fakeClaims) set(change func(*References)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change(&f.refs)
+}
+
 // clock is the real one, moved.
 type clock struct {
 	mu    sync.Mutex
@@ -183,8 +202,10 @@ type cluster struct {
 	cert   *tls.Certificate
 	auth   *fakeAuth
 	roster *fakeRoster
+	claims *fakeClaims
 	clock  *clock
 	dir    string
+	conn   *grpc.ClientConn // of the sidecars
 
 	router  *Router
 	address string
@@ -202,7 +223,8 @@ func newCluster(tb testing.TB) *cluster {
 	tb.Cleanup(func() { os.RemoveAll(dir) })
 	c := &cluster{
 		tb: tb, ca: newAuthority(tb), dir: dir, clock: &clock{},
-		auth: &fakeAuth{tokens: map[string]Identity{}}, roster: &fakeRoster{registered: map[string]bool{}},
+		claims: &fakeClaims{refs: References{PVs: map[string]string{}, Claims: map[string]string{}}},
+		auth:   &fakeAuth{tokens: map[string]Identity{}}, roster: &fakeRoster{registered: map[string]bool{}},
 	}
 	c.cert = c.ca.issue(tb, link.DefaultName)
 	c.address = "127.0.0.1:0"
@@ -241,7 +263,7 @@ func (c *cluster) start() {
 	must(c.tb, err)
 	c.router = New(Config{
 		Driver: driver, Version: "v-controller", Controller: every,
-		Auth: c.auth, Roster: c.roster, Self: c.address, Now: c.clock.now,
+		Auth: c.auth, Roster: c.roster, Claims: c.claims, Self: c.address, Now: c.clock.now,
 		Certificate: func() (*tls.Certificate, error) { return c.cert, nil },
 	})
 	ctx, cancel := context.WithCancel(context.Background())
@@ -258,6 +280,7 @@ func (c *cluster) start() {
 	})
 	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	must(c.tb, err)
+	c.conn = conn
 	c.csi, c.ident = csi.NewControllerClient(conn), csi.NewIdentityClient(conn)
 	c.halted = false
 	c.stop = func() {
@@ -546,6 +569,13 @@ func (n *fakeNode) find(id string) (*fakePool, string) {
 	return nil, ""
 }
 
+func (n *fakeNode) sizeOf(id string) int64 {
+	p, dir := n.find(id)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.volumes[dir]
+}
+
 func (n *fakeNode) DeleteVolume(_ context.Context, req *csi.DeleteVolumeRequest) (*csi.DeleteVolumeResponse, error) {
 	n.called("DeleteVolume")
 	if p, dir := n.find(req.GetVolumeId()); p != nil {
@@ -597,7 +627,7 @@ func (n *fakeNode) ListVolumes(_ context.Context, req *csi.ListVolumesRequest) (
 			resp.NextToken = resp.GetEntries()[len(resp.GetEntries())-1].GetVolume().GetVolumeId()
 			break
 		}
-		resp.Entries = append(resp.Entries, &csi.ListVolumesResponse_Entry{Volume: &csi.Volume{VolumeId: id}})
+		resp.Entries = append(resp.Entries, &csi.ListVolumesResponse_Entry{Volume: &csi.Volume{VolumeId: id, CapacityBytes: n.sizeOf(id)}})
 	}
 	return resp, nil
 }

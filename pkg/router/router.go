@@ -52,6 +52,7 @@ type Config struct {
 
 	Auth   Authenticator
 	Roster Roster
+	Claims Claims
 	// Certificate is asked for at each connection.
 	Certificate func() (*tls.Certificate, error)
 
@@ -69,6 +70,7 @@ type Router struct {
 	table   *table
 	started time.Time
 	names   nameLocks
+	orphans orphans
 
 	mu       sync.Mutex
 	replicas []string              // guarded by mu
@@ -103,16 +105,19 @@ func (r *Router) SetReplicas(addresses []string) {
 	}
 }
 
-// Stats is the state of the links.
+// Stats is the state of the links, and what was found over them.
 type Stats struct {
-	Linked, Away   int
+	Linked         int
+	Away           int // have been linked, or should be
 	DuplicatePools int
 	Refused        map[string]uint64 // links, by reason
+	Orphans        OrphanReport      // the last one, without the youngest
 }
 
 // Stats counts.
 func (r *Router) Stats() Stats {
 	s := r.table.stats()
+	s.Away, s.Orphans = len(r.missing()), r.orphans.known()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s.Refused = make(map[string]uint64, len(reasons))

@@ -7,6 +7,7 @@ import (
 	"net"
 	"path"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -23,6 +24,7 @@ func (r *Router) ServeCSI(ctx context.Context, l net.Listener, grace time.Durati
 	srv := grpc.NewServer(grpc.UnaryInterceptor(r.intercept(klog.FromContext(ctx))), grpc.WaitForHandlers(true))
 	csi.RegisterIdentityServer(srv, &identityServer{r: r})
 	csi.RegisterControllerServer(srv, &controllerServer{r: r})
+	registerAdmin(srv, r)
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(stopped)
@@ -70,7 +72,7 @@ func (r *Router) intercept(logger klog.Logger) grpc.UnaryServerInterceptor {
 		default:
 			log.Info("Call refused", "code", code.String(), "err", err.Error(), "took", took.String())
 		}
-		if r.cfg.Observe != nil {
+		if r.cfg.Observe != nil && strings.HasPrefix(info.FullMethod, "/csi.") {
 			r.cfg.Observe(method, code.String(), took)
 		}
 		return resp, err

@@ -29,8 +29,9 @@ type table struct {
 // table.mu.
 type node struct {
 	name     string
-	session  *session // nil while away
-	joined   bool     // the session has told everything
+	session  *session  // nil while away
+	joined   bool      // the session has told everything
+	since    time.Time // it has
 	away     time.Time
 	pools    map[string]*pool    // by ID; "" is for volumes being made
 	replaced map[string]struct{} // pods whose link another pod's replaced
@@ -130,7 +131,7 @@ func (t *table) join(s *session, pools map[string]*pool) (duplicates []duplicate
 		return nil // replaced meanwhile
 	}
 	t.clear(n) // what was known from before the link was lost
-	n.joined, n.pools = true, pools
+	n.joined, n.since, n.pools = true, t.now(), pools
 	for _, p := range pools {
 		if d, is := t.claim(n, p); is {
 			duplicates = append(duplicates, d)
@@ -492,8 +493,6 @@ func (t *table) stats() Stats {
 	for _, n := range t.nodes {
 		if n.session != nil && n.joined {
 			s.Linked++
-		} else {
-			s.Away++
 		}
 	}
 	for _, claims := range t.pools {

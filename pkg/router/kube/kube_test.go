@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"encoding/base64"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -365,5 +366,30 @@ func TestDir(t *testing.T) {
 	write(core.TLSPrivateKeyKey, other.keyPEM)
 	if next, err := get(); err != nil || next == first {
 		t.Error("not read anew", err)
+	}
+}
+
+func TestClaims(t *testing.T) {
+	csi := func(driver, id string) core.PersistentVolumeSpec {
+		return core.PersistentVolumeSpec{PersistentVolumeSource: core.PersistentVolumeSource{CSI: &core.CSIPersistentVolumeSource{Driver: driver, VolumeHandle: id}}}
+	}
+	client := fake.NewClientset(
+		&core.PersistentVolumeClaim{ObjectMeta: meta.ObjectMeta{Namespace: "a", Name: "x", UID: "u1"}},
+		&core.PersistentVolumeClaim{ObjectMeta: meta.ObjectMeta{Namespace: "b", Name: "x", UID: "u2"}, Spec: core.PersistentVolumeClaimSpec{VolumeName: "pv"}},
+		&core.PersistentVolume{ObjectMeta: meta.ObjectMeta{Name: "pv"}, Spec: csi("csi-loop.io", "p.v")},
+		&core.PersistentVolume{ObjectMeta: meta.ObjectMeta{Name: "other"}, Spec: csi("other.io", "p.w")},
+		&core.PersistentVolume{ObjectMeta: meta.ObjectMeta{Name: "host"}},
+	)
+	refs, err := (&Claims{Client: client, Driver: "csi-loop.io"}).References(t.Context())
+	must(t, err)
+	if !maps.Equal(refs.Claims, map[string]string{"u1": "", "u2": "pv"}) || !maps.Equal(refs.PVs, map[string]string{"pv": "p.v", "other": "", "host": ""}) {
+		t.Errorf("%+v", refs)
+	}
+	for _, resource := range []string{"persistentvolumes", "persistentvolumeclaims"} {
+		client := fake.NewClientset()
+		client.PrependReactor("list", resource, func(clienttesting.Action) (bool, runtime.Object, error) { return true, nil, errors.New("no") })
+		if _, err := (&Claims{Client: client}).References(t.Context()); err == nil {
+			t.Errorf("%s that cannot be read are none", resource)
+		}
 	}
 }

@@ -1,0 +1,88 @@
+package main
+
+import (
+	"maps"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	dto "github.com/prometheus/client_model/go"
+
+	"github.com/csi-loop/csi-loop/internal/roottest"
+	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/router"
+)
+
+// What is shown is named by Prometheus' rules, and is what docs/metrics.md lists.
+func TestMetrics(t *testing.T) {
+	roottest.Require(t)
+	dir := t.TempDir() + "/p"
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	store, err := image.Open(t.Context(), []image.Config{{Name: "default", Path: dir}, {Name: "gone", Path: dir + "x"}}, image.WithRefresh(0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	loops, err := loop.New(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer loops.Close()
+	r := router.New(router.Config{Self: "a", Roster: noRoster{}, Claims: noClaims{}})
+	if _, err := r.Orphans(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	m := newMetrics(build{Version: "v1"})
+	m.observe("CreateVolume", "OK", time.Second)
+	m.node(store, loops)
+	m.links(func() (int, int) { return 1, 2 })
+	m.router(r)
+
+	problems, err := testutil.GatherAndLint(m.registry)
+	if err != nil || len(problems) > 0 {
+		t.Errorf("%v, %v", problems, err)
+	}
+	families, err := m.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown := map[string]string{}
+	for _, f := range families {
+		if !strings.HasPrefix(f.GetName(), "csi_loop_") {
+			continue
+		}
+		var labels []string
+		for _, l := range f.GetMetric()[0].GetLabel() {
+			labels = append(labels, l.GetName())
+		}
+		shown[f.GetName()] = kind(f) + " " + strings.Join(labels, " ")
+	}
+	text, err := os.ReadFile("../../docs/metrics.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	listed := map[string]string{}
+	for _, row := range regexp.MustCompile("(?m)^\\| `(csi_loop_[a-z_]+)` \\| ([a-z]+) \\| ([^|]*)\\|").FindAllStringSubmatch(string(text), -1) {
+		var labels []string
+		for _, l := range regexp.MustCompile("`([a-z]+)`").FindAllStringSubmatch(row[3], -1) {
+			labels = append(labels, l[1])
+		}
+		slices.Sort(labels)
+		listed[row[1]] = row[2] + " " + strings.Join(labels, " ")
+	}
+	if !maps.Equal(shown, listed) {
+		t.Errorf("shown: %q\nin docs/metrics.md: %q", shown, listed)
+	}
+	if _, body := get(t, m.handler(), "/metrics"); !strings.Contains(body, `csi_loop_pool_absent{pool="gone"} 1`) || !strings.Contains(body, `csi_loop_pool_absent{pool="default"} 0`) {
+		t.Error(body)
+	}
+}
+
+func kind(f *dto.MetricFamily) string { return strings.ToLower(f.GetType().String()) }
