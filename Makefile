@@ -25,7 +25,7 @@ ROOTTEST := CSI_LOOP_ROOT_TESTS=1 $(GO) test -exec $(ROOT) -count=1 -p 2 -timeou
 export GINKGO_NO_COLOR := TRUE
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-unit test-root sanity test-vm test-growth bench bench-smoke chart-test deploy-manifests cluster cluster-down e2e-build test-image image-archive check check-e2e lint fmt generate image clean
+.PHONY: help build demo test test-unit test-root sanity test-vm test-growth bench bench-smoke fuzz chart-test deploy-manifests cluster cluster-down e2e-build test-image image-archive check check-e2e lint fmt generate image clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,12 @@ bench: ## measure each CSI call beside a floor of bare kernel calls (root)
 
 bench-smoke: BENCH_ARGS = -n 3 -volumes 20
 bench-smoke: bench ## the same with a few rounds only: does it still run
+
+# How long each fuzz target runs.
+TIME ?= 30s
+
+fuzz: ## run every fuzz target for TIME (30s) each; PKGS=./pkg/image for those of one package
+	nice hack/fuzz $(TIME) $(PKGS)
 
 check: ## everything CI checks without running a test: format, vet, lint, modules, generated files
 	@MAKE='$(MAKE)' hack/steps check-fmt check-vet lint check-mod check-generate check-chart

@@ -1,9 +1,14 @@
 package driver
 
 import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
 )
 
 // FuzzCapacity: whatever the numbers, a size that is chosen satisfies them.
@@ -49,4 +54,64 @@ func FuzzToken(f *testing.F) {
 			t.Errorf("token %q means %q", token, id)
 		}
 	})
+}
+
+// FuzzStageRecord: whatever lies in the state directory, the driver opens it, and
+// believes only a record of this boot that is in the place of its volume.
+func FuzzStageRecord(f *testing.F) {
+	sound, err := json.Marshal(stageRecord{ //nolint:musttag // as in nodestate.go
+		Version: recordVersion, BootID: bootID(), VolumeID: "v", StagingPath: "/s", Device: binding{Number: 1, DiskSeq: 2},
+		Targets: map[string]targetRecord{"/t": {ReadOnly: true}},
+	})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(sound)
+	f.Add([]byte(`{"version":1,"volumeID":"w"}`))
+	f.Add([]byte("{\x00"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		dir := t.TempDir()
+		path := (&nodeState{dir: dir}).path("v")
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s, err := openNodeState(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range s.list() {
+			if r.VolumeID != "v" || r.BootID != s.bootID || r.Version != recordVersion {
+				t.Errorf("believed %+v", r)
+			}
+		}
+		if _, err := os.Stat(path); (err == nil) != (len(s.list()) == 1) {
+			t.Errorf("%d records, and its file: %v", len(s.list()), err)
+		}
+	})
+}
+
+// FuzzEndpoint: a socket's path is absolute, short and named as CSI wants.
+func FuzzEndpoint(f *testing.F) {
+	f.Add("unix:///run/csi/csi-loop.sock")
+	f.Add("unix:/../x.sock")
+	f.Add("tcp://x:1")
+	f.Fuzz(func(t *testing.T, endpoint string) {
+		path, err := socketPath(endpoint)
+		if err == nil && (!filepath.IsAbs(path) || filepath.Clean(path) != path || filepath.Ext(path) != ".sock" || len(path) > 107) {
+			t.Errorf("%q gives %q", endpoint, path)
+		}
+	})
+}
+
+// TestPathsThatNobodyMeans was found by FuzzCalls: they were answered with INTERNAL.
+func TestPathsThatNobodyMeans(t *testing.T) {
+	n := newFake(t)
+	for name, path := range map[string]string{"root": "/", "zero byte": "/a\x00b", "too long": "/" + strings.Repeat("x", 4096)} {
+		t.Run(name, func(t *testing.T) {
+			_, err := n.client.NodeUnpublishVolume(t.Context(), &csi.NodeUnpublishVolumeRequest{VolumeId: "v", TargetPath: path})
+			code(t, err, codes.InvalidArgument)
+			_, err = n.client.NodeUnstageVolume(t.Context(), &csi.NodeUnstageVolumeRequest{VolumeId: "v", StagingTargetPath: path})
+			code(t, err, codes.InvalidArgument)
+		})
+	}
 }

@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"path/filepath"
+	"strings"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 )
@@ -41,6 +42,9 @@ func (s *nodeServer) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi
 	}, nil
 }
 
+// maxPath is what a path and the zero behind it may have, in bytes (PATH_MAX).
+const maxPath = 4096
+
 // cleanPath checks a path that a CO gave and takes a trailing slash off it. What
 // cannot be meant is refused: relative paths, and ones that climb.
 func cleanPath(field, path string) (string, error) {
@@ -52,6 +56,12 @@ func cleanPath(field, path string) (string, error) {
 		return "", invalidf("%s %q is not an absolute path", field, path)
 	case clean != path && clean+"/" != path:
 		return "", invalidf("%s %q has empty, . or .. elements", field, path)
+	case clean == "/":
+		return "", invalidf("%s is the root directory", field)
+	case strings.ContainsRune(path, 0):
+		return "", invalidf("%s %q has a zero byte", field, path)
+	case len(path) >= maxPath:
+		return "", invalidf("%s: %d bytes are more than %d", field, len(path), maxPath-1)
 	}
 	return clean, nil
 }

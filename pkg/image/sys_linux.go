@@ -361,28 +361,34 @@ type fiemap struct {
 // blocks; start is size if there is none. EOPNOTSUPP when the filesystem cannot
 // tell (tmpfs). Not lseek(SEEK_HOLE): to that, allocated and unwritten is a hole.
 func nextHole(f *os.File, from, size int64) (start, end int64, err error) {
+	return holeIn(from, size, func(m *fiemap) error { return ioctl(f, fsIocFiemap, unsafe.Pointer(m)) })
+}
+
+// holeIn is nextHole over what ask says of the extents. It ends whatever that is.
+func holeIn(from, size int64, ask func(*fiemap) error) (start, end int64, err error) {
 	const last = 1 // FIEMAP_EXTENT_LAST
 	next := uint64(from)
 	var m fiemap
 	for next < uint64(size) {
-		m.start, m.length, m.count = next, uint64(size)-next, uint32(len(m.extents))
-		if err := ioctl(f, fsIocFiemap, unsafe.Pointer(&m)); err != nil {
+		asked := next
+		m.start, m.length, m.mapped, m.count = next, uint64(size)-next, 0, uint32(len(m.extents))
+		if err := ask(&m); err != nil {
 			return 0, 0, err
 		}
-		for _, e := range m.extents[:m.mapped] {
+		for _, e := range m.extents[:min(m.mapped, m.count)] {
 			if e.logical > next {
-				return int64(next), min(int64(e.logical), size), nil
+				return int64(next), int64(min(e.logical, uint64(size))), nil
 			}
 			next = max(next, e.logical+e.length)
 			if e.flags&last != 0 {
-				return min(int64(next), size), size, nil
+				return int64(min(next, uint64(size))), size, nil
 			}
 		}
-		if m.mapped == 0 {
+		if next == asked {
 			break
 		}
 	}
-	return min(int64(next), size), size, nil
+	return int64(min(next, uint64(size))), size, nil
 }
 
 // commitBtrfs makes statfs show what was freed, without writing others' data.
