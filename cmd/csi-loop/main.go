@@ -2,6 +2,9 @@
 // directory, attached through loop devices.
 //
 //	csi-loop serve     run the driver
+//	csi-loop doctor    look for what is wrong with a node, and say what mends it
+//	csi-loop volumes   list the volumes of a node
+//	csi-loop devices   list the loop devices of a node
 //	csi-loop demo      show what it does, on this machine, in seconds
 //	csi-loop nodes     list the nodes that a controller knows
 //	csi-loop orphans   list volumes that Kubernetes has no use for, and remove them
@@ -12,7 +15,8 @@
 // (config.go, flags.go), and wires the packages of the driver together once
 // (serve.go). A failure is one line on standard error that says what to do, and
 // the exit status: 2 when what it was told cannot be meant (command line,
-// environment, configuration file), 1 when the machine stands in the way.
+// environment, configuration file), 1 when the machine stands in the way. doctor
+// has 3 for a problem that it found.
 package main
 
 import (
@@ -32,6 +36,7 @@ import (
 const (
 	exitFailure = 1
 	exitUsage   = 2
+	exitUnwell  = 3
 )
 
 func main() {
@@ -61,7 +66,10 @@ func newCommand(out, errOut io.Writer) *cobra.Command {
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return usagef("%w (%s --help lists the flags)", err, c.CommandPath())
 	})
-	root.AddCommand(newServeCommand(), newDemoCommand(), newNodesCommand(), newOrphansCommand(), newPoolCommand(), newVersionCommand())
+	root.AddCommand(
+		newServeCommand(), newDoctorCommand(), newVolumesCommand(), newDevicesCommand(), newNodesCommand(), newOrphansCommand(),
+		newPoolCommand(), newDemoCommand(), newVersionCommand(),
+	)
 	return root
 }
 
@@ -91,6 +99,9 @@ func failed(err error) error {
 }
 
 func exitCode(err error) int {
+	if errors.As(err, new(*unwellError)) {
+		return exitUnwell
+	}
 	if errors.As(err, new(*failure)) {
 		return exitFailure
 	}

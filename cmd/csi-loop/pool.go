@@ -61,7 +61,7 @@ func inspect(dir string) (image.Summary, error) {
 	if err != nil {
 		return image.Summary{}, err
 	}
-	return image.Inspect(path)
+	return image.Summarize(path)
 }
 
 func poolTable(w io.Writer, pools []image.Summary) {

@@ -111,12 +111,12 @@ func openNodeState(dir string) (*nodeState, error) {
 		if !strings.HasSuffix(e.Name(), ".json") {
 			continue
 		}
-		var r stageRecord
 		data, err := os.ReadFile(path)
 		if err != nil {
 			return nil, fmt.Errorf("stage record: %w", err)
 		}
-		if json.Unmarshal(data, &r) != nil || r.Version != recordVersion || r.BootID != s.bootID || r.VolumeID == "" || s.path(r.VolumeID) != path { //nolint:musttag // the fields of loop.Ref and loop.FileID keep their names
+		r, ok := s.parse(path, data)
+		if !ok {
 			_ = os.Remove(path)
 			continue
 		}
@@ -164,7 +164,7 @@ func (s *nodeState) list() []stageRecord {
 // Precondition: the caller holds the volume's lock.
 func (s *nodeState) put(r stageRecord) error {
 	r.Version, r.BootID = recordVersion, s.bootID
-	data, err := json.Marshal(r) //nolint:musttag // as above
+	data, err := json.Marshal(r) //nolint:musttag // the fields of loop.Ref and loop.FileID keep their names
 	if err != nil {
 		return fmt.Errorf("stage record of %q: %w", r.VolumeID, err)
 	}

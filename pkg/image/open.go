@@ -58,13 +58,7 @@ func (p *Pool) openContent(ctx context.Context, uuid string) error {
 		return poolError(p.config, "%w", err)
 	}
 	p.fsType, p.noCow = s.Type, s.Type == "btrfs"
-	// Not st_dev: each subvolume of a btrfs has its own.
-	key := uuid
-	if key == "" {
-		key = fmt.Sprintf("device %d", p.rootStat.Dev)
-	}
-	p.account = newAccount(p.store.ledger(key), func() (space, error) { return spaceOf(p.root) },
-		p.config.Reserve, max(1, p.config.Overcommit))
+	p.startAccount(uuid)
 	p.account.lag = p.lag
 	if p.volumes, err = p.ensureDir(volumesDir); err != nil {
 		return poolError(p.config, "%s: %w", volumesDir, err)
@@ -86,6 +80,17 @@ func (p *Pool) openContent(ctx context.Context, uuid string) error {
 		return poolError(p.config, "sync: %w", err)
 	}
 	return nil
+}
+
+// startAccount begins the pool's account, in the ledger of its filesystem.
+func (p *Pool) startAccount(uuid string) {
+	// Not st_dev: each subvolume of a btrfs has its own.
+	key := uuid
+	if key == "" {
+		key = fmt.Sprintf("device %d", p.rootStat.Dev)
+	}
+	p.account = newAccount(p.store.ledger(key), func() (space, error) { return spaceOf(p.root) },
+		p.config.Reserve, max(1, p.config.Overcommit))
 }
 
 // ensureDir makes and opens a directory of the pool.
@@ -146,7 +151,8 @@ func keepPrivate(f *os.File, mode fs.FileMode) error {
 	return f.Chmod(mode)
 }
 
-func (p *Pool) makeIdentity() error {
+// mayBeMade says why csi-loop makes no pool in this directory, nil if it would.
+func (p *Pool) mayBeMade() error {
 	if p.config.Expect.Existing || p.config.Expect.PoolID != "" {
 		return poolError(p.config, "there is no %s, and an existing pool is expected; is its disk mounted?", identityFile)
 	}
@@ -159,6 +165,13 @@ func (p *Pool) makeIdentity() error {
 			continue
 		}
 		return poolError(p.config, "it has no %s but is not empty (%s); use an empty directory, or restore the file", identityFile, n)
+	}
+	return nil
+}
+
+func (p *Pool) makeIdentity() error {
+	if err := p.mayBeMade(); err != nil {
+		return err
 	}
 	if e := p.config.Expect; p.late && !e.MountPoint && e.UUID == "" {
 		return poolError(p.config, "it is empty, and may be where its disk is not mounted yet; mount the disk, or restart csi-loop to make a new pool here")
@@ -201,7 +214,7 @@ func (p *Pool) sweep() error {
 func (p *Pool) leftBehind(logger klog.Logger, name string, err error) {
 	logger.Error(err, "Cannot remove; trying again at the next start", "path", p.Path()+"/"+name)
 	p.problem(Problem{
-		Kind: Degraded, Reason: "CannotRemove",
+		Kind: Degraded, Reason: CannotRemove,
 		Message: fmt.Sprintf("%s/%s cannot be removed and keeps its space: %v", p.Path(), name, err),
 	})
 }

@@ -23,9 +23,9 @@ type Summary struct {
 	Served bool `json:"served"`
 }
 
-// Inspect looks at the pool in a directory. It changes nothing, and may be called
+// Summarize looks at the pool in a directory. It changes nothing, and may be called
 // while the pool is served. The error wraps ErrPool.
-func Inspect(path string) (Summary, error) {
+func Summarize(path string) (Summary, error) {
 	p := &Pool{config: Config{Name: filepath.Base(path), Path: filepath.Clean(path)}}
 	root, uuid, err := openRoot(p.config)
 	if err != nil {

@@ -20,7 +20,7 @@ func TestReinit(t *testing.T) {
 	data := fill(t, p, v.ID, 4096, 512)
 	old := p.ID()
 
-	seen, err := Inspect(dir)
+	seen, err := Summarize(dir)
 	if err != nil || !seen.Served || seen.ID != old || seen.Volumes != 1 || seen.Snapshots != 0 || seen.Filesystem == "" || seen.Created.IsZero() {
 		t.Fatalf("%+v, %v", seen, err)
 	}
@@ -29,7 +29,7 @@ func TestReinit(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if seen, err = Inspect(dir); err != nil || seen.Served {
+	if seen, err = Summarize(dir); err != nil || seen.Served {
 		t.Fatalf("%+v, %v", seen, err)
 	}
 	before, id, err := Reinit(t.Context(), dir, func(images []ImageFile) error {
@@ -102,7 +102,7 @@ func TestReinitRefused(t *testing.T) {
 	busy := errors.New("it is attached")
 	_, _, err = Reinit(t.Context(), dir, func([]ImageFile) error { return busy })
 	wantError(t, err, ErrPool, "attached")
-	seen, err := Inspect(dir)
+	seen, err := Summarize(dir)
 	if err != nil || seen.ID != p.ID() {
 		t.Errorf("%+v, %v", seen, err)
 	}
@@ -112,7 +112,7 @@ func TestReinitRefused(t *testing.T) {
 	}
 	_, _, err = Reinit(t.Context(), dir, free)
 	wantError(t, err, ErrPool, identityFile)
-	_, err = Inspect(dir)
+	_, err = Summarize(dir)
 	wantError(t, err, ErrPool, identityFile)
 }
 

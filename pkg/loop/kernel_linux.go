@@ -40,6 +40,11 @@ func newKernel(dev, sysfs, nodeDir string) (kernel, error) {
 	return k, nil
 }
 
+// newReader is a kernel without loop-control.
+func newReader(sysfs string) (kernel, error) {
+	return &linux{sysBlock: filepath.Join(sysfs, "block")}, nil
+}
+
 func (k *linux) Close() error { return k.control.Close() }
 
 // ctl is an ioctl that takes a number by value and returns one; x/sys has no wrapper

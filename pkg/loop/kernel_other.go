@@ -11,3 +11,5 @@ import (
 func FileIDOf(*os.File) (FileID, error) { return FileID{}, errors.ErrUnsupported }
 
 func newKernel(string, string, string) (kernel, error) { return nil, errors.ErrUnsupported }
+
+func newReader(string) (kernel, error) { return nil, errors.ErrUnsupported }

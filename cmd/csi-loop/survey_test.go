@@ -1,0 +1,82 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/csi-loop/csi-loop/cmd/csi-loop/survey"
+)
+
+func TestServeArguments(t *testing.T) {
+	for name, c := range map[string]struct {
+		cmdline string
+		want    []string
+	}{
+		"csi-loop serve":   {"/usr/local/bin/csi-loop\x00serve\x00--config=/c\x00--node-id=n\x00", []string{"--config=/c", "--node-id=n"}},
+		"without flags":    {"csi-loop\x00serve\x00", []string{}},
+		"another command":  {"csi-loop\x00demo\x00", nil},
+		"another program":  {"/sbin/init\x00serve\x00", nil},
+		"a kernel thread":  {"", nil},
+		"only its name":    {"csi-loop\x00", nil},
+		"a shell with it":  {"sh\x00-c\x00csi-loop serve\x00", nil},
+		"an empty element": {"csi-loop\x00serve\x00\x00x\x00", []string{"", "x"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := os.WriteFile(filepath.Join(dir, "cmdline"), []byte(c.cmdline), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(c.want, serveArguments(dir)); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+	if got := serveArguments("/nonexistent"); got != nil {
+		t.Errorf("of no process: %q", got)
+	}
+}
+
+func TestSurveyUsage(t *testing.T) {
+	for name, c := range map[string]struct {
+		args []string
+		code int
+		want string
+	}{
+		"no pool":                {[]string{"volumes"}, exitUsage, "no pool: give --pool"},
+		"output format":          {[]string{"devices", "-o", "xml"}, exitUsage, `--output "xml": use one of text, wide, json`},
+		"wide is for lists":      {[]string{"doctor", "-o", "wide"}, exitUsage, "use one of text, json"},
+		"the controller":         {[]string{"volumes", "--mode=controller"}, exitUsage, "run this on a node"},
+		"relative pool":          {[]string{"doctor", "--pool=p=x"}, exitUsage, "is not absolute"},
+		"a flag that is none":    {[]string{"doctor", "--fix"}, exitUsage, "unknown flag: --fix"},
+		"pool that is not there": {[]string{"volumes", "--pool=p=/nonexistent/pool"}, exitFailure, "there is no such directory"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := spawn(t, nil, c.args...)
+			if code := p.wait(); code != c.code {
+				t.Errorf("exit status %d, want %d", code, c.code)
+			}
+			if got := p.complaint(); !strings.Contains(got, c.want) {
+				t.Errorf("it says %q, want %q in it", got, c.want)
+			}
+			if p.stdout.Len() > 0 {
+				t.Errorf("it prints %q", p.stdout.String())
+			}
+		})
+	}
+}
+
+func TestTablesShowNoControlCharacters(t *testing.T) {
+	var out bytes.Buffer
+	rows := volumeRows([]survey.Volume{{ID: "id", Name: "a\x1b[2Jb\nc\td\u0085", State: survey.Available, Size: 1 << 20}}, true)
+	if err := printTable(&out, rows); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(out.String(), "a?[2Jb?c?d?") || strings.Count(out.String(), "\n") != 2 || strings.ContainsAny(out.String(), "\x1b\t") {
+		t.Errorf("%q", out.String())
+	}
+}

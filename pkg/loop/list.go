@@ -1,0 +1,28 @@
+package loop
+
+import (
+	"context"
+	"path/filepath"
+)
+
+// List returns every bound device on the machine, by number, as FindAll does, for
+// programs that only look: it needs no loop-control and no idle device. WithDev,
+// WithSysfs and WithNodeDir apply.
+func List(ctx context.Context, opts ...Option) ([]Info, error) {
+	o := options{dev: "/dev", sysfs: "/sys"}
+	for _, opt := range opts {
+		opt(&o)
+	}
+	if o.nodeDir == "" {
+		o.nodeDir = filepath.Join(o.dev, "csi-loop")
+	}
+	if o.kernel == nil {
+		k, err := newReader(o.sysfs)
+		if err != nil {
+			return nil, err
+		}
+		o.kernel = k
+	}
+	m := &Manager{kernel: o.kernel, dev: o.dev, nodeDir: o.nodeDir}
+	return m.FindAll(ctx)
+}
