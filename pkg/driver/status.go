@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"syscall"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -89,6 +90,17 @@ var sentinelCodes = []struct {
 	{mount.ErrUnknownFilesystem, codes.FailedPrecondition},
 	{mount.ErrPermission, codes.FailedPrecondition},
 	{mount.ErrUnsupported, codes.FailedPrecondition},
+
+	// What the kernel answers for the moment: the CO asks again, and does not take
+	// the call for one that had no effect (fact 57).
+	{syscall.EINTR, codes.Aborted},
+	{syscall.EAGAIN, codes.Aborted},
+	{syscall.EBUSY, codes.Aborted},
+	{syscall.ENOMEM, codes.Unavailable},
+	{syscall.EMFILE, codes.Unavailable},
+	{syscall.ENFILE, codes.Unavailable},
+	{syscall.ENOSPC, codes.ResourceExhausted},
+	{syscall.EDQUOT, codes.ResourceExhausted},
 }
 
 // codeOf finds the gRPC code of an error.
