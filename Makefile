@@ -25,7 +25,8 @@ ROOTTEST := CSI_LOOP_ROOT_TESTS=1 $(GO) test -exec $(ROOT) -count=1 -p 2 -timeou
 export GINKGO_NO_COLOR := TRUE
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-unit test-root sanity test-vm test-growth bench bench-smoke fuzz chart-test deploy-manifests cluster cluster-down e2e-build test-image image-archive check check-e2e lint fmt generate image clean
+# Every target that help lists.
+.PHONY: $(shell sed -n 's/^\([a-z0-9-]*\):.*## .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +55,10 @@ test-root: ## run all tests but sanity as root, with the race detector, on this 
 sanity: ## run the CSI conformance tests against the driver on real loop devices (root)
 	@hack/deps root
 	$(ROOTTEST) -run Sanity -v ./test/sanity
+
+test-crash: ## kill the driver at every system call that changes something, and fail each (root; CSI_LOOP_LONG=1: all)
+	@hack/deps root
+	CSI_LOOP_ROOT_TESTS=1 $(GO) test -exec $(ROOT) -count=1 -timeout 10h -v $(TESTARGS) ./test/crash/...
 
 test-vm: ## run the root tests on other kernels in virtual machines, needs no root
 	@hack/deps vm

@@ -1,0 +1,100 @@
+package crash
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/csi-loop/csi-loop/test/crash/gate"
+)
+
+// errnos are what calls are made to fail with.
+var errnos = []syscall.Errno{unix.EIO, unix.ENOSPC, unix.EINTR, unix.EBUSY, unix.EAGAIN, unix.ENOMEM}
+
+// fits says whether a code is right for a call of the kernel that failed. What may
+// go by itself gets a code after which a CO repeats the call as it is; of a program
+// that failed the driver does not know why.
+func fits(code codes.Code, errno syscall.Errno, own bool) bool {
+	if slices.Contains(uncertain, code) {
+		return true
+	}
+	return (errno == unix.EIO || !own) && (code == codes.Internal || code == codes.FailedPrecondition)
+}
+
+// TestErrors makes every call of every RPC fail once. The RPC succeeds, or fails
+// with a code that fits. After a code that is final nothing is left of what should
+// have been made; a CO goes on to ask for an end in any case. The next try succeeds.
+func TestErrors(t *testing.T) {
+	t.Parallel()
+	kinds(t, func(t *testing.T, s *site, k kind) {
+		targets := s.count(k)
+		var y tally
+		rounds := 1
+		if long() {
+			rounds = len(errnos)
+		}
+		for life, failed := 0, true; failed; life++ {
+			failed = false
+			v := s.volume(k, fmt.Sprint("error-", life))
+			for i, st := range k.life() {
+				at, errno := life/rounds, errnos[(life+i)%len(errnos)]
+				switch {
+				case at >= len(targets[st.name]):
+					must(t, insist(func() error { return st.do(v) }))
+				default:
+					failed = true
+					v.failing(st, targets[st.name][at], errno, &y)
+				}
+			}
+			s.gone(v)
+		}
+		y.check(t)
+	})
+}
+
+// failing does a step in which a call fails, and repeats it.
+func (v *volume) failing(st step, x target, errno syscall.Errno, y *tally) {
+	t := v.t
+	t.Helper()
+	v.trap.arm(func(c gate.Call, n int) gate.Verdict {
+		if label(c) == x.name && n == x.n {
+			return gate.Verdict{Errno: errno}
+		}
+		return gate.Verdict{}
+	})
+	err := st.do(v)
+	hit, _ := v.trap.disarm()
+	when := fmt.Sprintf("%s of %s, %s at %s, %s", st.name, v.name, unix.ErrnoName(errno), x, hit)
+	y.add(st.name, x, hit != nil || x.name == after)
+	if v.proc.State() != nil {
+		t.Fatalf("%s: the driver ended\n%s", when, v.tail(30))
+	}
+	code := status.Code(err)
+	if err != nil && !fits(code, errno, hit != nil && hit.Own) {
+		t.Errorf("%s: %s", when, explain(err))
+	}
+	if err != nil && !slices.Contains(uncertain, code) && !st.ends {
+		v.okButRemains(when+", after "+explain(err), hit)
+	}
+	if err := insist(func() error { return st.do(v) }); err != nil {
+		t.Fatalf("%s, repeated: %s", when, explain(err))
+	}
+	v.okButRemains(when, hit)
+}
+
+// okButRemains is ok. What could not be unlinked may stay until the next start.
+func (s *site) okButRemains(when string, hit *gate.Call) {
+	s.t.Helper()
+	if hit != nil && strings.HasPrefix(hit.Name, "unlinkat") {
+		if remains := base(s.pool + "/.*"); len(remains) > 0 {
+			must(s.t, s.restart())
+		}
+	}
+	s.ok(when)
+}
