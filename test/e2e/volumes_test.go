@@ -241,9 +241,6 @@ func TestMountedExt4GrowsWhereTheKernelAllowsIt(t *testing.T) {
 		return fmt.Errorf("it says %+v", c.Status.Conditions)
 	})
 	check()
-	e.stop("ext4") // and grows when it is mounted the next time
-	e.run(e.shell("again", p.Spec.NodeName, "ext4"), corev1.PodRunning)
-	e.waitSize("ext4", "256Mi")
 }
 
 func TestRawBlockGrowsInUse(t *testing.T) {
