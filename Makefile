@@ -202,9 +202,10 @@ e2e: ## start a cluster, install csi-loop, run our tests and the official suite,
 	@trap '$(MAKE) --no-print-directory cluster-down' EXIT && \
 	  $(MAKE) --no-print-directory cluster CLUSTER_ARGS=-pool=xfs && \
 	  $(MAKE) --no-print-directory e2e-load e2e-install && \
-	  MAKE='$(MAKE)' hack/steps test-e2e e2e-suite e2e-rights
+	  { MAKE='$(MAKE)' hack/steps test-e2e e2e-suite e2e-rights || { hack/e2e-logs; exit 1; }; }
 
 kind: image ## start a cluster with kind, on a machine with Docker, and load the image (root)
+	@hack/deps kind
 	cd test/e2e/kind && $(GO) build -trimpath -o ../../../bin/kind sigs.k8s.io/kind
 	KIND=bin/kind test/e2e/kind/up $(IMAGE):$(VERSION)
 
