@@ -182,9 +182,9 @@ current-context: csi-loop-e2e
 	if err := os.WriteFile(path+".new", []byte(text), 0o600); err != nil {
 		return err
 	}
-	// Whoever asked sudo for a cluster also wants to use it.
+	// Whoever asked sudo for a cluster also wants to use it, by ssh too.
 	if uid, err := strconv.Atoi(os.Getenv("SUDO_UID")); err == nil && file == "admin" {
-		if err := os.Chown(path+".new", uid, -1); err != nil {
+		if err := errors.Join(os.Chown(path+".new", uid, -1), os.Chown(c.pki(file+".key"), uid, -1)); err != nil {
 			return err
 		}
 	}
