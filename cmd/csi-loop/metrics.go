@@ -183,7 +183,7 @@ func (m *metrics) router(r *router.Router) {
 		}
 		for _, n := range r.Nodes() {
 			if n.State != router.NodeLinked {
-				gauge("link_node_away", "1 for each node that should have a link and has none.", 1, "node", n.Name)
+				gauge("link_node_away", "1 for each node that should have a link and has none.", 1, "name", n.Name)
 			}
 		}
 		if s.Orphans.Time.IsZero() {

@@ -18,7 +18,7 @@ import (
 	"github.com/csi-loop/csi-loop/pkg/router"
 )
 
-// What is shown is named by Prometheus' rules, and is what docs/metrics.md lists.
+// What is shown is named by Prometheus' rules, and is what docs/operations.md lists.
 func TestMetrics(t *testing.T) {
 	roottest.Require(t)
 	dir := t.TempDir() + "/p"
@@ -64,7 +64,7 @@ func TestMetrics(t *testing.T) {
 		}
 		shown[f.GetName()] = kind(f) + " " + strings.Join(labels, " ")
 	}
-	text, err := os.ReadFile("../../docs/metrics.md")
+	text, err := os.ReadFile("../../docs/operations.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +78,7 @@ func TestMetrics(t *testing.T) {
 		listed[row[1]] = row[2] + " " + strings.Join(labels, " ")
 	}
 	if !maps.Equal(shown, listed) {
-		t.Errorf("shown: %q\nin docs/metrics.md: %q", shown, listed)
+		t.Errorf("shown: %q\nin docs/operations.md: %q", shown, listed)
 	}
 	if _, body := get(t, m.handler(), "/metrics"); !strings.Contains(body, `csi_loop_pool_absent{pool="gone"} 1`) || !strings.Contains(body, `csi_loop_pool_absent{pool="default"} 0`) {
 		t.Error(body)

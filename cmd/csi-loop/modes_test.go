@@ -128,7 +128,7 @@ func TestHTTP(t *testing.T) {
 	for _, want := range []string{
 		`csi_loop_csi_calls_seconds_count{code="OK",method="CreateVolume"} 1`, `csi_loop_build_info{`, `version="v1"`,
 		`csi_loop_links{state="up"} 1`, `csi_loop_links{state="down"} 2`, `csi_loop_link_nodes{state="linked"} 0`,
-		`csi_loop_link_refused_total{reason="token"} 0`, `csi_loop_link_node_away{node="n1"} 1`, `csi_loop_link_duplicate_pools 0`,
+		`csi_loop_link_refused_total{reason="token"} 0`, `csi_loop_link_node_away{name="n1"} 1`, `csi_loop_link_duplicate_pools 0`,
 	} {
 		if code != http.StatusOK || !strings.Contains(body, want) {
 			t.Errorf("%d: no %s", code, want)

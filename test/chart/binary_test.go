@@ -44,6 +44,11 @@ func check(t *testing.T, all []object, pod core.PodSpec) {
 	c := container(t, pod, "csi-loop")
 	variables := map[string]string{"NODE_NAME": "node-1", "POD_IP": "fd00::1", "NAMESPACE": Namespace}
 	args := slices.Clone(c.Args)
+	for _, e := range c.Env {
+		if e.Name == "CSI_ENDPOINT" { // the binary is run without an environment
+			args = append(args, "--endpoint="+e.Value)
+		}
+	}
 	for i, a := range args {
 		for _, e := range c.Env {
 			if value, ok := variables[e.Name]; ok {
