@@ -74,6 +74,9 @@ bench: ## measure each CSI call beside a floor of bare kernel calls (root)
 	$(GO) build -buildvcs=false -o bin/bench ./test/bench
 	$(ROOT) bin/bench $(BENCH_ARGS)
 
+bench-link: ## measure the links of 1000 simulated nodes to one controller (NODES=n for another number)
+	$(GO) test ./pkg/router -run '^$$' -bench Nodes -benchtime 20000x -timeout 20m $(TESTARGS)
+
 bench-smoke: BENCH_ARGS = -n 3 -volumes 20
 bench-smoke: bench ## the same with a few rounds only: does it still run
 

@@ -223,6 +223,22 @@ func TestForeignAnswers(t *testing.T) {
 	}
 }
 
+// A node that says more than this controller understands is understood as far as that.
+func TestNewerNode(t *testing.T) {
+	c := newCluster(t)
+	p := newDisk(t, "default", gib)
+	a := &fakeNode{name: "a"}
+	l := &liar{volume: &csi.Volume{VolumeId: p.id + ".x", AccessibleTopology: a.topology()}}
+	n := c.raw(t, "a", l, func(h *link.NodeHello) { h.Methods = append(h.Methods, "/csi.v9.Controller/Levitate") }, p)
+	n.say(t, `{"pools":[{"id":"`+p.id+`","added":["x"],"colour":"blue","free":{"thick":1,"thin":2,"medium":3}}],"new":{"a":[1]}}`, `{"complete":true,"new":1}`)
+	c.linked(a)
+	if places := c.router.table.volume("x"); len(places) != 1 {
+		t.Fatalf("%+v", places)
+	}
+	_, err := c.csi.CreateVolume(t.Context(), create("x", 1, a))
+	must(t, err)
+}
+
 // Who connects and says nothing is in nobody's way but its own.
 func TestGate(t *testing.T) {
 	g := gate{most: 32, from: map[string]int{}}

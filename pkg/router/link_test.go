@@ -180,6 +180,92 @@ func TestCutInCreate(t *testing.T) {
 	}
 }
 
+// The same when the controller is restarted in the middle.
+func TestControllerRestartInCreate(t *testing.T) {
+	c := newCluster(t)
+	a, b := c.node("a", newDisk(t, "default", 10*gib)), c.node("b", newDisk(t, "default", gib)).up()
+	begun, finish := make(chan struct{}, 1), make(chan struct{})
+	a.hook = func(_ context.Context, step string) error {
+		if step == "before" {
+			begun <- struct{}{}
+			<-finish // deaf to its context
+		}
+		return nil
+	}
+	a.up()
+	c.linked(a, b)
+	answer := make(chan error)
+	go func() {
+		_, err := c.csi.CreateVolume(t.Context(), create("x", 1, nil))
+		answer <- err
+	}()
+	<-begun
+	stopped := make(chan struct{})
+	go func(stop func()) {
+		defer close(stopped)
+		stop() // waits for the call
+	}(c.stop)
+	if err := <-answer; err == nil {
+		t.Fatal("answered")
+	}
+	eventually(t, "the address is free", func() bool {
+		l, err := net.Listen("tcp", c.address)
+		if err == nil {
+			l.Close()
+		}
+		return err == nil
+	})
+	c.start()
+	c.linked(a, b)
+	_, err := c.csi.CreateVolume(t.Context(), create("x", 1, nil))
+	code(t, err, codes.Aborted)
+	close(finish)
+	<-stopped
+	eventually(t, "it is made", func() bool {
+		_, err := c.csi.CreateVolume(t.Context(), create("x", 1, nil))
+		return err == nil
+	})
+	if b.pools[0].has("x") || !a.pools[0].has("x") {
+		t.Fatal("a second volume")
+	}
+}
+
+// What a node was asked for and did not answer is forgotten once it must have told.
+func TestLostCallsAreForgotten(t *testing.T) {
+	c := newCluster(t)
+	a := c.node("a", newDisk(t, "default", gib)).up()
+	c.linked(a)
+	a.hook = func(context.Context, string) error { return status.Error(codes.Aborted, "later") }
+	_, err := c.csi.CreateVolume(t.Context(), create("x", 1, nil))
+	code(t, err, codes.Aborted)
+	lost := func() int {
+		c.router.forget()
+		c.router.table.mu.RLock()
+		defer c.router.table.mu.RUnlock()
+		return len(c.router.table.lost)
+	}
+	if n := lost(); n != 1 {
+		t.Fatalf("%d calls are open", n)
+	}
+	c.clock.advance(lostAge + time.Second)
+	if n := lost(); n != 0 {
+		t.Fatalf("%d calls are open", n)
+	}
+	a.hook = func(context.Context, string) error { return status.Error(codes.Aborted, "later") }
+	_, err = c.csi.CreateVolume(t.Context(), create("x", 1, nil))
+	code(t, err, codes.Aborted)
+	a.stop()
+	c.linked()
+	c.clock.advance(lostAge + time.Second)
+	if n := lost(); n != 1 {
+		t.Fatalf("%d calls are open on a node that is away", n)
+	}
+	c.roster.set("a", false)
+	if n := lost(); n != 0 {
+		t.Fatalf("%d calls are open on a node that is gone", n)
+	}
+}
+
 // A controller that starts anew learns everything from its nodes, and makes no
 // volume a second time before it has.
 func TestControllerRestart(t *testing.T) {

@@ -21,9 +21,19 @@ type table struct {
 	// pools holds each pool's claims, in the order they were made: the first one
 	// is the pool's place, further ones are refused copies. Guarded by mu.
 	pools map[string][]*pool
-	names map[string][]*pool // guarded by mu; by volume: where it is
-	lost  map[string]*node   // guarded by mu; by volume: a CreateVolume whose answer was lost
+	names map[string][]*pool  // guarded by mu; by volume: where it is
+	lost  map[string]sentCall //  guarded by mu; by volume: a CreateVolume whose answer was lost
 }
+
+// sentCall is a CreateVolume that was sent and not answered, or not clearly.
+type sentCall struct {
+	node *node
+	at   time.Time
+}
+
+// lostAge is how long a call without an answer is remembered once its node is linked:
+// the node has told since what it has and makes.
+const lostAge = 10 * time.Minute
 
 // node is a node that has or had a link. All fields but name are guarded by
 // table.mu.
@@ -81,7 +91,7 @@ func bounded(pools map[string]*pool) error {
 }
 
 func newTable(now func() time.Time) *table {
-	return &table{now: now, nodes: map[string]*node{}, pools: map[string][]*pool{}, names: map[string][]*pool{}, lost: map[string]*node{}}
+	return &table{now: now, nodes: map[string]*node{}, pools: map[string][]*pool{}, names: map[string][]*pool{}, lost: map[string]sentCall{}}
 }
 
 // secondError: the node has a link already.
@@ -200,11 +210,13 @@ func (t *table) forget(gone func(name string, away time.Duration) bool) {
 		if n.session == nil && gone(name, t.now().Sub(n.away)) {
 			t.clear(n)
 			delete(t.nodes, name)
-			for volume, at := range t.lost {
-				if at == n {
-					delete(t.lost, volume)
-				}
-			}
+		}
+	}
+	for volume, c := range t.lost {
+		n := c.node
+		settled := n.session != nil && n.joined && t.now().Sub(c.at) > lostAge && t.now().Sub(n.since) > lostAge
+		if settled || t.nodes[n.name] != n {
+			delete(t.lost, volume)
 		}
 	}
 }
@@ -383,8 +395,8 @@ func (t *table) volume(dir string) []place {
 	for _, p := range t.names[dir] {
 		add(p.node)
 	}
-	if n := t.lost[dir]; n != nil {
-		add(n)
+	if c, ok := t.lost[dir]; ok {
+		add(c.node)
 	}
 	return places
 }
@@ -395,7 +407,7 @@ func (t *table) sent(dir, name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if n := t.nodes[name]; n != nil {
-		t.lost[dir] = n
+		t.lost[dir] = sentCall{n, t.now()}
 	}
 }
 

@@ -1,0 +1,99 @@
+package link
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"testing"
+)
+
+// follow applies what a stream was told, as a controller does.
+func follow(known map[string]map[string]bool, u Update) {
+	for _, p := range u.Pools {
+		if known[p.ID] == nil {
+			known[p.ID] = map[string]bool{}
+		}
+		for _, v := range p.Added {
+			known[p.ID][v] = true
+		}
+		for _, v := range p.Removed {
+			delete(known[p.ID], v)
+		}
+	}
+}
+
+// Volumes that come and go while a pool is read, the one it begins with and one that
+// comes in later, are told right: whatever the order of reading and change was.
+func TestInventoryFollowsChanges(t *testing.T) {
+	for round := range 50 {
+		var mu sync.Mutex
+		real := map[string]map[string]bool{"a": {}, "late": {}}
+		var tell func(string, string, bool)
+		change := func(pool, volume string, exists bool) {
+			mu.Lock()
+			if exists {
+				real[pool][volume] = true
+			} else {
+				delete(real[pool], volume)
+			}
+			f := tell
+			mu.Unlock()
+			if f != nil {
+				f(pool, volume, exists)
+			}
+		}
+		busy := func(pool string) (finish func()) {
+			var wg sync.WaitGroup
+			for worker := range 4 {
+				wg.Go(func() {
+					for i := range 25 {
+						v := fmt.Sprintf("%d-%d", worker, i%5)
+						change(pool, v, true)
+						if i%3 != 0 {
+							change(pool, v, false)
+						}
+					}
+				})
+			}
+			return wg.Wait
+		}
+		pool := func(id string) Pool {
+			return Pool{ID: id, Name: id, Free: func() Free { return Free{} }, Volumes: func() []string {
+				mu.Lock()
+				defer mu.Unlock()
+				return slices.Collect(maps.Keys(real[id]))
+			}}
+		}
+		var found []Pool
+		change("a", "old", true)
+		finish := busy("a")
+		found = []Pool{pool("a")}
+		i, stop := openInventory(func() []Pool { return found }, func(f func(string, string, bool)) func() {
+			mu.Lock()
+			defer mu.Unlock()
+			tell = f
+			return func() {}
+		})
+		known := map[string]map[string]bool{}
+		s, updates := i.subscribe("")
+		for _, u := range updates {
+			follow(known, u)
+		}
+		change("late", "old", true)
+		finishLate := busy("late")
+		found = append(found, pool("late"))
+		i.discover()
+		finish()
+		finishLate()
+		follow(known, i.take(s))
+		delete(known, "")
+		for id, want := range real {
+			if !maps.Equal(known[id], want) {
+				t.Fatalf("round %d, pool %s: told %v, there are %v", round, id, known[id], want)
+			}
+		}
+		i.unsubscribe(s)
+		stop()
+	}
+}
