@@ -380,7 +380,7 @@ func holeIn(from, size int64, ask func(*fiemap) error) (start, end int64, err er
 				return int64(next), int64(min(e.logical, uint64(size))), nil
 			}
 			next = max(next, e.logical+e.length)
-			if e.flags&last != 0 {
+			if e.flags&last != 0 || next >= uint64(size) {
 				return int64(min(next, uint64(size))), size, nil
 			}
 		}
