@@ -100,6 +100,7 @@ check-vet:
 check-mod:
 	$(GO) mod tidy -diff
 	cd tools && $(GO) mod tidy -diff
+	cd tools/audit && $(GO) mod tidy -diff
 
 check-generate:
 	hack/check-unchanged $(GO) generate ./...
@@ -118,6 +119,20 @@ generate: deploy-manifests ## write all generated files
 $(LINT): tools/go.mod tools/go.sum
 	cd tools && $(GO) build -o ../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	@touch $@
+
+# Both are built from source at the versions in tools/audit/go.mod.
+AUDIT := bin/govulncheck bin/cyclonedx-gomod
+bin/govulncheck: TOOL := golang.org/x/vuln/cmd/govulncheck
+bin/cyclonedx-gomod: TOOL := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod
+$(AUDIT): tools/audit/go.mod tools/audit/go.sum
+	cd tools/audit && $(GO) build -o ../../$@ $(TOOL)
+	@touch $@
+
+vuln: bin/govulncheck ## look for known vulnerabilities in what is called; asks vuln.go.dev
+	bin/govulncheck ./...
+
+sbom: bin/cyclonedx-gomod build ## list what bin/csi-loop consists of, with versions and hashes: bin/csi-loop.cdx.json
+	bin/cyclonedx-gomod bin -json -std -version '$(VERSION)' -output bin/csi-loop.cdx.json bin/csi-loop
 
 image: ## build the container image with docker, or DOCKER=podman
 	$(DOCKER) build --build-arg VERSION=$(VERSION) --build-arg COMMIT=$(COMMIT) -t $(IMAGE):$(VERSION) .
