@@ -6,8 +6,11 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
+
+	"github.com/csi-loop/csi-loop/internal/confine"
 )
 
 // Check repairs what can be repaired without a person's decision on the
@@ -49,7 +52,7 @@ func (m *Mounter) Check(ctx context.Context, fsType, device string) error {
 // mounted root), 4 not repaired, 8 to 128 it could not do its work.
 func e2fsck(ctx context.Context, device string, args ...string) error {
 	const repaired = 1
-	out, code, err := runWhole(ctx, "e2fsck", append(args, "--", device)...)
+	out, code, err := runWhole(ctx, device, "e2fsck", append(args, "--", device)...)
 	if err != nil {
 		return &OpError{Op: "run e2fsck on", Path: device, Err: err}
 	}
@@ -62,7 +65,20 @@ func e2fsck(ctx context.Context, device string, args ...string) error {
 // runWhole runs a program to its end, whatever becomes of ctx: the programs that
 // are run here change a filesystem's structure, and half a change is worse than
 // a late answer. It returns the last 4 KiB of what the program said.
-func runWhole(ctx context.Context, name string, args ...string) (output string, code int, err error) {
+//
+// The filesystem may be a tenant's who means harm, so the program has no
+// capabilities and, with Landlock, writes to the device and to nothing else.
+func runWhole(ctx context.Context, device, name string, args ...string) (output string, code int, err error) {
+	resolved, err := filepath.EvalSymlinks(device)
+	if err != nil {
+		return "", 0, err
+	}
+	fd, err := openPath(resolved)
+	if err != nil {
+		return "", 0, err
+	}
+	target := os.NewFile(uintptr(fd), device)
+	defer target.Close()
 	cmd := exec.CommandContext(context.WithoutCancel(ctx), name, args...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	// Away from our process group: a Ctrl-C for us must not end it half way.
@@ -70,7 +86,7 @@ func runWhole(ctx context.Context, name string, args ...string) (output string, 
 	// A filesystem that is a tenant's decides how much e2fsck has to say.
 	var said tail
 	cmd.Stdout, cmd.Stderr = &said, &said
-	err = cmd.Run()
+	err = confine.Run(confine.Limits{Write: []*os.File{target}}, cmd.Run)
 	output = strings.TrimSpace(said.String())
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 		return output, exit.ExitCode(), nil

@@ -2,6 +2,8 @@ package mount
 
 import (
 	"context"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -35,11 +37,15 @@ func TestTailKeepsTheEnd(t *testing.T) {
 }
 
 func TestRunWholeKeepsBothStreamsAndTheCode(t *testing.T) {
-	out, code, err := runWhole(context.Background(), "sh", "-c", "head -c 1000000 /dev/zero | tr '\\0' x; echo oops >&2; exit 3")
+	device := filepath.Join(t.TempDir(), "device")
+	if err := os.WriteFile(device, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, code, err := runWhole(context.Background(), device, "sh", "-c", "head -c 1000000 /dev/zero | tr '\\0' x; echo oops >&2; exit 3")
 	if err != nil || code != 3 || len(out) > mostSaid || !strings.HasPrefix(out, "...x") || !strings.HasSuffix(out, "xoops") {
 		t.Fatalf("%d bytes, status %d, %v", len(out), code, err)
 	}
-	if _, _, err := runWhole(context.Background(), "/nonexistent"); err == nil {
+	if _, _, err := runWhole(context.Background(), device, "/nonexistent"); err == nil {
 		t.Fatal("a program that does not exist was run")
 	}
 }

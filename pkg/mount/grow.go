@@ -197,7 +197,7 @@ func (m *Mounter) growOffline(ctx context.Context, spec GrowSpec) error {
 	if err := e2fsck(ctx, spec.Device, "-f", "-p"); err != nil {
 		return err
 	}
-	out, code, err := runWhole(ctx, "resize2fs", "--", spec.Device)
+	out, code, err := runWhole(ctx, spec.Device, "resize2fs", "--", spec.Device)
 	if err == nil && code != 0 {
 		err = fmt.Errorf("exit status %d", code)
 	}
