@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"time"
 
 	"k8s.io/klog/v2"
 )
@@ -79,7 +80,19 @@ func (s *Store) openAll(ctx context.Context) error {
 	for _, m := range s.members {
 		s.tellAbsent(m)
 	}
+	s.settle(ctx)
 	return nil
+}
+
+// settle finishes what pools that were opened cannot do one by one.
+func (s *Store) settle(ctx context.Context) {
+	s.settleGroups(ctx)
+	for _, p := range s.set.Load().pools {
+		if !p.settled {
+			p.settled = true
+			p.separateAll()
+		}
+	}
 }
 
 // try opens a pool as a whole, or not at all. That it is late is for pools that
@@ -88,6 +101,8 @@ func (s *Store) try(ctx context.Context, m *member, late bool) error {
 	p := &Pool{
 		config: m.config, store: s, logger: s.logger.WithValues("pool", m.config.Name), late: late, said: m.said,
 		records: map[string]record{}, damaged: map[string]error{}, problems: map[string]Problem{},
+		cuts: map[string]snapshotRecord{}, unsettled: map[string]snapshotRecord{}, groupRecords: map[string]groupRecord{},
+		damagedCut: map[string]error{}, recounts: map[string]time.Time{},
 	}
 	if err := p.open(ctx); err != nil {
 		return errors.Join(err, p.close())
@@ -111,6 +126,7 @@ func (s *Store) retry(ctx context.Context) {
 				"poolID", m.pool.ID(), "volumes", len(m.pool.list()))
 			m.err = nil
 			s.publish()
+			s.settle(ctx)
 		case ctx.Err() != nil:
 			return
 		case err.Error() != m.err.Error(): // what a person would read; nothing is decided by it

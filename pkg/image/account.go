@@ -23,6 +23,9 @@ type Usage struct {
 	Thick           int64 // sum of the sizes of thick volumes
 	ThinProvisioned int64 // sum of the sizes of thin volumes
 	ThinAllocated   int64 // what they have got, as last seen
+
+	Snapshots int
+	Shared    int64 // what volumes may still take for blocks they share, as last seen
 }
 
 // charge is what the account knows of one volume.
@@ -30,12 +33,12 @@ type charge struct {
 	size      int64
 	allocated int64 // at most size
 	thick     bool
-	// Snapshots will add here the bytes shared with them (fact 69).
+	shared    int64 // of allocated, what a write would take anew (fact 69)
 }
 
 // unwritten is what the volume may still take from the pool. A thick volume that
 // lost blocks (fact 48) keeps its claim to them.
-func (c charge) unwritten() int64 { return max(0, c.size-c.allocated) }
+func (c charge) unwritten() int64 { return min(c.size, max(0, c.size-c.allocated)+c.shared) }
 
 // ledger is the free space of one filesystem, shared by the accounts of all pools
 // on it: what one promised, another must not give away.
@@ -62,8 +65,10 @@ type account struct {
 	charges       map[string]charge // by directory
 	thick         int64             // sum of sizes
 	thin          int64
+	thinAllocated int64
 	thinUnwritten int64
-	thickMissing  int64 // blocks that thick volumes should have and do not
+	thickMissing  int64 // blocks that thick volumes should have to themselves and do not
+	shared        int64
 }
 
 func newAccount(l *ledger, statfs func() (space, error), r Reserve, overcommit float64) *account {
@@ -152,6 +157,9 @@ func (a *account) tryTake(need int64) (*reservation, <-chan struct{}, error) {
 // release gives the reservation up; again is harmless. To be called as soon as
 // the space is used, or will not be.
 func (r *reservation) release() {
+	if r == nil {
+		return
+	}
 	l := r.account.ledger
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -177,6 +185,55 @@ func (a *account) put(dir string, c charge, r *reservation) {
 	defer a.ledger.mu.Unlock()
 	a.set(dir, &c)
 	r.settle()
+}
+
+// swap is put for a charge that may turn out larger than r, which is not nil, holds;
+// ErrNoSpace, and nothing is changed, when there is not enough for it.
+func (a *account) swap(dir string, c charge, r *reservation) error {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	old := a.charges[dir]
+	a.set(dir, &c)
+	free, err := a.free()
+	if lacking := -(free + overhead + r.bytes); err == nil && lacking > 0 {
+		err = fmt.Errorf("%w: %d bytes more are needed for what is shared", ErrNoSpace, lacking)
+	}
+	if err != nil {
+		a.set(dir, &old)
+		return err
+	}
+	r.settle()
+	return nil
+}
+
+// share records how many bytes a volume shares with other files.
+func (a *account) share(dir string, shared int64) {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	if c, ok := a.charges[dir]; ok {
+		c.shared = shared
+		a.set(dir, &c)
+	}
+}
+
+// sharedOf returns what share recorded.
+func (a *account) sharedOf(dir string) int64 {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	return a.charges[dir].shared
+}
+
+// sharedDirs lists the volumes that share blocks.
+func (a *account) sharedDirs() []string {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	var dirs []string
+	for dir, c := range a.charges {
+		if c.shared > 0 {
+			dirs = append(dirs, dir)
+		}
+	}
+	return dirs
 }
 
 // drop forgets a volume. Its blocks are free when statfs says so.
@@ -206,6 +263,7 @@ func (a *account) set(dir string, c *charge) {
 	}
 	if c != nil {
 		c.allocated = min(c.allocated, c.size)
+		c.shared = min(c.shared, c.size)
 		a.charges[dir] = *c
 		a.add(*c, 1)
 	}
@@ -214,12 +272,14 @@ func (a *account) set(dir string, c *charge) {
 
 // Precondition: ledger.mu is held.
 func (a *account) add(c charge, sign int64) {
+	a.shared += sign * c.shared
 	if c.thick {
 		a.thick += sign * c.size
 		a.thickMissing += sign * c.unwritten()
 		return
 	}
 	a.thin += sign * c.size
+	a.thinAllocated += sign * c.allocated
 	a.thinUnwritten += sign * c.unwritten()
 }
 
@@ -255,7 +315,8 @@ func (a *account) usage() (Usage, error) {
 		Volumes:         len(a.charges),
 		Thick:           a.thick,
 		ThinProvisioned: a.thin,
-		ThinAllocated:   a.thin - a.thinUnwritten,
+		ThinAllocated:   a.thinAllocated,
+		Shared:          a.shared,
 	}, err
 }
 
@@ -265,7 +326,7 @@ func (a *account) leave() {
 	defer a.ledger.mu.Unlock()
 	a.ledger.promised -= a.promise()
 	a.charges = map[string]charge{}
-	a.thick, a.thin, a.thinUnwritten, a.thickMissing = 0, 0, 0, 0
+	a.thick, a.thin, a.thinAllocated, a.thinUnwritten, a.thickMissing, a.shared = 0, 0, 0, 0, 0, 0
 }
 
 // thinDirs lists the volumes whose allocation changes by being written to.

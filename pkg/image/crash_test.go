@@ -38,7 +38,12 @@ func scenario() []step {
 		{"create", Spec{Name: "made/of fs", Size: 8 * MiB, Filesystem: filesystem}},
 		{"grow", Spec{Name: "thick", Size: 7 * MiB}},
 		{"grow", Spec{Name: "thin", Size: 64 * MiB}},
+		{"snapshot", Spec{Name: "thick"}},
+		{"snapshot", Spec{Name: "thin"}},
+		{"group", Spec{Name: "all"}},
+		{"unsnapshot", Spec{Name: "thin"}},
 		{"remove", Spec{Name: "made/of fs"}},
+		{"ungroup", Spec{Name: "all"}},
 		{"create", Spec{Name: "made/of fs", Size: 9 * MiB, Filesystem: filesystem}},
 		{"remove", Spec{Name: "thin"}},
 	}
@@ -62,6 +67,20 @@ func (s step) run(p *Pool) error {
 			return err
 		}
 		return f.Sync()
+	case "snapshot":
+		_, err := p.Snapshot(ctx, SnapshotSpec{Name: "of " + s.spec.Name, Source: id}, held)
+		return err
+	case "unsnapshot":
+		return p.RemoveSnapshot(ctx, VolumeID(p.ID(), DirName("of "+s.spec.Name)))
+	case "group":
+		var sources []string
+		for _, name := range []string{"thick", "thin"} {
+			sources = append(sources, VolumeID(p.ID(), DirName(name)))
+		}
+		_, err := p.store.SnapshotGroup(ctx, GroupSpec{Name: s.spec.Name, Sources: sources}, held)
+		return err
+	case "ungroup":
+		return p.store.RemoveGroup(ctx, VolumeID(p.ID(), DirName(s.spec.Name)))
 	case "grow":
 		_, err := p.Grow(ctx, id, s.spec.Size)
 		return err
@@ -69,15 +88,27 @@ func (s step) run(p *Pool) error {
 	return p.Remove(ctx, id)
 }
 
+// held is a Quiesce for what nobody writes to.
+func held(context.Context) (func() error, error) { return func() error { return nil }, nil }
+
 // after is the set of volumes and sizes when n steps are done.
 func after(steps []step, n int) map[string]int64 {
 	state := map[string]int64{}
 	for _, s := range steps[:n] {
-		if s.verb == "remove" {
-			delete(state, s.spec.Name)
-			continue
+		switch name := s.spec.Name; s.verb {
+		case "remove":
+			delete(state, name)
+		case "snapshot":
+			state["snapshot of "+name] = state[name]
+		case "unsnapshot":
+			delete(state, "snapshot of "+name)
+		case "group":
+			state["group "+name] = state["thick"] + state["thin"]
+		case "ungroup":
+			delete(state, "group "+name)
+		default:
+			state[name] = s.spec.Size
 		}
-		state[s.spec.Name] = s.spec.Size
 	}
 	return state
 }
@@ -98,13 +129,24 @@ func verifyCrash(t *testing.T, dir string, steps []step, done int) {
 	for _, v := range s.List() {
 		got[v.Name] = v.Size
 	}
+	for _, v := range s.ListSnapshots() {
+		if v.Group != "" {
+			got["group all"] += v.Volume.Size
+			continue
+		}
+		got["snapshot "+v.Name] = v.Volume.Size
+		wantSnapshotPattern(t, p, v)
+	}
+	if _, ok := s.FindGroup("all"); ok != (got["group all"] != 0) || p.snapshotEntries(t) != len(s.ListSnapshots()) {
+		t.Fatalf("after %d steps: group %v, %d entries, snapshots %v", done, ok, p.snapshotEntries(t), s.ListSnapshots())
+	}
 	before, next := after(steps, done), after(steps, min(done+1, len(steps)))
 	if fmt.Sprint(got) != fmt.Sprint(before) && fmt.Sprint(got) != fmt.Sprint(next) {
 		t.Fatalf("after %d steps the pool has %v, neither %v nor %v", done, got, before, next)
 	}
 	for name := range before {
-		if next[name] == 0 {
-			continue // being removed
+		if next[name] == 0 || strings.HasPrefix(name, "snapshot ") || strings.HasPrefix(name, "group ") {
+			continue // being removed, or looked at above
 		}
 		wantPattern(t, p, name)
 	}
@@ -124,8 +166,8 @@ func verifyCrash(t *testing.T, dir string, steps []step, done int) {
 	}
 	defer s.Close()
 	wantClean(t, dir)
-	if n := len(s.List()); n != len(after(steps, len(steps))) {
-		t.Fatalf("%d volumes at the end", n)
+	if n := len(s.List()) + len(s.ListSnapshots()); n != len(after(steps, len(steps))) {
+		t.Fatalf("%d volumes and snapshots at the end", n)
 	}
 	wantAccount(t, s, p)
 }
@@ -141,6 +183,29 @@ func wantPattern(t *testing.T, p *Pool, name string) {
 	if _, err := f.ReadAt(b, 3*MiB); err != nil || !bytes.Equal(b, pattern) {
 		t.Fatalf("%s lost acknowledged data: %v", name, err)
 	}
+}
+
+func wantSnapshotPattern(t *testing.T, p *Pool, v Snapshot) {
+	t.Helper()
+	f, err := p.OpenSnapshot(ctx, v.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	b := make([]byte, len(pattern))
+	if _, err := f.ReadAt(b, 3*MiB); err != nil || !bytes.Equal(b, pattern) {
+		t.Fatalf("snapshot %s lacks what was written before: %v", v.Name, err)
+	}
+}
+
+// snapshotEntries counts what lies in snapshots/, listed or not.
+func (p *Pool) snapshotEntries(t *testing.T) int {
+	t.Helper()
+	content, err := names(p.snapshots)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(content)
 }
 
 // wantBlocks: a crashed Grow must not leave blocks past the end.

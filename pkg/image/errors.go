@@ -9,10 +9,10 @@ import (
 
 // Sentinels of this package; test with errors.Is.
 var (
-	// ErrNotFound: no such volume. Also for IDs of other pools and for nonsense.
-	ErrNotFound = errors.New("volume not found")
-	// ErrIncompatible: a volume of that name exists and differs in the named field.
-	ErrIncompatible = errors.New("volume exists and is different")
+	// ErrNotFound: no such volume or snapshot. Also for IDs of other pools and for nonsense.
+	ErrNotFound = errors.New("not found")
+	// ErrIncompatible: a volume or snapshot of that name exists and differs in the named field.
+	ErrIncompatible = errors.New("exists and is different")
 	// ErrNoSpace: the pool cannot promise or hold that much. Nothing was changed.
 	ErrNoSpace = errors.New("not enough space in the pool")
 	// ErrSize: the size is below the filesystem's minimum or above what the pool's
@@ -20,7 +20,9 @@ var (
 	ErrSize = errors.New("size is not possible")
 	// ErrDamaged: the record or the image is not what csi-loop left there. Never
 	// that it could not be looked at.
-	ErrDamaged = errors.New("volume is damaged")
+	ErrDamaged = errors.New("damaged")
+	// ErrInGroup: the snapshot exists and goes only with its group.
+	ErrInGroup = errors.New("part of a group")
 	// ErrNotAllowed: a mapped file is outside the allowed directories, or is not
 	// a plain file.
 	ErrNotAllowed = errors.New("file is not allowed")

@@ -68,7 +68,9 @@ func (p *Pool) grow(ctx context.Context, dir string, r record, size int64) (err 
 	// From here on the record that a reader finds is the new one.
 	p.remember(dir, grown)
 	st, statErr := statFile(f)
-	p.account.put(dir, grown.charge(st.Allocated), space)
+	c := grown.charge(st.Allocated)
+	c.shared = p.account.sharedOf(dir)
+	p.account.put(dir, c, space)
 	if err := errors.Join(err, statErr); err != nil {
 		return opError("sync", dir, err)
 	}

@@ -106,6 +106,9 @@ func (p *Pool) Health() []Problem {
 	for _, err := range p.damaged {
 		all = append(all, Problem{Kind: Degraded, Reason: "VolumeRefused", Message: err.Error()})
 	}
+	for _, err := range p.damagedCut {
+		all = append(all, Problem{Kind: Degraded, Reason: "SnapshotRefused", Message: err.Error()})
+	}
 	sortProblems(all)
 	return all
 }
@@ -164,9 +167,9 @@ func (p *Pool) imageHealth(dir string, r record) []Problem {
 	case err != nil:
 		problem = Problem{Inaccessible, "ImageUnreadable", err.Error()}
 	case st.Mode.IsRegular() && st.Size < r.Size:
-		problem = Problem{DataLoss, "ImageTruncated", p.checkImage(r, st).Error()}
-	case p.checkImage(r, st) != nil:
-		problem = Problem{Inaccessible, "ImageForeign", p.checkImage(r, st).Error()}
+		problem = Problem{DataLoss, "ImageTruncated", checkImage(r.Size, st).Error()}
+	case checkImage(r.Size, st) != nil:
+		problem = Problem{Inaccessible, "ImageForeign", checkImage(r.Size, st).Error()}
 	case r.Allocation == Thick && st.Allocated < r.Size:
 		problem = Problem{Degraded, "NotFullyAllocated", fmt.Sprintf(
 			"%d of its %d bytes have blocks; the next attach allocates the rest", st.Allocated, r.Size)}

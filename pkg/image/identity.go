@@ -76,7 +76,7 @@ var errNewer = errors.New("written by a newer csi-loop")
 
 // decodeStrict reads one JSON object into v, whose formatVersion must be version,
 // without unknown fields and with nothing after it.
-func decodeStrict(b []byte, version int, v any) error {
+func decodeStrict(b []byte, version int, v any) error { //nolint:unparam // each kind of file has a version of its own
 	var head struct {
 		FormatVersion *int `json:"formatVersion"`
 	}

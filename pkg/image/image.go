@@ -69,8 +69,13 @@ func (p *Pool) ImageInode(ctx context.Context, id string) (dev, ino uint64, err 
 // openVolume opens a volume's directory and its image, and looks whether the
 // image is what the record says. ErrDamaged is only what that look has proved.
 func (p *Pool) openVolume(dir string, r record, write bool) (d, f *os.File, err error) {
-	path := fmt.Sprintf("%s/%s/%s/%s", p.Path(), volumesDir, dir, imageFile)
-	d, err = openDirAt(p.volumes, dir)
+	return p.openImage(p.volumes, volumesDir, dir, r.Size, write)
+}
+
+// openImage is openVolume for what is in a directory of the pool.
+func (p *Pool) openImage(parent *os.File, name, dir string, size int64, write bool) (d, f *os.File, err error) {
+	path := fmt.Sprintf("%s/%s/%s/%s", p.Path(), name, dir, imageFile)
+	d, err = openDirAt(parent, dir)
 	if err != nil {
 		return nil, nil, openError(path, err)
 	}
@@ -82,20 +87,20 @@ func (p *Pool) openVolume(dir string, r record, write bool) (d, f *os.File, err 
 	if err != nil {
 		return nil, nil, errors.Join(opError("look at", path, err), f.Close(), d.Close())
 	}
-	if err := p.checkImage(r, st); err != nil {
+	if err := checkImage(size, st); err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("%w: %s: %w", ErrDamaged, path, err), f.Close(), d.Close())
 	}
 	return d, f, nil
 }
 
-func (p *Pool) checkImage(r record, st fileStat) error {
+func checkImage(size int64, st fileStat) error {
 	switch {
 	case !st.Mode.IsRegular():
 		return errNotRegular
 	case st.Links != 1:
 		return fmt.Errorf("it has %d links; somebody else's file, or shared with somebody", st.Links)
-	case st.Size != r.Size:
-		return fmt.Errorf("it has %d bytes, its record says %d", st.Size, r.Size)
+	case st.Size != size:
+		return fmt.Errorf("it has %d bytes, its record says %d", st.Size, size)
 	}
 	return nil
 }

@@ -217,7 +217,7 @@ func (p *Pool) inspectRecord(dir string) (record, error) {
 		return record{}, openError(dir, err)
 	}
 	defer d.Close()
-	return readRecord(d, dir)
+	return readRecord(d, recordFile, dir, parseRecord)
 }
 
 // finish adds what needs the account of all pools.

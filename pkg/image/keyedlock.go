@@ -30,18 +30,39 @@ func (k *keyedLock) lock(ctx context.Context, key string) (unlock func(), err er
 	}
 	w.users++
 	k.mu.Unlock()
-	leave := func() {
-		k.mu.Lock()
-		defer k.mu.Unlock()
-		if w.users--; w.users == 0 {
-			delete(k.held, key)
-		}
-	}
 	select {
 	case <-w.token:
-		return func() { w.token <- struct{}{}; leave() }, nil
+		return func() { k.unlock(w, key) }, nil
 	case <-ctx.Done():
-		leave()
+		k.leave(w, key)
 		return nil, ctx.Err()
+	}
+}
+
+// tryLock is lock for who does not want to wait.
+func (k *keyedLock) tryLock(key string) (unlock func(), ok bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if _, taken := k.held[key]; taken {
+		return nil, false
+	}
+	if k.held == nil {
+		k.held = map[string]*waiters{}
+	}
+	w := &waiters{token: make(chan struct{}, 1), users: 1}
+	k.held[key] = w
+	return func() { k.unlock(w, key) }, true
+}
+
+func (k *keyedLock) unlock(w *waiters, key string) {
+	w.token <- struct{}{}
+	k.leave(w, key)
+}
+
+func (k *keyedLock) leave(w *waiters, key string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if w.users--; w.users == 0 {
+		delete(k.held, key)
 	}
 }

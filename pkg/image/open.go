@@ -63,20 +63,24 @@ func (p *Pool) openContent(ctx context.Context, uuid string) error {
 	if p.volumes, err = p.ensureDir(volumesDir); err != nil {
 		return poolError(p.config, "%s: %w", volumesDir, err)
 	}
-	snapshots, err := p.ensureDir(snapshotsDir)
-	if err != nil {
+	if p.snapshots, err = p.ensureDir(snapshotsDir); err != nil {
 		return poolError(p.config, "%s: %w", snapshotsDir, err)
 	}
-	defer snapshots.Close()
+	if p.groups, err = p.ensureDir(groupsDir); err != nil {
+		return poolError(p.config, "%s: %w", groupsDir, err)
+	}
 	if err := p.sweep(); err != nil {
 		return err
 	}
 	if err := p.load(ctx); err != nil {
 		return err
 	}
+	if err := p.loadSnapshots(ctx); err != nil {
+		return err
+	}
 	// A rename that a killed process did not get to sync may have been found; it
 	// must not be acknowledged and then lost.
-	if err := errors.Join(p.volumes.Sync(), p.root.Sync()); err != nil {
+	if err := errors.Join(p.volumes.Sync(), p.snapshots.Sync(), p.groups.Sync(), p.root.Sync()); err != nil {
 		return poolError(p.config, "sync: %w", err)
 	}
 	return nil
@@ -257,7 +261,7 @@ func (p *Pool) loadOne(dir string) (r record, allocated int64, err error) {
 		return r, 0, openError(dir, err)
 	}
 	defer d.Close()
-	if r, err = readRecord(d, dir); err != nil {
+	if r, err = readRecord(d, recordFile, dir, parseRecord); err != nil {
 		return r, 0, err
 	}
 	// The rest of a replacement that a crash interrupted.
@@ -272,29 +276,30 @@ func (p *Pool) loadOne(dir string) (r record, allocated int64, err error) {
 	return p.settle(d, dir, r, st)
 }
 
-func readRecord(d *os.File, dir string) (record, error) {
-	f, err := openAt(d, recordFile, false)
+// readRecord reads and parses the record called name of what is in directory dir.
+func readRecord[T any](d *os.File, name, dir string, parse func(b []byte, dir string) (T, error)) (r T, err error) {
+	f, err := openAt(d, name, false)
 	if err != nil {
-		return record{}, openError(recordFile, err)
+		return r, openError(name, err)
 	}
 	defer f.Close()
 	st, err := statFile(f)
 	if err != nil {
-		return record{}, opError("look at", recordFile, err)
+		return r, opError("look at", name, err)
 	}
 	if st.Links != 1 {
-		return record{}, fmt.Errorf("%w: %s has more than one link", ErrDamaged, recordFile)
+		return r, fmt.Errorf("%w: %s has more than one link", ErrDamaged, name)
 	}
 	b, err := readSmall(f, maxRecordSize)
 	if err != nil && !errors.Is(err, errTooLarge) {
-		return record{}, opError("read", recordFile, err)
+		return r, opError("read", name, err)
 	}
-	var r record
 	if err == nil {
-		r, err = parseRecord(b, dir)
+		r, err = parse(b, dir)
 	}
 	if err != nil {
-		return record{}, fmt.Errorf("%w: %s: %w", ErrDamaged, recordFile, err)
+		var none T
+		return none, fmt.Errorf("%w: %s: %w", ErrDamaged, name, err)
 	}
 	return r, nil
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"k8s.io/klog/v2"
 )
@@ -16,19 +17,22 @@ import (
 // Pool is a directory of volumes. Its methods may be called concurrently; calls
 // for one volume wait for each other.
 type Pool struct {
-	config   Config
-	identity identity
-	fsType   string
-	noCow    bool // images must be NOCOW: btrfs
-	root     *os.File
-	rootStat fileStat
-	volumes  *os.File
-	account  *account
-	store    *Store
-	logger   klog.Logger
+	config    Config
+	identity  identity
+	fsType    string
+	noCow     bool // images must be NOCOW: btrfs
+	root      *os.File
+	rootStat  fileStat
+	volumes   *os.File
+	snapshots *os.File
+	groups    *os.File
+	account   *account
+	store     *Store
+	logger    klog.Logger
 
-	late bool            // opened while others are served
-	said map[string]bool // what earlier attempts to open it logged; nil once it is open
+	settled bool            // its independent snapshots are being separated
+	late    bool            // opened while others are served
+	said    map[string]bool // what earlier attempts to open it logged; nil once it is open
 
 	locks keyedLock    // by directory
 	freed atomic.Int64 // when a removed volume was last unlinked, Unix ns
@@ -37,6 +41,13 @@ type Pool struct {
 	records  map[string]record  // guarded by mu; by directory
 	damaged  map[string]error   // guarded by mu; by directory
 	problems map[string]Problem // guarded by mu; by reason
+
+	cuts         map[string]snapshotRecord // guarded by mu; snapshots by directory
+	unsettled    map[string]snapshotRecord // guarded by mu; snapshots of groups that were not looked up yet
+	groupRecords map[string]groupRecord    // guarded by mu; by directory
+	damagedCut   map[string]error          // guarded by mu; snapshots and groups by their lock's key
+	recounts     map[string]time.Time      // guarded by mu; when a volume's sharing may be looked at again
+	reflinks     *bool                     // guarded by mu; nil until it is known
 }
 
 func (p *Pool) close() error {
@@ -44,7 +55,7 @@ func (p *Pool) close() error {
 		p.account.leave()
 	}
 	var errs []error
-	for _, f := range []*os.File{p.volumes, p.root} { // the lock is root's: last
+	for _, f := range []*os.File{p.groups, p.snapshots, p.volumes, p.root} { // the lock is root's: last
 		if f != nil {
 			errs = append(errs, f.Close())
 		}
@@ -92,6 +103,7 @@ func (p *Pool) Usage() Usage {
 	}
 	defer p.store.leave()
 	u, err := p.account.usage()
+	u.Snapshots = p.snapshotCount()
 	if err != nil {
 		u.Size, u.Free = 0, 0
 	}

@@ -81,14 +81,17 @@ func (p *Pool) unlink(ctx context.Context, gone string) {
 // background and btrfs with its next commit, up to 30 s after the unlink. False
 // when waiting (more) is of no use.
 func (p *Pool) lag(ctx context.Context, attempt int) bool {
+	if p.recount(ctx) {
+		return true // what is not shared any more is not needed twice
+	}
 	freed := p.freed.Load()
 	if freed == 0 || p.store.now().Sub(time.Unix(0, freed)) > time.Minute {
 		return false
 	}
 	switch {
-	case p.fsType == "btrfs" && attempt == 0:
+	case p.fsType == "btrfs" && attempt <= 1: // 1 when sharing was looked at before
 		return commitBtrfs(p.root) == nil
-	case p.fsType == "xfs" && attempt < 10:
+	case p.fsType == "xfs" && attempt <= 10:
 		t := time.NewTimer(10 * time.Millisecond)
 		defer t.Stop()
 		select {

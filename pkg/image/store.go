@@ -23,10 +23,13 @@ type Store struct {
 
 	observers observers
 
-	refresh   time.Duration
-	stop      context.CancelFunc
-	loops     sync.WaitGroup // the refresher, and who tries absent pools again
-	mayBeNone bool           // no usable pool is no reason for Open to fail
+	refresh time.Duration
+	stop    context.CancelFunc
+	// background is what goes on after a call; it ends with Close.
+	background context.Context
+	end        context.CancelFunc
+	loops      sync.WaitGroup // the refresher, and who tries absent pools again
+	mayBeNone  bool           // no usable pool is no reason for Open to fail
 
 	set atomic.Pointer[poolSet]
 	// Of Open, and then of the one goroutine that tries absent pools again.
@@ -73,7 +76,9 @@ func Open(ctx context.Context, configs []Config, options ...Option) (_ *Store, e
 	for _, o := range options {
 		o(s)
 	}
+	s.background, s.end = context.WithCancel(context.WithoutCancel(ctx))
 	if err := validateConfigs(configs); err != nil {
+		s.end()
 		return nil, err
 	}
 	for _, c := range configs {
@@ -101,6 +106,7 @@ func (s *Store) start(ctx context.Context) {
 	s.every(ctx, func() {
 		for _, p := range s.Pools() {
 			p.refresh(ctx)
+			p.recount(ctx)
 			// What is wrong is kept for Health.
 			_ = p.check()
 		}
@@ -226,6 +232,7 @@ func (s *Store) Close() error {
 	}
 	s.closed = true
 	s.mu.Unlock()
+	s.end()
 	if s.stop != nil {
 		s.stop()
 	}

@@ -35,3 +35,11 @@ func nextHole(*os.File, int64, int64) (int64, int64, error) { return 0, 0, errOS
 func commitBtrfs(*os.File) error                            { return errOS }
 func inDirectory(*exec.Cmd, *os.File)                       {}
 func effectiveUID() uint32                                  { return 0 }
+
+const fiemapSync = 0
+
+func reflink(*os.File, *os.File) error                                { return errOS }
+func unshare(*os.File, int64, int64) error                            { return errOS }
+func nextData(*os.File, int64, int64) (int64, int64, error)           { return 0, 0, errOS }
+func copyRange(*os.File, *os.File, int64, int64) error                { return errOS }
+func extents(*os.File, int64, int64, uint32, func(extent) bool) error { return errOS }

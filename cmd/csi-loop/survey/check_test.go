@@ -137,7 +137,7 @@ func TestSite(t *testing.T) {
 		}, want: []string{"problem pool q: it has the ID of pool p"}},
 		"a damaged record": {change: func(s *Site, _ *Config) {
 			s.Pools[0].Volumes[0].Err = image.ErrDamaged
-		}, want: []string{"problem volume aaaaaaaaaaaaaaaaaaaa.v: refused: volume is damaged -> restore /p/volumes/v"}},
+		}, want: []string{"problem volume aaaaaaaaaaaaaaaaaaaa.v: refused: damaged -> restore /p/volumes/v"}},
 		"a lost image": {change: func(s *Site, _ *Config) {
 			s.Pools[0].Volumes[0].Problems = []image.Problem{{Kind: image.DataLoss, Reason: "ImageMissing", Message: "m"}}
 		}, want: []string{"ImageMissing: m -> restore /p/volumes/v/disk.img from a backup"}},

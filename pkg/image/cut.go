@@ -1,0 +1,331 @@
+package image
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+)
+
+// cutting is one snapshot in the making.
+type cutting struct {
+	p      *Pool
+	spec   SnapshotSpec
+	dir    string // of the snapshot
+	volume string // directory of its volume
+	source record
+	made   bool // an earlier call made it: nothing is left to do
+
+	leave    []func()
+	work     string // name of its directory in the pool, until it is committed
+	d        *os.File
+	from, to *os.File
+	reflink  bool
+	space    *reservation
+	record   snapshotRecord
+}
+
+// cutAll makes snapshots of one moment: all of them, or none.
+func (s *Store) cutAll(ctx context.Context, specs []SnapshotSpec, group *cutGroup, quiesce Quiesce) (made []Snapshot, err error) {
+	specs = slices.SortedFunc(slices.Values(specs), func(a, b SnapshotSpec) int { return cmp.Compare(a.Source, b.Source) })
+	cuts := make([]*cutting, 0, len(specs))
+	defer func() {
+		for _, c := range slices.Backward(cuts) {
+			c.close()
+		}
+	}()
+	for _, spec := range specs {
+		c, err := s.newCutting(spec)
+		if err != nil {
+			return nil, err
+		}
+		cuts = append(cuts, c)
+		if err := c.prepare(ctx, group.id()); err != nil {
+			return nil, s.undoCuts(cuts, err)
+		}
+	}
+	if err := s.makeCuts(ctx, cuts, group, quiesce); err != nil {
+		return nil, s.undoCuts(cuts, err)
+	}
+	for _, c := range cuts {
+		made = append(made, c.p.snapshot(c.dir, c.record))
+	}
+	return made, nil
+}
+
+func (s *Store) makeCuts(ctx context.Context, cuts []*cutting, group *cutGroup, quiesce Quiesce) error {
+	cuts = slices.DeleteFunc(slices.Clone(cuts), func(c *cutting) bool { return c.made })
+	if len(cuts) == 0 {
+		return nil
+	}
+	if err := cutQuiet(ctx, cuts, quiesce); err != nil {
+		return err
+	}
+	for _, c := range cuts {
+		if err := c.finish(); err != nil {
+			return err
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	for _, c := range cuts {
+		if err := c.commit(); err != nil {
+			return err
+		}
+	}
+	if group != nil {
+		if err := group.commit(cuts); err != nil {
+			return err
+		}
+	}
+	for _, c := range cuts {
+		c.p.rememberSnapshot(c.dir, c.record)
+		if c.record.separates() {
+			c.p.separate(c.dir)
+		}
+	}
+	return nil
+}
+
+// cutQuiet copies all images while nobody writes to any.
+func cutQuiet(ctx context.Context, cuts []*cutting, quiesce Quiesce) (err error) {
+	if quiesce != nil {
+		resume, notQuiet := quiesce(ctx)
+		if notQuiet != nil {
+			return notQuiet
+		}
+		defer func() { err = errors.Join(err, resume()) }()
+	}
+	for _, c := range cuts {
+		if err := c.cut(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// undoCuts takes back what was made. What cannot be taken back is removed by the
+// next start: a snapshot whose group has no record does not exist.
+func (s *Store) undoCuts(cuts []*cutting, err error) error {
+	for _, c := range slices.Backward(cuts) {
+		err = errors.Join(err, c.undo())
+	}
+	return err
+}
+
+func (s *Store) newCutting(spec SnapshotSpec) (*cutting, error) {
+	if err := spec.check(); err != nil {
+		return nil, err
+	}
+	p, volume, ok := s.Lookup(spec.Source)
+	if !ok {
+		return nil, fmt.Errorf("%w: volume %q", ErrNotFound, spec.Source)
+	}
+	return &cutting{p: p, spec: spec, dir: DirName(spec.Name), volume: volume}, nil
+}
+
+// prepare does all that can be done before the writers hold still.
+func (c *cutting) prepare(ctx context.Context, group string) error {
+	for _, key := range []string{snapshotLock(c.dir), c.volume} {
+		leave, err := c.p.enter(ctx, key)
+		if err != nil {
+			return err
+		}
+		c.leave = append(c.leave, leave)
+	}
+	r, err := c.p.getSnapshot(c.dir)
+	switch {
+	case err == nil:
+		c.made, c.record = true, r
+		return equalSnapshot(r, c.spec, group)
+	case !errors.Is(err, ErrNotFound):
+		return err
+	}
+	if c.source, err = c.p.get(c.volume); err != nil {
+		return err
+	}
+	if err := c.p.present(); err != nil {
+		return err
+	}
+	d, from, err := c.p.openVolume(c.volume, c.source, false)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	c.from, c.reflink = from, c.p.CanReflink()
+	c.record = newSnapshotRecord(c.spec, c.source, group, c.reflink, c.p.store.now())
+	if err := c.reserve(ctx); err != nil {
+		return err
+	}
+	return c.make()
+}
+
+// reserve takes the space that the snapshot will need: of a copy the data, of a
+// reflink what the volume needs to write anew all that it shares by then.
+func (c *cutting) reserve(ctx context.Context) (err error) {
+	if !c.reflink {
+		n, err := dataBytes(c.from, c.source.Size)
+		if err != nil {
+			return err
+		}
+		c.space, err = c.p.account.take(ctx, Thick, n)
+		return err
+	}
+	s, err := sharingOf(c.from, c.source.Size, c.p.noCow)
+	if err != nil {
+		return opError("look at the extents of", imageFile, err)
+	}
+	c.space, err = c.p.account.take(ctx, c.source.Allocation, s.alone)
+	return err
+}
+
+// make makes the snapshot's directory and file. On btrfs files of different kinds
+// do not reflink (fact 70), so the kind is that of the volume's image.
+func (c *cutting) make() (err error) {
+	work := newPrefix + c.dir + "-" + rand.Text()[:8]
+	if err := mkdirAt(c.p.root, work); err != nil {
+		return opError("make", work, err)
+	}
+	c.work = work
+	if c.d, err = openDirAt(c.p.root, work); err != nil {
+		return opError("open", work, err)
+	}
+	if c.p.noCow {
+		if on, err := isNoCow(c.from); err == nil && on {
+			if err := setNoCow(c.d); err != nil {
+				return opError("chattr +C", work, err)
+			}
+		}
+	}
+	if c.to, err = createAt(c.d, imageFile); err != nil {
+		return opError("make", imageFile, err)
+	}
+	c.p.store.kill("snapshot: made")
+	return nil
+}
+
+// cut copies the image.
+func (c *cutting) cut(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	defer c.p.store.kill("snapshot: cut")
+	if c.reflink {
+		return opError("reflink", imageFile, reflink(c.to, c.from))
+	}
+	if err := c.to.Truncate(c.source.Size); err != nil {
+		return opError("extend", imageFile, err)
+	}
+	return copySparse(ctx, c.to, c.from, c.source.Size, false, c.p.progress(ctx, c.spec.Name))
+}
+
+// progress returns a function that is told of copied bytes, and logs now and then.
+func (p *Pool) progress(ctx context.Context, name string) func(int64) {
+	var done int64
+	said := time.Now()
+	return func(n int64) {
+		done += n
+		if time.Since(said) >= 10*time.Second {
+			said = time.Now()
+			p.log(ctx).Info("Copying", "name", name, "bytes", done)
+		}
+	}
+}
+
+// finish makes the copy durable, and charges for it.
+func (c *cutting) finish() error {
+	st, err := statFile(c.to)
+	if err != nil {
+		return opError("look at", imageFile, err)
+	}
+	if err := checkImage(c.source.Size, st); err != nil {
+		return err
+	}
+	if c.reflink {
+		if err := c.charge(st.Allocated); err != nil {
+			return err
+		}
+	}
+	if err := c.to.Sync(); err != nil {
+		return opError("sync", imageFile, err)
+	}
+	c.space.release()
+	c.p.store.kill("snapshot: image synced")
+	b, err := c.record.encode()
+	if err != nil {
+		return err
+	}
+	if err := writeSynced(c.d, snapshotFile, b); err != nil {
+		return opError("write", snapshotFile, err)
+	}
+	c.p.store.kill("snapshot: record synced")
+	return nil
+}
+
+// charge makes the volume's account that of one which shares all that the
+// snapshot has.
+func (c *cutting) charge(shared int64) error {
+	st, err := statFile(c.from)
+	if err != nil {
+		return opError("look at", imageFile, err)
+	}
+	if err := c.p.showUsed(); err != nil {
+		return err
+	}
+	charge := c.source.charge(st.Allocated)
+	charge.shared = shared
+	return c.p.account.swap(c.volume, charge, c.space)
+}
+
+func (c *cutting) commit() error {
+	if err := renameNew(c.p.root, c.work, c.p.snapshots, c.dir); err != nil {
+		return opError("commit", c.dir, err)
+	}
+	c.work = ""
+	c.p.store.kill("snapshot: renamed")
+	if err := c.p.snapshots.Sync(); err != nil {
+		return opError("sync", snapshotsDir, err)
+	}
+	c.p.store.kill("snapshot: committed")
+	return nil
+}
+
+// undo removes what is there of the snapshot. Nobody was told of it.
+func (c *cutting) undo() error {
+	if c.made || c.to == nil {
+		return nil
+	}
+	if c.work == "" {
+		c.work = newPrefix + c.dir + "-" + rand.Text()[:8]
+		if err := renameNew(c.p.snapshots, c.dir, c.p.root, c.work); err != nil {
+			// Only the next start can tell whether it exists.
+			err = fmt.Errorf("%w: its creation was not completed; restart csi-loop: %w", ErrDamaged, err)
+			c.p.mu.Lock()
+			defer c.p.mu.Unlock()
+			c.p.damagedCut[snapshotLock(c.dir)] = err
+			return err
+		}
+	}
+	c.p.discard(c.work)
+	if c.reflink {
+		c.p.recountOne(c.volume)
+	}
+	return nil
+}
+
+func (c *cutting) close() {
+	c.space.release()
+	for _, f := range []*os.File{c.to, c.from, c.d} {
+		if f != nil {
+			_ = f.Close()
+		}
+	}
+	for _, leave := range slices.Backward(c.leave) {
+		leave()
+	}
+}

@@ -1,0 +1,421 @@
+package image
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"slices"
+	"time"
+)
+
+const (
+	groupsDir    = "groups"
+	groupFile    = "group.json"
+	groupVersion = 1
+)
+
+// GroupSpec is what a new group snapshot shall be.
+type GroupSpec struct {
+	// Name is the caller's, 1 to 128 bytes of UTF-8; anything but NUL.
+	Name string
+	// Sources are the IDs of volumes of open pools, at least one, each once.
+	Sources []string
+	// Independent is that of each snapshot.
+	Independent bool
+}
+
+// Group is snapshots of one moment. They exist together, or not at all.
+type Group struct {
+	Name      string
+	ID        string     // <pool ID>.<directory>, of the pool that has its record
+	Snapshots []Snapshot // sorted by source
+	Created   time.Time
+}
+
+// groupRecord is group.json. A snapshot of a group exists if and only if the
+// group's record names it.
+type groupRecord struct {
+	FormatVersion int           `json:"formatVersion"`
+	Name          string        `json:"name"`
+	Independent   bool          `json:"independent,omitempty"`
+	Created       time.Time     `json:"created"`
+	Members       []groupMember `json:"members"` // sorted by source
+}
+
+type groupMember struct {
+	Source   string `json:"source"`
+	Snapshot string `json:"snapshot"`
+}
+
+func parseGroup(b []byte, dir string) (groupRecord, error) {
+	var r groupRecord
+	if err := decodeStrict(b, groupVersion, &r); err != nil {
+		return r, err
+	}
+	if err := checkName(r.Name); err != nil {
+		return r, err
+	}
+	if len(r.Members) == 0 {
+		return r, errors.New("it has no members")
+	}
+	for _, m := range r.Members {
+		_, _, source := ParseID(m.Source)
+		_, _, snapshot := ParseID(m.Snapshot)
+		if !source || !snapshot {
+			return r, fmt.Errorf("member %q of volume %q is not an ID", m.Snapshot, m.Source)
+		}
+	}
+	if want := DirName(r.Name); want != dir {
+		return r, fmt.Errorf("it is the record of group %q, which belongs in directory %s", r.Name, want)
+	}
+	return r, nil
+}
+
+// normalise sorts the sources, and refuses what cannot be.
+func (g GroupSpec) normalise() (GroupSpec, error) {
+	if err := checkName(g.Name); err != nil {
+		return g, err
+	}
+	g.Sources = slices.Sorted(slices.Values(g.Sources))
+	if len(g.Sources) == 0 {
+		return g, &SpecError{"Sources", "is empty"}
+	}
+	if n := len(g.Sources); len(slices.Compact(slices.Clone(g.Sources))) != n {
+		return g, &SpecError{"Sources", "names a volume twice"}
+	}
+	return g, nil
+}
+
+// cutGroup is a group snapshot in the making.
+type cutGroup struct {
+	p      *Pool
+	spec   GroupSpec
+	dir    string
+	record groupRecord
+}
+
+func (g *cutGroup) id() string {
+	if g == nil {
+		return ""
+	}
+	return VolumeID(g.p.ID(), g.dir)
+}
+
+// memberName is the name of a group's snapshot: the same for the same group and
+// volume, and a DNS label, so that it is the directory too.
+func memberName(group, source string) string {
+	sum := sha256.Sum256([]byte(group + "\x00" + source))
+	return "group-" + lowerBase32.EncodeToString(sum[:])[:hashLength]
+}
+
+// SnapshotGroup makes snapshots of several volumes, in any open pools, of one
+// moment: all of them, or none; or finds them made. It is Snapshot otherwise.
+func (s *Store) SnapshotGroup(ctx context.Context, spec GroupSpec, quiesce Quiesce) (Group, error) {
+	spec, err := spec.normalise()
+	if err != nil {
+		return Group{}, err
+	}
+	group, err := s.snapshotGroup(ctx, spec, quiesce)
+	if err != nil {
+		return Group{}, fmt.Errorf("group snapshot %q: %w", spec.Name, err)
+	}
+	return group, nil
+}
+
+func (s *Store) snapshotGroup(ctx context.Context, spec GroupSpec, quiesce Quiesce) (Group, error) {
+	p, _, ok := s.Lookup(spec.Sources[0])
+	if !ok {
+		return Group{}, fmt.Errorf("%w: volume %q", ErrNotFound, spec.Sources[0])
+	}
+	g := &cutGroup{p: p, spec: spec, dir: DirName(spec.Name)}
+	leave, err := p.enter(ctx, groupLock(g.dir))
+	if err != nil {
+		return Group{}, err
+	}
+	defer leave()
+	if have, ok := s.FindGroup(spec.Name); ok {
+		return have, have.equal(spec)
+	}
+	if _, err := p.getGroup(g.dir); !errors.Is(err, ErrNotFound) {
+		return Group{}, errors.Join(err, fmt.Errorf("%w: another group has its directory", ErrIncompatible))
+	}
+	g.record = groupRecord{
+		FormatVersion: groupVersion, Name: spec.Name, Independent: spec.Independent,
+		Created: s.now().UTC().Truncate(time.Millisecond),
+	}
+	var members []SnapshotSpec
+	for _, source := range spec.Sources {
+		members = append(members, SnapshotSpec{Name: memberName(spec.Name, source), Source: source, Independent: spec.Independent})
+	}
+	made, err := s.cutAll(ctx, members, g, quiesce)
+	if err != nil {
+		return Group{}, err
+	}
+	return Group{Name: spec.Name, ID: g.id(), Snapshots: made, Created: g.record.Created}, nil
+}
+
+func groupLock(dir string) string { return groupsDir + "/" + dir }
+
+// equal compares a group with what is asked of it.
+func (g Group) equal(spec GroupSpec) error {
+	var sources []string
+	for _, s := range g.Snapshots {
+		sources = append(sources, s.Source)
+		if s.Independent != spec.Independent {
+			return fmt.Errorf("%w: independent is %v, asked for %v", ErrIncompatible, s.Independent, spec.Independent)
+		}
+	}
+	if !slices.Equal(sources, spec.Sources) {
+		return fmt.Errorf("%w: it is of volumes %v, asked for %v", ErrIncompatible, sources, spec.Sources)
+	}
+	return nil
+}
+
+// commit makes the group exist, and with it its snapshots, which lie in place.
+func (g *cutGroup) commit(cuts []*cutting) error {
+	for _, c := range cuts {
+		g.record.Members = append(g.record.Members, groupMember{Source: c.spec.Source, Snapshot: VolumeID(c.p.ID(), c.dir)})
+	}
+	b, err := json.MarshalIndent(g.record, "", "  ")
+	if err != nil {
+		return err
+	}
+	p, work := g.p, newPrefix+g.dir+"-"+rand.Text()[:8]
+	if err := mkdirAt(p.root, work); err != nil {
+		return opError("make", work, err)
+	}
+	d, err := openDirAt(p.root, work)
+	if err == nil {
+		err = writeSynced(d, groupFile, append(b, '\n'))
+		_ = d.Close()
+	}
+	if err == nil {
+		p.store.kill("group: record synced")
+		err = renameNew(p.root, work, p.groups, g.dir)
+	}
+	if err != nil {
+		p.discard(work)
+		return opError("write", groupFile, err)
+	}
+	p.store.kill("group: renamed")
+	if err := p.groups.Sync(); err != nil {
+		if back := renameNew(p.groups, g.dir, p.root, work); back == nil {
+			p.discard(work)
+		}
+		return opError("sync", groupsDir, err)
+	}
+	p.store.kill("group: committed")
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.groupRecords[g.dir] = g.record
+	return nil
+}
+
+func (p *Pool) getGroup(dir string) (groupRecord, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if r, ok := p.groupRecords[dir]; ok {
+		return r, nil
+	}
+	if err, ok := p.damagedCut[groupLock(dir)]; ok {
+		return groupRecord{}, err
+	}
+	return groupRecord{}, fmt.Errorf("%w: group snapshot %s", ErrNotFound, VolumeID(p.ID(), dir))
+}
+
+// GetGroup returns a group snapshot by its ID, with the errors of Get; ErrPool when
+// one of its snapshots is in a pool that is not open.
+func (s *Store) GetGroup(id string) (Group, error) {
+	p, dir, ok := s.Lookup(id)
+	if !ok {
+		return Group{}, fmt.Errorf("%w: group snapshot %q", ErrNotFound, id)
+	}
+	r, err := p.getGroup(dir)
+	if err != nil {
+		return Group{}, err
+	}
+	return s.group(id, r)
+}
+
+func (s *Store) group(id string, r groupRecord) (Group, error) {
+	g := Group{Name: r.Name, ID: id, Created: r.Created}
+	for _, m := range r.Members {
+		snapshot, err := s.GetSnapshot(m.Snapshot)
+		if errors.Is(err, ErrNotFound) {
+			if _, _, open := s.Lookup(m.Snapshot); !open {
+				return g, fmt.Errorf("%w: snapshot %s of group %s is in a pool that is not open", ErrPool, m.Snapshot, id)
+			}
+			err = fmt.Errorf("%w: snapshot %s of group %s is gone", ErrDamaged, m.Snapshot, id)
+		}
+		if err != nil {
+			return g, err
+		}
+		g.Snapshots = append(g.Snapshots, snapshot)
+	}
+	return g, nil
+}
+
+// FindGroup returns the group snapshot with that name, if all of it is there.
+func (s *Store) FindGroup(name string) (Group, bool) {
+	dir := DirName(name)
+	for _, p := range s.set.Load().pools {
+		if r, err := p.getGroup(dir); err == nil && r.Name == name {
+			g, err := s.group(VolumeID(p.ID(), dir), r)
+			return g, err == nil
+		}
+	}
+	return Group{}, false
+}
+
+// RemoveGroup makes a group snapshot and all of its snapshots not exist; an ID that
+// is unknown here is success. Errors are those of RemoveSnapshot. After one, the
+// group is there as a whole, or it is gone and the space of its snapshots is free
+// after the next start at the latest.
+func (s *Store) RemoveGroup(ctx context.Context, id string) error {
+	p, dir, ok := s.Lookup(id)
+	if !ok {
+		return nil
+	}
+	leave, err := p.enter(ctx, groupLock(dir))
+	if err != nil {
+		return err
+	}
+	defer leave()
+	r, err := p.getGroup(dir)
+	switch {
+	case errors.Is(err, ErrNotFound):
+		return nil
+	case err != nil:
+		return err
+	}
+	// All of them first, so that the group is not gone while one is read.
+	for _, m := range r.Members {
+		if member, dir, ok := s.Lookup(m.Snapshot); ok {
+			leave, err := member.enter(ctx, snapshotLock(dir))
+			if err != nil {
+				return err
+			}
+			defer leave()
+		}
+	}
+	p.log(ctx).Info("Removing a group snapshot, as asked", "group", id, "snapshots", len(r.Members))
+	gone := gonePrefix + dir + "-" + rand.Text()[:8]
+	err = renameNew(p.groups, dir, p.root, gone)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return opError("remove", dir, err)
+	}
+	p.store.kill("remove group: renamed")
+	if err := p.groups.Sync(); err != nil && renameNew(p.root, gone, p.groups, dir) == nil {
+		return opError("sync", groupsDir, err)
+	}
+	p.store.kill("remove group: committed")
+	p.mu.Lock()
+	delete(p.groupRecords, dir)
+	p.mu.Unlock()
+	p.discard(gone)
+	return s.removeMembers(ctx, r)
+}
+
+// removeMembers removes the snapshots of a group that is gone.
+// Precondition: their locks are held.
+func (s *Store) removeMembers(ctx context.Context, r groupRecord) error {
+	var errs []error
+	for _, m := range r.Members {
+		p, dir, ok := s.Lookup(m.Snapshot)
+		if !ok {
+			continue // the opening of its pool removes it
+		}
+		if member, err := p.getSnapshot(dir); err == nil {
+			errs = append(errs, p.removeSnapshot(ctx, dir, member))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// loadGroups reads the records of group snapshots. One that cannot be read keeps
+// its snapshots from being served, and from being removed.
+func (p *Pool) loadGroups() error {
+	content, err := names(p.groups)
+	if err != nil {
+		return poolError(p.config, "%w", err)
+	}
+	for _, dir := range content {
+		r, err := p.loadGroup(dir)
+		if scarce(err) {
+			return poolError(p.config, "%s/%s: %w", groupsDir, dir, err)
+		}
+		if err != nil {
+			err = fmt.Errorf("%s/%s/%s: %w", p.Path(), groupsDir, dir, err)
+			p.once("refuse group "+dir).Error(err, "Refusing a group snapshot", "group", VolumeID(p.ID(), dir))
+			p.damagedCut[groupLock(dir)] = err
+			continue
+		}
+		p.groupRecords[dir] = r
+	}
+	return nil
+}
+
+func (p *Pool) loadGroup(dir string) (groupRecord, error) {
+	if !validDir(dir) {
+		return groupRecord{}, fmt.Errorf("%w: not a name that csi-loop gives", ErrDamaged)
+	}
+	d, err := openDirAt(p.groups, dir)
+	if err != nil {
+		return groupRecord{}, openError(dir, err)
+	}
+	defer d.Close()
+	return readRecord(d, groupFile, dir, parseGroup)
+}
+
+// settleGroups decides which of the found snapshots of groups exist: those that
+// their group's record names. Those of a group that has no record are removed, as
+// a call was interrupted. Where the record's pool is not open nobody can tell yet.
+func (s *Store) settleGroups(ctx context.Context) {
+	for _, p := range s.set.Load().pools {
+		for dir, r := range p.unsettledCuts() {
+			q, group, ok := s.Lookup(r.Group)
+			if !ok {
+				continue
+			}
+			record, err := q.getGroup(group)
+			switch {
+			case err == nil && slices.ContainsFunc(record.Members, func(m groupMember) bool { return m.Snapshot == VolumeID(p.ID(), dir) }):
+				p.settleCut(dir, r)
+			case err == nil, errors.Is(err, ErrNotFound):
+				p.dropCut(ctx, dir, r)
+			}
+		}
+	}
+}
+
+func (p *Pool) unsettledCuts() map[string]snapshotRecord {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return maps.Clone(p.unsettled)
+}
+
+func (p *Pool) settleCut(dir string, r snapshotRecord) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.unsettled, dir)
+	p.cuts[dir] = r
+}
+
+// dropCut removes a snapshot that never came to be.
+func (p *Pool) dropCut(ctx context.Context, dir string, r snapshotRecord) {
+	p.log(ctx).Info("Removing a snapshot that an interrupted call left", "snapshot", VolumeID(p.ID(), dir), "group", r.Group)
+	gone := gonePrefix + dir + "-" + rand.Text()[:8]
+	if err := renameNew(p.snapshots, dir, p.root, gone); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		p.leftBehind(p.logger, snapshotsDir+"/"+dir, err)
+		return
+	}
+	p.discard(gone)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.unsettled, dir)
+}

@@ -1,0 +1,198 @@
+package image
+
+import (
+	"bytes"
+	"crypto/rand"
+	"fmt"
+	"os"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// wantSharing asserts what the account believes that a volume shares.
+func wantSharing(t *testing.T, p *Pool, v Volume, least, most int64) {
+	t.Helper()
+	if got := p.account.sharedOf(DirName(v.Name)); got < least || got > most {
+		t.Errorf("%s shares %d bytes, want %d to %d", v.Name, got, least, most)
+	}
+}
+
+func freeOf(t *testing.T, p *Pool) int64 {
+	t.Helper()
+	p.account.ledger.mu.Lock()
+	defer p.account.ledger.mu.Unlock()
+	n, err := p.account.free()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// A snapshot is charged for what it shares, once, until the sharing ends.
+func TestSharingIsChargedOnce(t *testing.T) {
+	onEach(t, 640*MiB, func(t *testing.T, fsType, dir string) {
+		s, p := openPool(t, dir)
+		if got := p.CanReflink(); got != (fsType != "ext4") {
+			t.Fatalf("reflinks on %s: %v", fsType, got)
+		}
+		v := create(t, p, Spec{Name: "v", Size: 64 * MiB})
+		fill(t, p, v.ID, 0, 32<<20)
+		most := map[string]int64{"ext4": 0, "xfs": 32 * MiB, "btrfs": 64 * MiB}[fsType]
+		snap(t, p, "one", v.ID)
+		wantSharing(t, p, v, most, most)
+		before := freeOf(t, p)
+		snap(t, p, "two", v.ID)
+		wantSharing(t, p, v, most, most)
+		if after := freeOf(t, p); most > 0 && before-after > MiB {
+			t.Errorf("a second snapshot of the same data took %d bytes", before-after)
+		}
+		if fsType == "ext4" {
+			if u := p.Usage(); u.Shared != 0 || u.Snapshots != 2 {
+				t.Errorf("%+v", u)
+			}
+			return
+		}
+		fill(t, p, v.ID, 0, 16<<20)
+		p.recountOne("v")
+		wantSharing(t, p, v, most-16*MiB, most-16*MiB)
+		if _, err := p.Grow(ctx, v.ID, 80*MiB); err != nil {
+			t.Fatal(err)
+		}
+		wantSharing(t, p, v, most-16*MiB, most-16*MiB)
+		wantAccount(t, s, p)
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		s, p = openPool(t, dir)
+		wantSharing(t, p, v, most-16*MiB, most-16*MiB)
+		for _, name := range []string{"one", "two"} {
+			if err := p.RemoveSnapshot(ctx, VolumeID(p.ID(), name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		eventually(t, func() error {
+			p.recountOne("v")
+			if got := p.account.sharedOf("v"); got != 0 {
+				return fmt.Errorf("%d bytes are shared with removed snapshots", got)
+			}
+			return nil
+		})
+		wantAccount(t, s, p)
+	})
+}
+
+// An independent snapshot ends the sharing by itself, and needs nothing more than
+// was charged.
+func TestIndependentSnapshot(t *testing.T) {
+	onEach(t, 640*MiB, func(t *testing.T, _, dir string) {
+		s, p := openPool(t, dir)
+		v := create(t, p, Spec{Name: "v", Size: 64 * MiB})
+		before := fill(t, p, v.ID, MiB, 40<<20)
+		one, err := p.Snapshot(ctx, SnapshotSpec{Name: "one", Source: v.ID, Independent: true}, held)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Close(); err != nil { // in the midst of it, as a rule
+			t.Fatal(err)
+		}
+		s, p = openPool(t, dir)
+		eventually(t, func() error {
+			p.recountOne("v")
+			if got := p.account.sharedOf("v"); got != 0 {
+				return fmt.Errorf("%d bytes are still shared", got)
+			}
+			return nil
+		})
+		fill(t, p, v.ID, 0, 41<<20)
+		if got := snapshotContent(t, p, one.ID, MiB, 40<<20); !bytes.Equal(got, before) {
+			t.Error("the snapshot has changed")
+		}
+		wantAccount(t, s, p)
+	})
+}
+
+// TestNoWriteToThickVolumesFails fills a pool to the last block that it gives away,
+// under thick volumes with snapshots, and overwrites them (facts 69, 70).
+func TestNoWriteToThickVolumesFails(t *testing.T) {
+	onEach(t, 512*MiB, func(t *testing.T, _, dir string) {
+		s, p := openPool(t, dir)
+		var volumes []Volume
+		for i := range 3 {
+			v := create(t, p, Spec{Name: fmt.Sprint("v", i), Size: 32 * MiB})
+			fill(t, p, v.ID, 0, 32<<20)
+			volumes = append(volumes, v)
+		}
+		for i := range 2 {
+			for _, v := range volumes {
+				snap(t, p, fmt.Sprint("s", i, v.Name), v.ID)
+			}
+			for _, v := range volumes {
+				fill(t, p, v.ID, int64(i)*4*MiB, 8<<20)
+			}
+		}
+		for i := 0; ; i++ {
+			n := p.Capacity(Thick)
+			if n == 0 {
+				break
+			}
+			create(t, p, Spec{Name: fmt.Sprint("filler", i), Size: n})
+		}
+		for i := 0; ; i++ { // and with snapshots as long as there is room
+			_, err := p.Snapshot(ctx, SnapshotSpec{Name: fmt.Sprint("more", i), Source: volumes[i%3].ID}, held)
+			if err != nil {
+				wantError(t, err, ErrNoSpace)
+				break
+			}
+		}
+		for _, v := range volumes {
+			overwriteRandomly(t, p, v)
+		}
+		wantAccount(t, s, p)
+	})
+}
+
+// overwriteRandomly writes every block of a volume, in pieces and in no order, as
+// loop devices do: with direct I/O.
+func overwriteRandomly(t *testing.T, p *Pool, v Volume) {
+	t.Helper()
+	f, err := os.OpenFile(p.Path()+"/"+volumesDir+"/"+v.Name+"/"+imageFile, os.O_RDWR|unix.O_DIRECT, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	const piece = 128 << 10
+	b, err := unix.Mmap(-1, 0, piece, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Munmap(b) }()
+	_, _ = rand.Read(b)
+	pieces := v.Size / piece
+	for i := range pieces {
+		at := i * 7919 % pieces * piece
+		if _, err := f.WriteAt(b, at); err != nil {
+			t.Fatalf("write %d of %d to a thick volume: %v", i, pieces, err)
+		}
+	}
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// eventually waits for what the filesystem does in the background.
+func eventually(t *testing.T, check func() error) {
+	t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
