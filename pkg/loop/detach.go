@@ -245,3 +245,18 @@ func (m *Manager) DropCache(ctx context.Context, ref Ref) error {
 	defer h.Close()
 	return opError("drop cache", ref.Number, h.DropCache())
 }
+
+// Sync makes what was written to the device's node, and lies in its page cache, be in
+// the image (fact 64). What a mounted filesystem has in memory is not concerned.
+// ErrNotBound if the binding does not exist any more.
+func (m *Manager) Sync(ctx context.Context, ref Ref) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	h, _, err := m.openRef(ref)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	return opError("sync", ref.Number, h.Sync())
+}

@@ -495,6 +495,8 @@ func (k *fake) unbind(l *fakeLoop) {
 
 func (h *fakeHandle) DropCache() error { return h.k.enter("DropCache") }
 
+func (h *fakeHandle) Sync() error { return h.k.enter("Sync") }
+
 func (h *fakeHandle) SetCapacity() error {
 	if err := h.k.enter("SetCapacity"); err != nil {
 		return err

@@ -64,9 +64,16 @@ type handle interface {
 	Clear() error
 	// SetCapacity is LOOP_SET_CAPACITY (fact 40).
 	SetCapacity() error
+	cache
+	io.Closer
+}
+
+// cache is the device's page cache.
+type cache interface {
 	// DropCache is BLKFLSBUF: writes dirty pages of the device and forgets all.
 	DropCache() error
-	io.Closer
+	// Sync is fsync: writes dirty pages of the device, and flushes it.
+	Sync() error
 }
 
 // inquiry is what changes nothing.

@@ -246,6 +246,14 @@ func (h linuxHandle) Clear() error { return unix.IoctlSetInt(int(h), unix.LOOP_C
 
 func (h linuxHandle) DropCache() error { return unix.IoctlSetInt(int(h), unix.BLKFLSBUF, 0) }
 
+func (h linuxHandle) Sync() error {
+	for {
+		if err := unix.Fsync(int(h)); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
+
 func (h linuxHandle) SetCapacity() error {
 	return unix.IoctlSetInt(int(h), unix.LOOP_SET_CAPACITY, 0)
 }

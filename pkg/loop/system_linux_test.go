@@ -109,6 +109,31 @@ func TestReadOnlyRejectsWrites(t *testing.T) {
 	}
 }
 
+// TestSync: what another opener wrote to the node is in the image afterwards.
+func TestSync(t *testing.T) {
+	m := realMachine(t)
+	manager := m.manager(t)
+	m.image(t, "a")
+	d, err := manager.Attach(t.Context(), m.reopen(t, "a", os.O_RDWR), Mapping{BlockSize: 4096, DirectIO: DirectIOAuto})
+	check(t, err)
+	writer, err := os.OpenFile(d.Path(), os.O_RDWR, 0)
+	check(t, err)
+	block := bytes.Repeat([]byte{7}, 4096)
+	check(t, second(writer.WriteAt(block, 8192)))
+	check(t, manager.Sync(t.Context(), d.Ref()))
+	got := make([]byte, 4096)
+	check(t, second(m.reopen(t, "a", os.O_RDONLY).ReadAt(got, 8192)))
+	if !bytes.Equal(got, block) {
+		t.Errorf("the image has %d", got[0])
+	}
+	check(t, writer.Close())
+	gone := d.Ref()
+	m.detach(t, manager, d)
+	if err := manager.Sync(t.Context(), gone); !errors.Is(err, ErrNotBound) {
+		t.Errorf("sync of a device that is gone: %v", err)
+	}
+}
+
 // TestDropCache: two devices over one image have two page caches.
 func TestDropCache(t *testing.T) {
 	m := realMachine(t)

@@ -4,6 +4,7 @@ package mount
 
 import (
 	"errors"
+	"os"
 	"syscall"
 )
 
@@ -37,3 +38,6 @@ func growXFS(string, string) error                     { return errors.ErrUnsupp
 func btrfsSize(string) (Superblock, error)             { return Superblock{}, errors.ErrUnsupported }
 func growBtrfs(string) error                           { return errors.ErrUnsupported }
 func growExt(device, path string, blockSize int) error { return errors.ErrUnsupported }
+func freezeFilesystem(*os.File) error                  { return errors.ErrUnsupported }
+func thawFilesystem(*os.File) error                    { return errors.ErrUnsupported }
+func syncFilesystem(*os.File) error                    { return errors.ErrUnsupported }

@@ -1,0 +1,239 @@
+package mount
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// ErrThawed means that a filesystem did not stay frozen until Thaw: the time was
+// up, somebody else thawed it, or the helper process died.
+var ErrThawed = errors.New("was thawed early")
+
+// FreezeSpec says what to freeze, and for how long at most.
+type FreezeSpec struct {
+	// Paths are directories, each on a mounted filesystem of its own.
+	Paths []string
+	// Limit bounds the time that anything is frozen; more than 0.
+	Limit time.Duration
+	// Keep is held open by whoever may still thaw: a lock on it is free when the
+	// filesystems will not be touched any more. It may be nil.
+	Keep *os.File
+}
+
+// Frozen is filesystems that are frozen until Thaw.
+type Frozen struct {
+	dirs    []*os.File
+	helper  *exec.Cmd
+	control io.WriteCloser
+	answers *os.File
+	lines   *bufio.Reader
+	once    sync.Once
+	err     error
+}
+
+// graceTime is how much longer than the limit an answer of the helper is waited for.
+const graceTime = 5 * time.Second
+
+// Freeze writes out what the filesystems have in memory, and then stops all writers
+// to all of them, until Thaw or until the limit is over, whichever is first: also
+// when this process dies. A helper process of this same program sees to that. After
+// an error nothing is frozen by this call.
+//
+// ErrBusy: one of them is frozen by somebody else already, and is left so.
+//
+// ctx is looked at before. The kernel's calls cannot be interrupted.
+func (m *Mounter) Freeze(ctx context.Context, s FreezeSpec) (_ *Frozen, err error) {
+	f := &Frozen{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, f.close())
+		}
+	}()
+	for _, path := range s.Paths {
+		dir, err := os.OpenFile(path, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW, 0)
+		if err != nil {
+			return nil, err
+		}
+		f.dirs = append(f.dirs, dir)
+	}
+	if err := f.start(s); err != nil { //nolint:contextcheck // the helper outlives the call
+		return nil, fmt.Errorf("start the helper that thaws: %w", err)
+	}
+	// So that little is left to be written while writers wait.
+	for _, dir := range f.dirs {
+		if err := syncFilesystem(dir); err != nil {
+			return nil, &OpError{Op: "sync", Path: dir.Name(), Err: err}
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	answer, err := f.ask("freeze", s.Limit)
+	if err != nil {
+		return nil, errors.Join(err, f.abandon())
+	}
+	if answer != "frozen" {
+		return nil, f.failure("freeze", answer)
+	}
+	return f, nil
+}
+
+// start runs the helper, and waits until it is up.
+func (f *Frozen) start(s FreezeSpec) error {
+	control, ours, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer control.Close()
+	f.control = ours
+	answers, theirs, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer theirs.Close()
+	f.answers, f.lines = answers, bufio.NewReader(answers)
+	cmd := helperCommand(s.Limit, len(f.dirs))
+	cmd.ExtraFiles = append([]*os.File{control, theirs}, f.dirs...)
+	if s.Keep != nil {
+		cmd.ExtraFiles = append(cmd.ExtraFiles, s.Keep)
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	f.helper = cmd
+	answer, err := f.answer(s.Limit)
+	if err == nil && answer != "ready" {
+		err = fmt.Errorf("it says %q", answer)
+	}
+	return err
+}
+
+func (f *Frozen) ask(command string, limit time.Duration) (string, error) {
+	if _, err := io.WriteString(f.control, command+"\n"); err != nil {
+		return "", fmt.Errorf("%w: the helper is gone: %w", ErrThawed, err)
+	}
+	return f.answer(limit)
+}
+
+func (f *Frozen) answer(limit time.Duration) (string, error) {
+	if err := f.answers.SetReadDeadline(time.Now().Add(limit + graceTime)); err != nil {
+		return "", err
+	}
+	line, err := f.lines.ReadString('\n')
+	if err != nil {
+		return "", fmt.Errorf("%w: the helper is gone: %w", ErrThawed, err)
+	}
+	return strings.TrimSuffix(line, "\n"), nil
+}
+
+// failure makes an error of the helper's "failed <index> <errno>".
+func (f *Frozen) failure(op, answer string) error {
+	var index, errno int
+	if _, err := fmt.Sscanf(answer, "failed %d %d", &index, &errno); err != nil || index < 0 || index >= len(f.dirs) {
+		return fmt.Errorf("%s: the helper says %q", op, answer)
+	}
+	e := &OpError{Op: op, Path: f.dirs[index].Name(), Err: syscall.Errno(errno)}
+	if op == "freeze" && errors.Is(e.Err, syscall.EBUSY) {
+		e.Words = "somebody else has frozen it"
+	}
+	return e
+}
+
+// Thaw lets the writers go on. ErrThawed: they did so before, and were not still all
+// the time. After any other error too, nothing is frozen any more unless the kernel
+// refused to thaw it. Again is harmless and returns the same.
+func (f *Frozen) Thaw() error {
+	f.once.Do(func() {
+		answer, err := f.ask("thaw", 0)
+		switch {
+		case err != nil:
+			f.err = errors.Join(err, f.abandon())
+		case answer == "late":
+			f.err = fmt.Errorf("%w: the time was up, or somebody else did it", ErrThawed)
+		case answer != "thawed":
+			f.err = errors.Join(f.failure("thaw", answer), f.abandon())
+		}
+		f.err = errors.Join(f.err, f.close())
+	})
+	return f.err
+}
+
+// abandon is for a helper that does not do its work: it is ended, and this process
+// thaws what may be frozen.
+func (f *Frozen) abandon() error {
+	_ = f.helper.Process.Kill()
+	_ = f.helper.Wait() // its status tells nothing
+	f.helper = nil
+	var errs []error
+	for _, dir := range f.dirs {
+		if err := thawFilesystem(dir); err != nil && !errors.Is(err, syscall.EINVAL) { // EINVAL: it is not frozen
+			errs = append(errs, &OpError{Op: "thaw", Path: dir.Name(), Err: err})
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// close ends the helper, which has nothing to thaw any more, or does so now.
+func (f *Frozen) close() error {
+	var errs []error
+	if f.control != nil {
+		errs = append(errs, f.control.Close())
+	}
+	if f.helper != nil {
+		errs = append(errs, f.helper.Wait())
+	}
+	if f.answers != nil {
+		errs = append(errs, f.answers.Close())
+	}
+	for _, dir := range f.dirs {
+		_ = dir.Close()
+	}
+	return errors.Join(errs...)
+}
+
+// Thaw thaws the filesystem mounted at path, whoever froze it; one that is not frozen
+// is success.
+func (m *Mounter) Thaw(path string) error {
+	dir, err := os.OpenFile(path, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := thawFilesystem(dir); err != nil && !errors.Is(err, syscall.EINVAL) {
+		return &OpError{Op: "thaw", Path: path, Err: err}
+	}
+	return nil
+}
+
+// helperName is the name under which this program is the helper of Freeze.
+const helperName = "csi-loop-freeze-helper"
+
+func helperCommand(limit time.Duration, dirs int) *exec.Cmd {
+	// Outlives its caller by design, hence no context.
+	cmd := exec.CommandContext(context.Background(), "/proc/self/exe")
+	cmd.Args = []string{helperName, limit.String(), strconv.Itoa(dirs)}
+	cmd.Env = []string{"GOMAXPROCS=1"}
+	cmd.Dir = "/"
+	// Away from our process group: a Ctrl-C for us must not end it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	return cmd
+}
+
+// Any program that uses this package is its helper, too, when it is started under
+// that name. Were it for main to call, one that forgot would start itself again
+// and again.
+func init() { //nolint:gochecknoinits // see above
+	if len(os.Args) == 3 && os.Args[0] == helperName {
+		os.Exit(beHelper(os.Args[1], os.Args[2]))
+	}
+}

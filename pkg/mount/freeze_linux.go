@@ -1,0 +1,39 @@
+package mount
+
+import (
+	"os"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// ioctl numbers that x/sys does not have. The direction bits differ between
+// architectures and are taken from numbers that it has.
+const (
+	bothWays = (unix.FS_IOC_GETFLAGS | unix.FS_IOC_SETFLAGS) &^ 0x1fffffff
+	fiFreeze = bothWays | 4<<16 | 'X'<<8 | 119
+	fiThaw   = bothWays | 4<<16 | 'X'<<8 | 120
+)
+
+// freezeFilesystem stops all writers to the filesystem of an open directory, and
+// makes what is on its device complete. EBUSY: it is frozen.
+func freezeFilesystem(dir *os.File) error {
+	return ioctlNone(dir, fiFreeze)
+}
+
+// thawFilesystem lets them go on. EINVAL: it is not frozen.
+func thawFilesystem(dir *os.File) error {
+	return ioctlNone(dir, fiThaw)
+}
+
+func ioctlNone(f *os.File, request uint) error {
+	_, err := noEINTR(func() (int, error) { return 0, unix.IoctlSetInt(int(f.Fd()), request, 0) })
+	runtime.KeepAlive(f)
+	return err
+}
+
+func syncFilesystem(dir *os.File) error {
+	_, err := noEINTR(func() (int, error) { return 0, unix.Syncfs(int(dir.Fd())) })
+	runtime.KeepAlive(dir)
+	return err
+}
