@@ -25,7 +25,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends btrfs-progs e2f
 COPY hack/image-root /usr/local/bin/image-root
 # All that the driver ever runs; test/e2e/image proves it.
 RUN image-root /image \
-    mkfs.ext2 mkfs.ext3 mkfs.ext4 e2fsck resize2fs mkfs.xfs mkfs.btrfs
+    mkfs.ext2 mkfs.ext3 mkfs.ext4 e2fsck resize2fs tune2fs mkfs.xfs mkfs.btrfs btrfstune
 
 FROM scratch
 COPY --from=programs /image /

@@ -28,6 +28,10 @@ var controllerRPCs = []csi.ControllerServiceCapability_RPC_Type{
 	csi.ControllerServiceCapability_RPC_LIST_VOLUMES,
 	csi.ControllerServiceCapability_RPC_GET_CAPACITY,
 	csi.ControllerServiceCapability_RPC_EXPAND_VOLUME,
+	csi.ControllerServiceCapability_RPC_CREATE_DELETE_SNAPSHOT,
+	csi.ControllerServiceCapability_RPC_LIST_SNAPSHOTS,
+	csi.ControllerServiceCapability_RPC_GET_SNAPSHOT,
+	csi.ControllerServiceCapability_RPC_CLONE_VOLUME,
 	csi.ControllerServiceCapability_RPC_GET_VOLUME,
 	csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
 	csi.ControllerServiceCapability_RPC_GET_VOLUME_HEALTH,
@@ -56,6 +60,9 @@ func (s *controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolu
 	if err != nil {
 		return nil, err
 	}
+	if want.Source != nil {
+		return d.createCopy(ctx, req, want, size)
+	}
 	unlock, err := d.locks.lock(image.DirName(want.Name), "CreateVolume")
 	if err != nil {
 		return nil, err
@@ -63,13 +70,7 @@ func (s *controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolu
 	defer unlock()
 
 	if have, ok := d.images.Find(want.Name); ok {
-		if err := compatible(have, want, size, d.poolName(want.Pool)); err != nil {
-			return nil, err
-		}
-		if err := d.reachable(req.GetAccessibilityRequirements()); err != nil {
-			return nil, existsf("volume %q exists as %q, but: %v", want.Name, have.ID, err)
-		}
-		return &csi.CreateVolumeResponse{Volume: d.csiVolume(have)}, nil
+		return d.existing(req, have, want, size)
 	}
 	if err := d.reachable(req.GetAccessibilityRequirements()); err != nil {
 		return nil, err
@@ -86,10 +87,22 @@ func (s *controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolu
 	return &csi.CreateVolumeResponse{Volume: d.csiVolume(v)}, nil
 }
 
+// existing answers with the volume that exists, if it is the one that is wanted.
+func (d *Driver) existing(req *csi.CreateVolumeRequest, have image.Volume, want wanted, size capacity) (*csi.CreateVolumeResponse, error) {
+	if err := compatible(have, want, size, d.poolName(want.Pool)); err != nil {
+		return nil, err
+	}
+	if err := d.reachable(req.GetAccessibilityRequirements()); err != nil {
+		return nil, existsf("volume %q exists as %q, but: %v", want.Name, have.ID, err)
+	}
+	return &csi.CreateVolumeResponse{Volume: d.csiVolume(have)}, nil
+}
+
 // wanted is a CreateVolume request after validation.
 type wanted struct {
 	image.Spec
-	Pool string // as named by the request; "" is the default pool
+	Pool   string // as named by the request; "" is the default pool
+	freeze snapshotParams
 }
 
 // parseCreate checks a CreateVolume request and says what to make.
@@ -102,23 +115,24 @@ func (d *Driver) parseCreate(req *csi.CreateVolumeRequest) (wanted, capacity, er
 	if err != nil {
 		return none, capacity{}, err
 	}
-	acc, err := parseAccesses(req.GetVolumeCapabilities(), p.fsType)
-	if err != nil {
-		return none, capacity{}, err
-	}
-	switch {
-	case len(req.GetMutableParameters()) > 0:
+	if len(req.GetMutableParameters()) > 0 {
 		return none, capacity{}, invalidf("mutable_parameters are not supported")
-	case req.GetVolumeContentSource() != nil:
-		return none, capacity{}, invalidf("volume_content_source is not supported")
-	}
-	mkfsOptions, err := image.ParseMkfsOptions(acc.fsType, p.mkfsOptions)
-	if err != nil {
-		return none, capacity{}, invalidf("parameter %q: %v", paramMkfsOptions, err)
 	}
 	c, err := parseCapacity(req.GetCapacityRange())
 	if err != nil {
 		return none, c, err
+	}
+	if req.GetVolumeContentSource() != nil {
+		want, err := d.parseCopy(req, p, c)
+		return want, c, err
+	}
+	acc, err := parseAccesses(req.GetVolumeCapabilities(), p.fsType)
+	if err != nil {
+		return none, c, err
+	}
+	mkfsOptions, err := image.ParseMkfsOptions(acc.fsType, p.mkfsOptions)
+	if err != nil {
+		return none, c, invalidf("parameter %q: %v", paramMkfsOptions, err)
 	}
 	size, err := c.size()
 	if err != nil {
@@ -170,6 +184,8 @@ func compatible(have image.Volume, want wanted, size capacity, pool string) erro
 		return differs("block size", have.BlockSize, want.BlockSize)
 	case have.DirectIO != want.DirectIO:
 		return differs("direct I/O", have.DirectIO, want.DirectIO)
+	case have.Source.String() != want.Source.String():
+		return differs("source", have.Source, want.Source)
 	case !slices.Equal(have.MkfsOptions, want.MkfsOptions):
 		return differs("mkfs options", have.MkfsOptions, want.MkfsOptions)
 	}
@@ -243,7 +259,7 @@ func (d *Driver) topology() *csi.Topology {
 // csiVolume is a volume in CSI's words.
 func (d *Driver) csiVolume(v image.Volume) *csi.Volume {
 	return &csi.Volume{
-		VolumeId: v.ID, CapacityBytes: v.Size,
+		VolumeId: v.ID, CapacityBytes: v.Size, ContentSource: csiSource(v.Source),
 		AccessibleTopology: []*csi.Topology{d.topology()},
 	}
 }

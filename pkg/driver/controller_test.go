@@ -63,7 +63,7 @@ func TestCreateVolumeRefuses(t *testing.T) {
 		"mkfs option not allowed":      {param("mkfsOptions", "-F"), codes.InvalidArgument, `"mkfsOptions"`},
 		"mutable parameters":           {func(r *csi.CreateVolumeRequest) { r.MutableParameters = map[string]string{"a": "b"} }, codes.InvalidArgument, "mutable"},
 		"content source": {func(r *csi.CreateVolumeRequest) {
-			r.VolumeContentSource = &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Volume{Volume: &csi.VolumeContentSource_VolumeSource{VolumeId: "x"}}}
+			r.VolumeContentSource = &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Volume{Volume: &csi.VolumeContentSource_VolumeSource{}}}
 		}, codes.InvalidArgument, "volume_content_source"},
 		"another node": {func(r *csi.CreateVolumeRequest) {
 			r.AccessibilityRequirements = &csi.TopologyRequirement{Requisite: []*csi.Topology{{Segments: map[string]string{"topology.csi-loop.io/node": "node-b"}}}}

@@ -68,11 +68,12 @@ type loopDevices interface {
 	DropCache(ctx context.Context, ref loop.Ref) error
 }
 
-// loopTable tells what is bound to what; *loop.Manager does.
+// loopTable tells what is bound to what, without changing it; *loop.Manager does.
 type loopTable interface {
 	Find(ctx context.Context, backing *os.File) ([]loop.Info, error)
 	FindAll(ctx context.Context) ([]loop.Info, error)
 	Status(ctx context.Context, ref loop.Ref) (loop.Info, error)
+	Sync(ctx context.Context, ref loop.Ref) error
 	Limit() int
 }
 
@@ -105,6 +106,9 @@ type Driver struct {
 	mounts mounter
 	mtab   mountTable
 
+	freezer freezer
+	jobs    *jobs
+
 	locks volumeLocks
 	state *nodeState
 	// stateLock keeps a second process off the state directory.
@@ -136,10 +140,10 @@ func (c Config) Validate() error {
 
 // New makes the driver. It changes nothing yet; call Reconcile before serving.
 func New(cfg Config, images *image.Store, dirs *image.Dirs, loops *loop.Manager, mounts *mount.Mounter) (*Driver, error) {
-	return newDriver(cfg, images, dirs, loopAdapter{loops}, loops, mounts, mounts)
+	return newDriver(cfg, images, dirs, loopAdapter{loops}, loops, mounts, mounts, freezeAdapter{mounts})
 }
 
-func newDriver(cfg Config, images *image.Store, dirs *image.Dirs, loops loopDevices, table loopTable, mounts mounter, mtab mountTable) (*Driver, error) {
+func newDriver(cfg Config, images *image.Store, dirs *image.Dirs, loops loopDevices, table loopTable, mounts mounter, mtab mountTable, freezer freezer) (*Driver, error) {
 	if cfg.Name == "" {
 		cfg.Name = DefaultName
 	}
@@ -160,7 +164,7 @@ func newDriver(cfg Config, images *image.Store, dirs *image.Dirs, loops loopDevi
 	}
 	return &Driver{
 		cfg: cfg, images: images, dirs: dirs, loops: loops, table: table, mounts: mounts, mtab: mtab,
-		state: state, stateLock: lock,
+		freezer: freezer, jobs: newJobs(), state: state, stateLock: lock,
 		held: make(map[loop.Ref]attached), up: make(chan struct{}),
 	}, nil
 }
@@ -173,9 +177,12 @@ func (c Config) HasRecords() bool {
 	return err == nil && slices.ContainsFunc(entries, func(e os.DirEntry) bool { return filepath.Ext(e.Name()) == ".json" })
 }
 
-// Close lets go of the held devices, which stay bound for the next start, and
-// of the state directory. It must be called after the last request has ended.
+// Close ends the jobs that calls started, which take back what they did, and lets go
+// of the held devices, which stay bound for the next start, and of the state
+// directory. It must be called after the last request has ended, before the pools
+// are closed.
 func (d *Driver) Close() error {
+	d.jobs.stop()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var errs []error

@@ -29,8 +29,11 @@ type fakeKernel struct {
 	mounts  []mount.Mount       // guarded by mu; later ones cover earlier ones
 	// fail makes the named step ("attach", "mount", "bind", "unmount", ...) fail
 	// once with the error.
-	fail  map[string]error // guarded by mu
-	small bool             // the filesystems are smaller than their devices; guarded by mu
+	fail          map[string]error // guarded by mu
+	frozen        map[string]bool  // paths; guarded by mu
+	thawAnywhere  bool             // what is frozen is thawed by any path; guarded by mu
+	froze, synced int              // how often; guarded by mu
+	small         bool             // the filesystems are smaller than their devices; guarded by mu
 }
 
 type fakeDevice struct {
@@ -54,7 +57,7 @@ func nodeMinor(path string) uint32 {
 }
 
 func newFakeKernel() *fakeKernel {
-	return &fakeKernel{devices: make(map[int]*fakeDevice), fail: make(map[string]error)}
+	return &fakeKernel{devices: make(map[int]*fakeDevice), fail: make(map[string]error), frozen: make(map[string]bool)}
 }
 
 func (k *fakeKernel) failOnce(step string, err error) {
@@ -251,6 +254,66 @@ func (k *fakeKernel) Status(_ context.Context, ref loop.Ref) (loop.Info, error) 
 	return d.info, nil
 }
 
+func (k *fakeKernel) Sync(_ context.Context, ref loop.Ref) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if d, ok := k.devices[ref.Number]; !ok || d.info.Ref != ref {
+		return loop.ErrNotBound
+	}
+	k.synced++
+	return k.failing("sync")
+}
+
+// fakeFrozen is what Freeze returns.
+type fakeFrozen struct {
+	k     *fakeKernel
+	paths []string
+}
+
+// Freeze stops nobody, and notes what is frozen.
+func (k *fakeKernel) Freeze(_ context.Context, s mount.FreezeSpec) (frozen, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.failing("freeze"); err != nil {
+		return nil, err
+	}
+	for _, path := range s.Paths {
+		if _, ok := k.top(path); !ok {
+			return nil, os.ErrNotExist
+		}
+		if k.frozen[path] {
+			return nil, mount.ErrBusy
+		}
+	}
+	for _, path := range s.Paths {
+		k.frozen[path] = true
+		k.froze++
+	}
+	return &fakeFrozen{k, s.Paths}, nil
+}
+
+func (f *fakeFrozen) Thaw() error {
+	for _, path := range f.paths {
+		if err := f.k.Thaw(path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *fakeKernel) Thaw(path string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.failing("thaw"); err != nil {
+		return err
+	}
+	if k.thawAnywhere {
+		k.frozen = make(map[string]bool)
+	}
+	delete(k.frozen, path)
+	return nil
+}
+
 func (k *fakeKernel) Limit() int { return 16 }
 
 // top finds the uppermost mount at a path. Precondition: k.mu is held.
@@ -397,7 +460,7 @@ func (k *fakeKernel) clean(t *testing.T) {
 	t.Helper()
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if len(k.devices) > 0 || len(k.mounts) > 0 {
-		t.Errorf("left behind: %d devices, mounts %v", len(k.devices), k.mounts)
+	if len(k.devices) > 0 || len(k.mounts) > 0 || len(k.frozen) > 0 {
+		t.Errorf("left behind: %d devices, mounts %v, frozen %v", len(k.devices), k.mounts, k.frozen)
 	}
 }

@@ -85,7 +85,7 @@ func (n *node) start() {
 	n.must(err)
 	dirs, err := image.OpenDirs(n.dirs, store.Pools()...)
 	n.must(err)
-	d, err := newDriver(n.cfg, store, dirs, n.fake, n.fake, fakeMounts{n.fake}, n.fake)
+	d, err := newDriver(n.cfg, store, dirs, n.fake, n.fake, fakeMounts{n.fake}, n.fake, n.fake)
 	n.must(err)
 	n.must(d.Reconcile(ctx))
 	n.socket = filepath.Join(socketDir(n.t), "csi.sock")

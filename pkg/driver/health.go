@@ -85,7 +85,7 @@ func (s *controllerServer) ControllerListVolumeHealth(ctx context.Context, req *
 	if limit < 0 {
 		return nil, invalidf("max_entries %d is negative", limit)
 	}
-	volumes, _, err := page(persistent(s.d.images.List()), req.GetStartingToken(), math.MaxInt32)
+	volumes, _, err := page(persistent(s.d.images.List()), volumeID, req.GetStartingToken(), math.MaxInt32)
 	if err != nil {
 		return nil, err
 	}

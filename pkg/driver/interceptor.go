@@ -21,6 +21,7 @@ var quiet = map[string]bool{
 	"Probe": true, "GetPluginInfo": true, "GetPluginCapabilities": true, "ControllerGetCapabilities": true,
 	"NodeGetCapabilities": true, "NodeGetInfo": true, "NodeGetVolumeStats": true, "GetCapacity": true,
 	"ListVolumes": true, "ControllerGetVolume": true, "ValidateVolumeCapabilities": true,
+	"ListSnapshots": true, "GetSnapshot": true,
 	"ControllerGetVolumeHealth": true, "ControllerListVolumeHealth": true, "NodeGetVolumeHealth": true, "NodeGetStorageHealth": true,
 }
 
@@ -38,6 +39,8 @@ func (r *running) intercept(logger klog.Logger, observe func(method, code string
 		log := logger.WithValues("method", method)
 		if v, ok := req.(interface{ GetVolumeId() string }); ok && v.GetVolumeId() != "" {
 			log = log.WithValues("volume", v.GetVolumeId())
+		} else if v, ok := req.(interface{ GetSnapshotId() string }); ok && v.GetSnapshotId() != "" {
+			log = log.WithValues("snapshot", v.GetSnapshotId())
 		} else if v, ok := req.(interface{ GetName() string }); ok {
 			log = log.WithValues("name", v.GetName())
 		}

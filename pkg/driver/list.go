@@ -11,7 +11,7 @@ import (
 	"github.com/csi-loop/csi-loop/pkg/image"
 )
 
-// Tokens of a list name the last volume of the page before, so that volumes
+// Tokens of a list name the last entry of the page before, so that volumes
 // which come and go between two pages neither repeat nor hide others.
 const tokenPrefix = "after:"
 
@@ -33,13 +33,13 @@ func parseToken(token string) (string, error) {
 	return id, nil
 }
 
-// pageLimit is the most volumes in one answer: what fits in a message of the size
+// pageLimit is the most entries in one answer: what fits in a message of the size
 // that gRPC clients accept by default, with room.
 const pageLimit = 10000
 
-// page cuts the part of volumes (ordered by ID) that lies behind token, at most
-// limit of them (0: as many as fit), and makes the token of the next page.
-func page(volumes []image.Volume, token string, limit int32) ([]image.Volume, string, error) {
+// page cuts the part of all (ordered by ID) that lies behind token, at most limit of
+// them (0: as many as fit), and makes the token of the next page.
+func page[T any](all []T, id func(T) string, token string, limit int32) ([]T, string, error) {
 	if limit < 0 {
 		return nil, "", invalidf("max_entries %d is negative", limit)
 	}
@@ -48,17 +48,19 @@ func page(volumes []image.Volume, token string, limit int32) ([]image.Volume, st
 		return nil, "", err
 	}
 	if after != "" {
-		volumes = volumes[sort.Search(len(volumes), func(i int) bool { return volumes[i].ID > after }):]
+		all = all[sort.Search(len(all), func(i int) bool { return id(all[i]) > after }):]
 	}
 	if limit == 0 {
 		limit = pageLimit
 	}
-	if int(limit) >= len(volumes) {
-		return volumes, "", nil
+	if int(limit) >= len(all) {
+		return all, "", nil
 	}
-	volumes = volumes[:limit]
-	return volumes, makeToken(volumes[limit-1].ID), nil
+	all = all[:limit]
+	return all, makeToken(id(all[limit-1])), nil
 }
+
+func volumeID(v image.Volume) string { return v.ID }
 
 // persistent drops the inline ephemeral volumes, which no CO lists.
 func persistent(volumes []image.Volume) []image.Volume {
@@ -73,7 +75,7 @@ func persistent(volumes []image.Volume) []image.Volume {
 
 // ListVolumes lists the volumes of all pools of this node, ordered by ID.
 func (s *controllerServer) ListVolumes(_ context.Context, req *csi.ListVolumesRequest) (*csi.ListVolumesResponse, error) {
-	volumes, next, err := page(persistent(s.d.images.List()), req.GetStartingToken(), req.GetMaxEntries())
+	volumes, next, err := page(persistent(s.d.images.List()), volumeID, req.GetStartingToken(), req.GetMaxEntries())
 	if err != nil {
 		return nil, err
 	}

@@ -27,19 +27,23 @@ const (
 
 // params are StorageClass parameters after validation.
 type params struct {
-	pool        string // "" means the default pool
-	allocation  image.Allocation
-	directIO    string
-	blockSize   int
-	mkfsOptions []string
-	fsType      string // "" when not named
+	pool       string // "" means the default pool
+	allocation image.Allocation
+	directIO   string
+	blockSize  int
+	// hasBlockSize: it was named, and is no default.
+	hasBlockSize bool
+	mkfsOptions  []string
+	fsType       string // "" when not named
+	// freeze is for clones of volumes in use; its keys are those of snapshot classes.
+	freeze snapshotParams
 }
 
 // parseParams checks StorageClass parameters. Keys that Kubernetes adds itself
 // are passed over; any other key that is not known is refused by name, since a
 // misspelt parameter that is ignored makes a volume nobody asked for.
 func parseParams(m map[string]string) (params, error) {
-	p := params{allocation: image.Thick, directIO: "auto", blockSize: 4096}
+	p := params{allocation: image.Thick, directIO: "auto", blockSize: 4096, freeze: defaultSnapshotParams()}
 	for _, key := range slices.Sorted(maps.Keys(m)) {
 		if strings.HasPrefix(key, kubernetesPrefix) && key != paramFilesystem {
 			continue
@@ -78,7 +82,7 @@ func (p *params) set(key, value string) error {
 		if err != nil || n < 512 || n > 4096 || n&(n-1) != 0 {
 			return invalidf("parameter %q: %q is none of 512, 1024, 2048 and 4096 (bytes)", key, value)
 		}
-		p.blockSize = n
+		p.blockSize, p.hasBlockSize = n, true
 	case paramFilesystem:
 		if value != "" && !slices.Contains(filesystems, value) {
 			return invalidf("parameter %q: filesystem %q is not supported, use one of %v", key, value, filesystems)
@@ -86,9 +90,11 @@ func (p *params) set(key, value string) error {
 		p.fsType = value
 	case paramMkfsOptions:
 		p.mkfsOptions = strings.Fields(value)
+	case paramFreezeTimeout, paramCopyInUse:
+		return p.freeze.set(key, value)
 	default:
-		return invalidf("parameter %q is not known; known are %s, %s, %s, %s and %s", key,
-			paramPool, paramAllocation, paramDirectIO, paramBlockSize, paramMkfsOptions)
+		return invalidf("parameter %q is not known; known are %s, %s, %s, %s, %s, %s and %s", key,
+			paramPool, paramAllocation, paramDirectIO, paramBlockSize, paramMkfsOptions, paramFreezeTimeout, paramCopyInUse)
 	}
 	return nil
 }

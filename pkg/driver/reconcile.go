@@ -14,6 +14,7 @@ import (
 // work on. It must return before the first request is served. It compares the
 // stage records with the kernel, and
 //
+//   - thaws the filesystems that a crash left frozen;
 //   - holds the devices of staged raw block volumes again;
 //   - finishes what a crash cut in the middle: a device bound for a staging that
 //     was never recorded as done is recorded, a read-only device that nobody
@@ -28,7 +29,7 @@ func (d *Driver) Reconcile(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("reconcile: %w", err)
 	}
-	var errs []error
+	errs := []error{d.thawLeft(ctx)}
 	explained := make(map[loop.Ref]bool)
 	for _, r := range d.state.list() {
 		if err := d.reconcileRecord(ctx, r, all, explained); err != nil {

@@ -365,7 +365,7 @@ func TestStateDirectoryOfOthers(t *testing.T) {
 	dir := filepath.Join(cfg.StateDir, cfg.NodeID)
 	n.must(os.Mkdir(dir, 0o700))
 	n.must(os.Chmod(dir, 0o777))
-	if _, err := newDriver(cfg, n.store, nil, n.fake, n.fake, fakeMounts{n.fake}, n.fake); err == nil || !strings.Contains(err.Error(), "others may write") {
+	if _, err := newDriver(cfg, n.store, nil, n.fake, n.fake, fakeMounts{n.fake}, n.fake, n.fake); err == nil || !strings.Contains(err.Error(), "others may write") {
 		t.Errorf("a directory that others may write to: %v", err)
 	}
 }

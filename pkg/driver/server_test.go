@@ -157,7 +157,7 @@ func TestNewRefuses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			cfg := n.cfg
 			c.change(&cfg)
-			if _, err := newDriver(cfg, n.store, nil, n.fake, n.fake, fakeMounts{n.fake}, n.fake); err == nil || !strings.Contains(err.Error(), c.says) {
+			if _, err := newDriver(cfg, n.store, nil, n.fake, n.fake, fakeMounts{n.fake}, n.fake, n.fake); err == nil || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("got %v, want it to say %q", err, c.says)
 			}
 		})

@@ -23,6 +23,8 @@ type source struct {
 	raw     bool         // a raw block volume; never set for mapped ones
 	thick   bool
 	fixed   bool // mapped: never formatted, grown or deleted
+	// copied: its filesystem is a copy, and may be smaller than the volume.
+	copied bool
 	// readOnly: no call may write to it.
 	readOnly bool
 	mapped   *mappedAttributes
@@ -69,6 +71,7 @@ func (d *Driver) poolSource(v image.Volume) source {
 		fsType: v.Filesystem,
 		raw:    v.Filesystem == "",
 		thick:  v.Allocation == image.Thick,
+		copied: v.Source != nil,
 	}
 }
 

@@ -271,6 +271,9 @@ func mountSpec(src source, want stageRecord, info loop.Info) mount.Spec {
 	if src.thick && want.FSType == "btrfs" {
 		options = append(options, "nodiscard") // it would turn discard on by itself (fact 62)
 	}
+	if want.FSType == "xfs" && !src.fixed && !slices.Contains(options, "nouuid") {
+		options = append(options, "nouuid") // a copy of it may be mounted here (fact 71)
+	}
 	return mount.Spec{
 		Source: info.Path, Target: want.StagingPath, FSType: want.FSType,
 		Options: options, ReadOnly: want.ReadOnly || info.ReadOnly,
@@ -285,6 +288,13 @@ func (d *Driver) mountFilesystem(ctx context.Context, spec mount.Spec, src sourc
 			return err
 		}
 	}
+	small := !src.fixed && !sb.FillsDevice(info.Size)
+	if small && src.copied && spec.ReadOnly && !info.ReadOnly {
+		if err := d.growOnce(ctx, spec); err != nil {
+			return err
+		}
+		small = false
+	}
 	err := d.mounts.Mount(ctx, spec)
 	if errors.Is(err, mount.ErrDamaged) && sameFilesystem("ext4", sb.Type) && !info.ReadOnly && !sb.NeedsCheck {
 		// Damage that only the mount finds. The device is claimed by nobody, or the
@@ -296,11 +306,24 @@ func (d *Driver) mountFilesystem(ctx context.Context, spec mount.Spec, src sourc
 	if err != nil {
 		return err
 	}
-	if src.fixed || spec.ReadOnly || sb.FillsDevice(info.Size) {
+	if !small || spec.ReadOnly {
 		return nil
 	}
-	d.growAtStage(ctx, spec)
+	err = d.growAtStage(ctx, spec)
+	if src.copied && !sameFilesystem("ext4", sb.Type) { // those of the ext family were made large enough
+		return err
+	}
 	return nil
+}
+
+// growOnce grows the filesystem of a copy that is to be used read-only.
+func (d *Driver) growOnce(ctx context.Context, spec mount.Spec) error {
+	spec.ReadOnly = false
+	spec.Options = slices.DeleteFunc(slices.Clone(spec.Options), func(o string) bool { return o == "ro" })
+	if err := d.mounts.Mount(ctx, spec); err != nil {
+		return err
+	}
+	return errors.Join(d.growAtStage(ctx, spec), d.mounts.Unmount(ctx, spec.Target))
 }
 
 // undoStage takes back a staging that failed half-way. The mount goes first,

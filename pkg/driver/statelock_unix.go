@@ -38,22 +38,22 @@ func ownDir(dir string) (_ *os.File, err error) {
 	if owner, ok := st.Sys().(*syscall.Stat_t); ok && int(owner.Uid) != os.Geteuid() || st.Mode().Perm()&0o022 != 0 {
 		return nil, errors.New("it belongs to somebody else, or others may write to it: give --state-dir a directory of its own")
 	}
-	return f, lockFile(f)
+	if err := lockFile(f, lockTime); err != nil {
+		return nil, fmt.Errorf("another csi-loop with the same node ID uses it: stop that one, or give this one another --node-id or --state-dir: %w", err)
+	}
+	return f, nil
 }
 
 // lockTime is how long a lock may be in the way that is about to go: a process that
 // was killed leaves it to children that it had just forked, until they exec.
 const lockTime = 2 * time.Second
 
-// lockFile takes an flock.
-func lockFile(f *os.File) error {
-	for deadline := time.Now().Add(lockTime); ; {
+// lockFile takes an flock, for which it waits that long: EWOULDBLOCK after it.
+func lockFile(f *os.File, patience time.Duration) error {
+	for deadline := time.Now().Add(patience); ; {
 		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-		switch {
-		case !errors.Is(err, syscall.EWOULDBLOCK):
+		if !errors.Is(err, syscall.EWOULDBLOCK) || time.Now().After(deadline) {
 			return err
-		case time.Now().After(deadline):
-			return errors.New("another csi-loop with the same node ID uses it: stop that one, or give this one another --node-id or --state-dir")
 		}
 		<-time.After(20 * time.Millisecond)
 	}

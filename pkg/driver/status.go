@@ -69,6 +69,8 @@ var sentinelCodes = []struct {
 	{image.ErrIncompatible, codes.AlreadyExists},
 	{image.ErrNoSpace, codes.ResourceExhausted},
 	{image.ErrSize, codes.OutOfRange},
+	{image.ErrSource, codes.InvalidArgument},
+	{image.ErrInGroup, codes.InvalidArgument},
 	{image.ErrNotAllowed, codes.InvalidArgument},
 	{image.ErrUnsupported, codes.InvalidArgument},
 	// The bytes are not what the record says. A person has to look; nothing a
@@ -85,6 +87,8 @@ var sentinelCodes = []struct {
 	{loop.ErrNotBound, codes.FailedPrecondition},
 	{loop.ErrNotExist, codes.FailedPrecondition},
 
+	// The writers did not hold still long enough; what was copied is thrown away.
+	{mount.ErrThawed, codes.Aborted},
 	{mount.ErrBusy, codes.Aborted},
 	{mount.ErrRefused, codes.FailedPrecondition},
 	{mount.ErrUnknownFilesystem, codes.FailedPrecondition},

@@ -18,7 +18,17 @@ const chunk = 4 << 30
 // other errors: *SpecError, ErrSize, ErrNoSpace, ErrUnsupported, ErrDamaged (the
 // name's record cannot be read), ErrPool, and ctx's. After an error there is
 // nothing of the volume.
+//
+// With a Source it is a copy: of a snapshot, or of a volume that nobody writes to
+// before the call returns. The errors then include ErrNotFound and ErrDamaged of the
+// source, and ErrSource.
 func (p *Pool) Create(ctx context.Context, spec Spec) (Volume, error) {
+	return p.CreateFrom(ctx, spec, nil)
+}
+
+// CreateFrom is Create for a copy of a volume that is in use: quiesce makes those who
+// write to it hold still, as for Snapshot.
+func (p *Pool) CreateFrom(ctx context.Context, spec Spec, quiesce Quiesce) (Volume, error) {
 	s, err := spec.normalise()
 	if err != nil {
 		return Volume{}, err
@@ -39,7 +49,7 @@ func (p *Pool) Create(ctx context.Context, spec Spec) (Volume, error) {
 	case !errors.Is(err, ErrNotFound):
 		return Volume{}, err
 	}
-	r, err = p.create(ctx, dir, s)
+	r, err = p.create(ctx, dir, s, quiesce)
 	if err != nil {
 		return Volume{}, fmt.Errorf("create %s: %w", VolumeID(p.ID(), dir), err)
 	}
@@ -48,23 +58,43 @@ func (p *Pool) Create(ctx context.Context, spec Spec) (Volume, error) {
 
 // create takes the space, and gives it back when the volume does not come to be.
 // Precondition: the lock of dir is held and it has no volume.
-func (p *Pool) create(ctx context.Context, dir string, s Spec) (record, error) {
+func (p *Pool) create(ctx context.Context, dir string, s Spec, quiesce Quiesce) (record, error) {
 	if err := p.admit(ctx, s); err != nil {
 		return record{}, err
+	}
+	b := building{r: newRecord(s, p.store.now()), quiesce: quiesce}
+	if s.Source != nil {
+		o, err := p.store.origin(ctx, s.Source)
+		if err != nil {
+			return record{}, err
+		}
+		defer o.close()
+		if err := o.fits(s); err != nil {
+			return record{}, err
+		}
+		b.origin = o
 	}
 	space, err := p.account.take(ctx, s.Allocation, s.Size)
 	if err != nil {
 		return record{}, err
 	}
 	defer space.release()
-	r := newRecord(s, p.store.now())
-	allocated, err := p.build(ctx, dir, r, space)
+	b.space = space
+	c, err := p.build(ctx, dir, b)
 	if err != nil {
 		return record{}, err
 	}
-	p.remember(dir, r)
-	p.account.put(dir, r.charge(allocated), space)
-	return r, nil
+	p.remember(dir, b.r)
+	p.account.put(dir, c, space)
+	return b.r, nil
+}
+
+// building is a volume in the making.
+type building struct {
+	r       record
+	space   *reservation
+	origin  *origin // nil for one that begins empty
+	quiesce Quiesce
 }
 
 // admit refuses what cannot work before anything is touched.
@@ -85,10 +115,10 @@ func (p *Pool) admit(ctx context.Context, s Spec) error {
 
 // build makes the volume in .new-*, and commits it by a rename. space is released
 // once the image has its blocks.
-func (p *Pool) build(ctx context.Context, dir string, r record, space *reservation) (allocated int64, err error) {
+func (p *Pool) build(ctx context.Context, dir string, b building) (c charge, err error) {
 	work := newPrefix + dir + "-" + rand.Text()[:8]
 	if err := mkdirAt(p.root, work); err != nil {
-		return 0, opError("make", work, err)
+		return c, opError("make", work, err)
 	}
 	// Not run when a crash test panics: a crash does not clean up.
 	defer func() {
@@ -98,18 +128,18 @@ func (p *Pool) build(ctx context.Context, dir string, r record, space *reservati
 	}()
 	d, err := openDirAt(p.root, work)
 	if err != nil {
-		return 0, opError("open", work, err)
+		return c, opError("open", work, err)
 	}
 	defer d.Close()
-	allocated, err = p.fill(ctx, d, r, space)
+	c, err = p.fill(ctx, d, b)
 	if err != nil {
-		return 0, err
+		return c, err
 	}
 	if err := ctx.Err(); err != nil {
-		return 0, err
+		return c, err
 	}
 	if err := renameNew(p.root, work, p.volumes, dir); err != nil {
-		return 0, opError("commit", dir, err)
+		return c, opError("commit", dir, err)
 	}
 	p.store.kill("create: renamed")
 	if err := p.volumes.Sync(); err != nil {
@@ -119,10 +149,10 @@ func (p *Pool) build(ctx context.Context, dir string, r record, space *reservati
 			err = errors.Join(err, back)
 			p.refuse(dir, fmt.Errorf("%w: its creation was not synced; restart csi-loop: %w", ErrDamaged, err))
 		}
-		return 0, opError("sync", volumesDir, err)
+		return c, opError("sync", volumesDir, err)
 	}
 	p.store.kill("create: committed")
-	return allocated, nil
+	return c, nil
 }
 
 // discard removes what is not a volume yet, or no more.
@@ -132,56 +162,76 @@ func (p *Pool) discard(name string) {
 	}
 }
 
-// fill makes and syncs the image and the record, and returns the bytes of blocks
-// that the image has. Neither is of use before the rename, so their order is free:
-// the disk syncs the record while mkfs computes.
-func (p *Pool) fill(ctx context.Context, d *os.File, r record, space *reservation) (int64, error) {
-	b, err := r.encode()
-	if err != nil {
-		return 0, err
-	}
-	note := func() error { return opError("write", recordFile, writeSynced(d, recordFile, b)) }
+// fill makes and syncs the image and the record, and returns what the volume takes of
+// the pool. Neither is of use before the rename, so their order is free: the disk
+// syncs the record while mkfs computes.
+func (p *Pool) fill(ctx context.Context, d *os.File, b building) (c charge, err error) {
 	if p.noCow {
-		if err := setNoCow(d); err != nil && r.Allocation == Thick {
-			return 0, fmt.Errorf("%w: thick volumes on btrfs must be NOCOW: %w", ErrUnsupported, opError("chattr +C", d.Name(), err))
+		if err := setNoCow(d); err != nil && b.r.Allocation == Thick {
+			return c, fmt.Errorf("%w: thick volumes on btrfs must be NOCOW: %w", ErrUnsupported, opError("chattr +C", d.Name(), err))
 		}
 	}
 	f, err := createAt(d, imageFile)
 	if err != nil {
-		return 0, opError("make", imageFile, err)
+		return c, opError("make", imageFile, err)
 	}
 	defer f.Close()
-	if p.noCow && r.Allocation == Thick {
+	if p.noCow && b.r.Allocation == Thick {
 		if on, err := isNoCow(f); err != nil || !on {
-			return 0, errors.Join(fmt.Errorf("%w: btrfs did not make the image NOCOW, so it cannot be thick", ErrUnsupported), err)
+			return c, errors.Join(fmt.Errorf("%w: btrfs did not make the image NOCOW, so it cannot be thick", ErrUnsupported), err)
 		}
 	}
 	p.store.kill("create: made")
-	if err := p.size(ctx, f, r); err != nil {
-		return 0, err
-	}
-	p.store.kill("create: allocated")
-	if r.Allocation == Thick {
-		space.release()
-	}
-	if r.Filesystem == "" {
-		err = note()
+	shared := false
+	if b.origin != nil {
+		shared, err = p.copyTo(ctx, f, b.r, b.origin, b.quiesce)
 	} else {
-		err = p.store.tools.format(ctx, d, r.spec(), note)
+		err = p.size(ctx, f, b.r)
 	}
 	if err != nil {
-		return 0, err
+		return c, err
+	}
+	p.store.kill("create: allocated")
+	if b.r.Allocation == Thick && p.fsType != "btrfs" { // which does not show it before the commit
+		b.space.release()
+	}
+	if err := p.furnish(ctx, d, b); err != nil {
+		return c, err
 	}
 	p.store.kill("create: formatted, record synced")
-	if err := p.verify(f, r); err != nil {
-		return 0, err
+	if err := p.verify(f, b.r); err != nil {
+		return c, err
 	}
 	if err := f.Sync(); err != nil {
-		return 0, opError("sync", imageFile, err)
+		return c, opError("sync", imageFile, err)
 	}
 	p.store.kill("create: image synced")
 	st, err := statFile(f)
-	return st.Allocated, opError("look at", imageFile, err)
+	c = b.r.charge(st.Allocated)
+	if shared {
+		c.shared = st.Allocated
+	}
+	return c, opError("look at", imageFile, err)
+}
+
+// furnish makes the filesystem, or makes that of a copy one of its own, and syncs the
+// record meanwhile.
+func (p *Pool) furnish(ctx context.Context, d *os.File, b building) error {
+	record, err := b.r.encode()
+	if err != nil {
+		return err
+	}
+	note := func() error { return opError("write", recordFile, writeSynced(d, recordFile, record)) }
+	switch {
+	case b.r.Filesystem == "":
+		return note()
+	case b.origin != nil:
+		if err := p.store.tools.renew(ctx, d, b.r.spec(), b.origin.spec.Size); err != nil {
+			return err
+		}
+		return note()
+	}
+	return p.store.tools.format(ctx, d, b.r.spec(), note)
 }
 
 // size gives a new image its length and, if thick, its blocks.

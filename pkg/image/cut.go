@@ -93,20 +93,15 @@ func (s *Store) makeCuts(ctx context.Context, cuts []*cutting, group *cutGroup, 
 }
 
 // cutQuiet copies all images while nobody writes to any.
-func cutQuiet(ctx context.Context, cuts []*cutting, quiesce Quiesce) (err error) {
-	if quiesce != nil {
-		resume, notQuiet := quiesce(ctx)
-		if notQuiet != nil {
-			return notQuiet
+func cutQuiet(ctx context.Context, cuts []*cutting, quiesce Quiesce) error {
+	return quietly(ctx, quiesce, func() error {
+		for _, c := range cuts {
+			if err := c.cut(ctx); err != nil {
+				return err
+			}
 		}
-		defer func() { err = errors.Join(err, resume()) }()
-	}
-	for _, c := range cuts {
-		if err := c.cut(ctx); err != nil {
-			return err
-		}
-	}
-	return nil
+		return nil
+	})
 }
 
 // undoCuts takes back what was made. What cannot be taken back is removed by the
@@ -184,8 +179,19 @@ func (c *cutting) reserve(ctx context.Context) (err error) {
 	return err
 }
 
-// make makes the snapshot's directory and file. On btrfs files of different kinds
-// do not reflink (fact 70), so the kind is that of the volume's image.
+// alikeIn makes new files in d be of the kind that f is: on btrfs files with and
+// without copy-on-write do not reflink with each other (fact 70).
+func (p *Pool) alikeIn(d, f *os.File) error {
+	if !p.noCow {
+		return nil
+	}
+	if on, err := isNoCow(f); err != nil || !on {
+		return opError("look at", f.Name(), err)
+	}
+	return opError("chattr +C", d.Name(), setNoCow(d))
+}
+
+// make makes the snapshot's directory and file.
 func (c *cutting) make() (err error) {
 	work := newPrefix + c.dir + "-" + rand.Text()[:8]
 	if err := mkdirAt(c.p.root, work); err != nil {
@@ -195,12 +201,8 @@ func (c *cutting) make() (err error) {
 	if c.d, err = openDirAt(c.p.root, work); err != nil {
 		return opError("open", work, err)
 	}
-	if c.p.noCow {
-		if on, err := isNoCow(c.from); err == nil && on {
-			if err := setNoCow(c.d); err != nil {
-				return opError("chattr +C", work, err)
-			}
-		}
+	if err := c.p.alikeIn(c.d, c.from); err != nil {
+		return err
 	}
 	if c.to, err = createAt(c.d, imageFile); err != nil {
 		return opError("make", imageFile, err)
@@ -247,7 +249,7 @@ func (c *cutting) finish() error {
 		return err
 	}
 	if c.reflink {
-		if err := c.charge(st.Allocated); err != nil {
+		if err := c.p.chargeShared(c.volume, c.from, st.Allocated, c.space); err != nil {
 			return err
 		}
 	}
@@ -267,19 +269,24 @@ func (c *cutting) finish() error {
 	return nil
 }
 
-// charge makes the volume's account that of one which shares all that the
-// snapshot has.
-func (c *cutting) charge(shared int64) error {
-	st, err := statFile(c.from)
+// chargeShared makes the account of a volume, whose image is open, that of one which
+// shares so many bytes.
+// Precondition: the volume's lock is held.
+func (p *Pool) chargeShared(dir string, f *os.File, shared int64, space *reservation) error {
+	r, err := p.get(dir)
+	if err != nil {
+		return err
+	}
+	st, err := statFile(f)
 	if err != nil {
 		return opError("look at", imageFile, err)
 	}
-	if err := c.p.showUsed(); err != nil {
+	if err := p.showUsed(); err != nil {
 		return err
 	}
-	charge := c.source.charge(st.Allocated)
-	charge.shared = shared
-	return c.p.account.swap(c.volume, charge, c.space)
+	c := r.charge(st.Allocated)
+	c.shared = shared
+	return p.account.swap(dir, c, space)
 }
 
 func (c *cutting) commit() error {

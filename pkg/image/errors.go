@@ -21,6 +21,8 @@ var (
 	// ErrDamaged: the record or the image is not what csi-loop left there. Never
 	// that it could not be looked at.
 	ErrDamaged = errors.New("damaged")
+	// ErrSource: the volume asked for would be no copy of its source.
+	ErrSource = errors.New("not possible from this source")
 	// ErrInGroup: the snapshot exists and goes only with its group.
 	ErrInGroup = errors.New("part of a group")
 	// ErrNotAllowed: a mapped file is outside the allowed directories, or is not

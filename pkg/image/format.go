@@ -93,24 +93,21 @@ func (t *tools) find(ctx context.Context, filesystem string) (tool, error) {
 		return found, nil
 	}
 	name := "mkfs." + filesystem
-	for _, dir := range t.dirs {
-		path := filepath.Join(dir, name)
-		if st, err := os.Stat(path); !filepath.IsAbs(path) || err != nil || st.IsDir() || st.Mode()&0o111 == 0 {
-			continue
-		}
-		found := tool{path: path}
-		ask := map[string][]string{"xfs": {}, "btrfs": {"-O", "list-all"}}
-		if args, ok := ask[filesystem]; ok {
-			// mkfs.xfs tells its options with its complaint, so the status is no guide.
-			found.help, _ = command(ctx, nil, path, args, nil)
-			if err := ctx.Err(); err != nil {
-				return tool{}, err
-			}
-		}
-		t.found[filesystem] = found
-		return found, nil
+	path, ok := t.path(name)
+	if !ok {
+		return tool{}, fmt.Errorf("%w: %s is not installed; install the package %s", ErrUnsupported, name, packages[filesystem])
 	}
-	return tool{}, fmt.Errorf("%w: %s is not installed; install the package %s", ErrUnsupported, name, packages[filesystem])
+	found := tool{path: path}
+	ask := map[string][]string{"xfs": {}, "btrfs": {"-O", "list-all"}}
+	if args, ok := ask[filesystem]; ok {
+		// mkfs.xfs tells its options with its complaint, so the status is no guide.
+		found.help, _ = command(ctx, nil, path, args, nil)
+		if err := ctx.Err(); err != nil {
+			return tool{}, err
+		}
+	}
+	t.found[filesystem] = found
+	return found, nil
 }
 
 // mkfsArguments is the command line for a new image, without the file name.

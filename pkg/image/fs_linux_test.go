@@ -77,7 +77,7 @@ func mounted(t *testing.T, p *Pool, v Volume, f func(mountPoint string)) {
 			t.Fatal(err)
 		}
 	}
-	roottest.Run(t, "mount", "-t", v.Filesystem, device, at)
+	roottest.Run(t, append([]string{"mount", "-t", v.Filesystem}, append(mountOptions(v), device, at)...)...)
 	defer roottest.Run(t, "umount", at)
 	f(at)
 }

@@ -56,6 +56,8 @@ type Spec struct {
 	MkfsOptions []string
 	// Ephemeral is nil for ordinary volumes.
 	Ephemeral *Ephemeral
+	// Source is nil for volumes that begin empty.
+	Source *Source
 }
 
 // Volume is a volume that exists.
@@ -77,6 +79,7 @@ type record struct {
 	DirectIO      string     `json:"directIO"`
 	MkfsOptions   []string   `json:"mkfsOptions,omitempty"`
 	Ephemeral     *Ephemeral `json:"ephemeral,omitempty"`
+	Source        *Source    `json:"source,omitempty"`
 	Created       time.Time  `json:"created"`
 }
 
@@ -91,6 +94,7 @@ func newRecord(s Spec, now time.Time) record {
 		DirectIO:      s.DirectIO,
 		MkfsOptions:   slices.Clone(s.MkfsOptions),
 		Ephemeral:     cloneEphemeral(s.Ephemeral),
+		Source:        cloneSource(s.Source),
 		Created:       now.UTC().Truncate(time.Second),
 	}
 }
@@ -113,6 +117,7 @@ func (r record) spec() Spec {
 		DirectIO:    r.DirectIO,
 		MkfsOptions: slices.Clone(r.MkfsOptions),
 		Ephemeral:   cloneEphemeral(r.Ephemeral),
+		Source:      cloneSource(r.Source),
 	}
 }
 
@@ -176,6 +181,9 @@ func (s Spec) normalise() (Spec, error) {
 	case s.Ephemeral != nil && s.Ephemeral.Target == "":
 		return s, &SpecError{"Ephemeral", "has no target"}
 	}
+	if err := s.Source.check(); err != nil {
+		return s, err
+	}
 	options, err := ParseMkfsOptions(s.Filesystem, s.MkfsOptions)
 	s.MkfsOptions = options
 	return s, err
@@ -223,6 +231,7 @@ func difference(r record, s Spec) (field string, has, want any) {
 		{"block size", r.BlockSize, s.BlockSize},
 		{"direct I/O", r.DirectIO, s.DirectIO},
 		{"mkfs options", strings.Join(r.MkfsOptions, " "), strings.Join(s.MkfsOptions, " ")},
+		{"source", r.Source.String(), s.Source.String()},
 		{"ephemeral target", target(r.Ephemeral), target(s.Ephemeral)},
 	} {
 		if p.has != p.want {

@@ -89,7 +89,7 @@ func (p *Pool) separateNext(ctx context.Context, dir string, from int64, size *i
 
 // separateRange gives a range of a file blocks of its own, durably.
 func separateRange(f *os.File, offset, length int64) error {
-	err := unshare(f, offset, length)
+	err := unshareRange(f, offset, length)
 	if errors.Is(err, syscall.EOPNOTSUPP) {
 		// btrfs: what is written anew goes to other blocks as long as these are
 		// shared (fact 68).
@@ -99,4 +99,21 @@ func separateRange(f *os.File, offset, length int64) error {
 		err = f.Sync()
 	}
 	return opError("unshare", imageFile, err)
+}
+
+// unshareLeast is the smallest piece that is worth a call, in bytes.
+const unshareLeast = 64 << 10
+
+// unshareRange is unshare for filesystems that are nearly full: XFS wants about twice
+// as much free space as it then takes, so the range is halved until that is there.
+func unshareRange(f *os.File, offset, length int64) error {
+	err := unshare(f, offset, length)
+	if !errors.Is(err, syscall.ENOSPC) || length <= unshareLeast {
+		return err
+	}
+	half := max(length/2/unshareLeast, 1) * unshareLeast
+	if err := unshareRange(f, offset, half); err != nil {
+		return err
+	}
+	return unshareRange(f, offset+half, length-half)
 }

@@ -25,6 +25,8 @@ var programs = map[string][]string{
 	"mkfs.btrfs": {"--version"},
 	"e2fsck":     {"-V"},
 	"resize2fs":  nil, // its usage, which names the version
+	"tune2fs":    nil, // likewise
+	"btrfstune":  {"--version"},
 }
 
 // runners are the only functions that may start a program, and where the name
@@ -86,6 +88,12 @@ func inspect(t *testing.T, file string, d ast.Decl, called map[string]bool) {
 				called[name] = true
 			}
 		case *ast.ValueSpec:
+			// The one list of programs for images of copies.
+			if file == "image/renew.go" && slices.ContainsFunc(n.Names, func(i *ast.Ident) bool { return i.Name == "programs" }) {
+				for _, name := range keys(n) {
+					called[name] = true
+				}
+			}
 			// The one list of filesystems that can be made.
 			if file == "image/format.go" && slices.ContainsFunc(n.Names, func(i *ast.Ident) bool { return i.Name == "packages" }) {
 				for _, name := range keys(n) {

@@ -1,0 +1,114 @@
+package driver
+
+import (
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/csi-loop/csi-loop/pkg/loop"
+)
+
+// freezeSuffix ends the names of freeze records, which lie beside the stage records.
+const freezeSuffix = ".freeze"
+
+// freezeRecord says what was about to be frozen. Its file is locked as long as
+// anybody lives who will thaw it.
+type freezeRecord struct {
+	Version int            `json:"version"`
+	BootID  string         `json:"bootID"`
+	Volumes []frozenVolume `json:"volumes"`
+
+	path string
+	file *os.File // nil once it is closed
+}
+
+// frozenVolume is one filesystem of a freeze record.
+type frozenVolume struct {
+	VolumeID string      `json:"volumeID"`
+	Image    loop.FileID `json:"image"`
+	Device   binding     `json:"device"`
+	FSType   string      `json:"fsType"`
+}
+
+// putFreeze writes a record of what is about to be frozen.
+func (s *nodeState) putFreeze(all []writers) (*freezeRecord, error) {
+	r := &freezeRecord{Version: recordVersion, BootID: s.bootID}
+	for _, w := range all {
+		if w.path != "" {
+			r.Volumes = append(r.Volumes, frozenVolume{VolumeID: w.volume.ID, Image: w.image, Device: w.device, FSType: w.fsType})
+		}
+	}
+	b, err := json.Marshal(r) //nolint:musttag // the fields of loop.Ref and loop.FileID keep their names
+	if err != nil {
+		return nil, fmt.Errorf("freeze record: %w", err)
+	}
+	name := rand.Text() + freezeSuffix
+	r.path = filepath.Join(s.dir, name)
+	// Locked before it has its name: nobody sees it unlocked.
+	if r.file, err = os.OpenFile(filepath.Join(s.dir, ".new-"+name), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600); err != nil {
+		return nil, fmt.Errorf("freeze record: %w", err)
+	}
+	if _, err = r.file.Write(b); err == nil {
+		err = lockFile(r.file, lockTime)
+	}
+	if err == nil {
+		err = os.Rename(r.file.Name(), r.path)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("freeze record: %w", err), removeFile(r.file.Name()), r.file.Close())
+	}
+	return r, nil
+}
+
+// drop forgets the record.
+func (r *freezeRecord) drop() error { return errors.Join(removeFile(r.path), r.keep()) }
+
+// keep leaves it for the next start. Again, and after drop, it is harmless.
+func (r *freezeRecord) keep() error {
+	if r.file == nil {
+		return nil
+	}
+	err := r.file.Close()
+	r.file = nil
+	return err
+}
+
+// freezes returns the records that an earlier process left, of this boot. It waits for
+// a helper of that process which is thawing now; one that still does after a while is
+// not waited for, as it does what the record is for.
+func (s *nodeState) freezes() ([]*freezeRecord, error) {
+	paths, err := filepath.Glob(filepath.Join(s.dir, "*"+freezeSuffix))
+	if err != nil {
+		return nil, err
+	}
+	var all []*freezeRecord
+	for _, path := range paths {
+		r := &freezeRecord{path: path}
+		if r.file, err = os.OpenFile(path, os.O_RDWR, 0); err != nil {
+			return all, fmt.Errorf("freeze record: %w", err)
+		}
+		b, err := io.ReadAll(r.file)
+		if err != nil {
+			return all, errors.Join(fmt.Errorf("freeze record: %w", err), r.keep())
+		}
+		if json.Unmarshal(b, r) != nil || r.Version != recordVersion || r.BootID != s.bootID { //nolint:musttag // as above
+			if err := r.drop(); err != nil {
+				return all, err
+			}
+			continue
+		}
+		if err := lockFile(r.file, thawTime); err != nil {
+			return all, errors.Join(fmt.Errorf("freeze record %s: a helper is still thawing: %w", path, err), r.keep())
+		}
+		all = append(all, r)
+	}
+	return all, nil
+}
+
+// thawTime is how long a helper that is thawing is waited for.
+const thawTime = 10 * time.Second

@@ -1,0 +1,99 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"k8s.io/klog/v2"
+)
+
+// renew makes the filesystem of a copy, whose image in dir nobody else knows yet, one
+// that can be mounted beside its source, and of the ext family as large as the image.
+//
+// XFS stays as it is: its identity cannot be changed while its log is dirty, which that
+// of a frozen one is, and it is mounted with nouuid (facts 66, 71). XFS and btrfs grow
+// when they are mounted first.
+func (t *tools) renew(ctx context.Context, dir *os.File, s Spec, from int64) error {
+	switch s.Filesystem {
+	case "ext2", "ext3", "ext4":
+		return t.renewExt(ctx, dir, s, from)
+	case "btrfs":
+		return t.run(ctx, dir, "btrfstune", "-f", "-m", imageFile)
+	}
+	return nil
+}
+
+func (t *tools) renewExt(ctx context.Context, dir *os.File, s Spec, from int64) error {
+	checked := false
+	check := func() error {
+		checked = true
+		// It repairs what needs no decision: the journal of a filesystem that was not
+		// unmounted is replayed.
+		return t.run(ctx, dir, "e2fsck", "-f", "-p", imageFile)
+	}
+	err := t.run(ctx, dir, "tune2fs", "-U", "random", imageFile)
+	if err != nil && ctx.Err() == nil {
+		// Without metadata_csum_seed it wants a check first.
+		if checkErr := check(); checkErr != nil {
+			return errors.Join(err, checkErr)
+		}
+		err = t.run(ctx, dir, "tune2fs", "-U", "random", imageFile)
+	}
+	if err != nil || s.Size == from {
+		return err
+	}
+	if !checked {
+		if err := check(); err != nil {
+			return err
+		}
+	}
+	klog.FromContext(ctx).Info("Growing the filesystem of a new copy", "name", s.Name, "filesystem", s.Filesystem, "from", from, "size", s.Size)
+	return t.run(ctx, dir, "resize2fs", imageFile)
+}
+
+// run runs a program for an image in dir, and returns an error when it fails.
+func (t *tools) run(ctx context.Context, dir *os.File, name string, args ...string) error {
+	path, ok := t.path(name)
+	if !ok {
+		return fmt.Errorf("%w: %s is not installed; install the package %s", ErrUnsupported, name, programs[name])
+	}
+	select {
+	case t.slots <- struct{}{}:
+		defer func() { <-t.slots }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	out, err := command(ctx, dir, path, args, nil)
+	const repaired = 1 // of e2fsck
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok && name == "e2fsck" && exit.ExitCode() == repaired {
+		return nil
+	}
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return fmt.Errorf("%s: %w", name, ctx.Err())
+	}
+	return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, firstLines(out))
+}
+
+// programs are those that run runs, and the packages of Debian that have them.
+var programs = map[string]string{
+	"tune2fs": "e2fsprogs", "e2fsck": "e2fsprogs", "resize2fs": "e2fsprogs", "btrfstune": "btrfs-progs",
+}
+
+// path finds a program.
+func (t *tools) path(name string) (string, bool) {
+	for _, dir := range t.dirs {
+		path := filepath.Join(dir, name)
+		if st, err := os.Stat(path); filepath.IsAbs(path) && err == nil && !st.IsDir() && st.Mode()&0o111 != 0 {
+			return path, true
+		}
+	}
+	return "", false
+}

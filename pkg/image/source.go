@@ -1,0 +1,274 @@
+package image
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+)
+
+// Source is what a new volume is a copy of: one of these IDs, the other is "".
+type Source struct {
+	Snapshot string `json:"snapshot,omitempty"`
+	Volume   string `json:"volume,omitempty"`
+}
+
+func (s *Source) String() string {
+	switch {
+	case s == nil:
+		return "none"
+	case s.Snapshot != "":
+		return "snapshot " + s.Snapshot
+	}
+	return "volume " + s.Volume
+}
+
+func (s *Source) check() error {
+	if s == nil {
+		return nil
+	}
+	id := s.Snapshot + s.Volume
+	if _, _, ok := ParseID(id); !ok || s.Snapshot != "" && s.Volume != "" {
+		return &SpecError{"Source", fmt.Sprintf("%q is not the ID of one snapshot or volume", id)}
+	}
+	return nil
+}
+
+func cloneSource(s *Source) *Source {
+	if s == nil {
+		return nil
+	}
+	c := *s
+	return &c
+}
+
+// origin is an open source.
+type origin struct {
+	p      *Pool
+	spec   Spec
+	volume string // directory of a volume, "" for a snapshot
+	f      *os.File
+	leave  func()
+	used   bool // its account was made that of a volume which shares
+}
+
+// origin opens what a volume shall be a copy of. A snapshot does not change and stays
+// readable when it is removed, so only a volume is locked.
+func (s *Store) origin(ctx context.Context, src *Source) (_ *origin, err error) {
+	o := &origin{leave: func() {}}
+	defer func() {
+		if err != nil {
+			o.close()
+		}
+	}()
+	if src.Snapshot != "" {
+		snapshot, err := s.GetSnapshot(src.Snapshot)
+		if err != nil {
+			return nil, err
+		}
+		o.p, _, _ = s.Lookup(src.Snapshot)
+		o.spec = snapshot.Volume
+		o.f, err = o.p.OpenSnapshot(ctx, src.Snapshot)
+		return o, err
+	}
+	// Found before it is locked: two volumes that are each to be a copy of the other
+	// must not wait for each other.
+	if _, err := s.Get(src.Volume); err != nil {
+		return nil, err
+	}
+	o.p, o.volume, _ = s.Lookup(src.Volume)
+	if o.leave, err = o.p.enter(ctx, o.volume); err != nil {
+		o.leave = func() {}
+		return nil, err
+	}
+	r, err := o.p.get(o.volume)
+	if err != nil {
+		return nil, err
+	}
+	o.spec = r.spec()
+	d, f, err := o.p.openVolume(o.volume, r, false)
+	if err != nil {
+		return nil, err
+	}
+	o.f = f
+	return o, d.Close()
+}
+
+// fits refuses to make what is not a copy of the source.
+func (o *origin) fits(s Spec) error {
+	kind := func(filesystem string) string {
+		if filesystem == "" {
+			return "a raw block volume"
+		}
+		return filesystem
+	}
+	switch {
+	case s.Filesystem != o.spec.Filesystem:
+		return fmt.Errorf("%w: the source is %s, asked for %s", ErrSource, kind(o.spec.Filesystem), kind(s.Filesystem))
+	case s.BlockSize != o.spec.BlockSize:
+		return fmt.Errorf("%w: the source has blocks of %d bytes, asked for %d", ErrSource, o.spec.BlockSize, s.BlockSize)
+	case s.Size < o.spec.Size:
+		return fmt.Errorf("%w: the source has %d bytes, asked for %d", ErrSize, o.spec.Size, s.Size)
+	}
+	return nil
+}
+
+func (o *origin) close() {
+	if o.f != nil {
+		_ = o.f.Close()
+		o.f = nil
+	}
+	if o.used {
+		o.p.recountOne(o.volume)
+	}
+	o.leave()
+	o.leave = func() {}
+}
+
+// copyTo makes f, a new image of p, a copy of the source, with r's size and, if it is
+// thick, all its blocks. It tells whether blocks are shared.
+//
+// A thin copy in the pool of its source shares its blocks, where the filesystem can.
+// So does a thick one on XFS, until it is given blocks of its own. On btrfs, and
+// between pools, the data is copied: of a volume in use from a reflink that is made
+// for that, so that its writers wait for no more than the reflink.
+func (p *Pool) copyTo(ctx context.Context, f *os.File, r record, o *origin, quiesce Quiesce) (shared bool, err error) {
+	thick := r.Allocation == Thick
+	reflinked := p == o.p && p.CanReflink() && (!thick || !p.noCow)
+	switch {
+	case reflinked && o.volume == "":
+		err = opError("reflink", imageFile, reflink(f, o.f))
+	case reflinked:
+		err = p.reflinkVolume(ctx, f, o, thick, quiesce)
+	case o.volume != "" && o.p.CanReflink():
+		if err = o.freeze(ctx, quiesce); err == nil {
+			err = p.copyData(ctx, f, r, o)
+		}
+	default:
+		err = quietly(ctx, quiesce, func() error { return p.copyData(ctx, f, r, o) })
+	}
+	if err != nil {
+		return false, err
+	}
+	if err := f.Truncate(r.Size); err != nil {
+		return false, opError("extend", imageFile, err)
+	}
+	if thick {
+		return false, p.separateNew(ctx, f, r.Size, reflinked)
+	}
+	return reflinked, nil
+}
+
+// quietly does work while nobody writes.
+func quietly(ctx context.Context, quiesce Quiesce, work func() error) (err error) {
+	if quiesce == nil {
+		return work()
+	}
+	resume, err := quiesce(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, resume()) }()
+	return work()
+}
+
+// reflinkVolume reflinks a volume, which pays for what it shares from then on. If the
+// copy is thick they soon share nothing, and whichever writes first takes what was
+// reserved for the copy.
+func (p *Pool) reflinkVolume(ctx context.Context, f *os.File, o *origin, thick bool, quiesce Quiesce) error {
+	link := func() error {
+		return quietly(ctx, quiesce, func() error { return opError("reflink", imageFile, reflink(f, o.f)) })
+	}
+	if thick {
+		return link()
+	}
+	return o.share(ctx, f, link)
+}
+
+// share makes to share the source's blocks, by link, and charges the source for it.
+func (o *origin) share(ctx context.Context, to *os.File, link func() error) error {
+	s, err := sharingOf(o.f, o.spec.Size, o.p.noCow)
+	if err != nil {
+		return opError("look at the extents of", imageFile, err)
+	}
+	space, err := o.p.account.take(ctx, o.spec.Allocation, s.alone)
+	if err != nil {
+		return err
+	}
+	defer space.release()
+	if err := link(); err != nil {
+		return err
+	}
+	o.used = true // from here on, whatever fails
+	st, err := statFile(to)
+	if err != nil {
+		return opError("look at", imageFile, err)
+	}
+	return o.p.chargeShared(o.volume, o.f, st.Allocated, space)
+}
+
+// freeze puts a reflink of the source in its place, which has no name and is gone with
+// its last descriptor, and lets the volume go.
+func (o *origin) freeze(ctx context.Context, quiesce Quiesce) error {
+	f, err := o.p.nameless(o.f)
+	if err != nil {
+		return err
+	}
+	err = o.share(ctx, f, func() error {
+		return quietly(ctx, quiesce, func() error { return opError("reflink", imageFile, reflink(f, o.f)) })
+	})
+	if err != nil {
+		return errors.Join(err, f.Close())
+	}
+	_ = o.f.Close()
+	o.f = f
+	o.leave()
+	// close counts again what is shared, when the reflink is gone.
+	o.leave = func() {}
+	return nil
+}
+
+// nameless makes a file without a name, of the kind that like is.
+func (p *Pool) nameless(like *os.File) (_ *os.File, err error) {
+	work := newPrefix + "copy-" + rand.Text()[:8]
+	if err := mkdirAt(p.root, work); err != nil {
+		return nil, opError("make", work, err)
+	}
+	defer p.discard(work)
+	d, err := openDirAt(p.root, work)
+	if err != nil {
+		return nil, opError("open", work, err)
+	}
+	defer d.Close()
+	if err := p.alikeIn(d, like); err != nil {
+		return nil, err
+	}
+	f, err := createAt(d, imageFile)
+	return f, opError("make", imageFile, err)
+}
+
+// copyData copies the data. A thick image gets its blocks first, in one piece.
+func (p *Pool) copyData(ctx context.Context, f *os.File, r record, o *origin) error {
+	if r.Allocation == Thick {
+		if err := allocateRange(ctx, f, 0, r.Size, false); err != nil {
+			return err
+		}
+	} else if err := f.Truncate(r.Size); err != nil {
+		return opError("extend", imageFile, err)
+	}
+	return copySparse(ctx, f, o.f, o.spec.Size, p.CanReflink(), p.progress(ctx, r.Name))
+}
+
+// separateNew gives a thick copy all its blocks, none of them shared.
+func (p *Pool) separateNew(ctx context.Context, f *os.File, size int64, reflinked bool) error {
+	for at := int64(0); reflinked && at < size; at += separateChunk {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := unshareRange(f, at, min(separateChunk, size-at)); err != nil {
+			return opError("unshare", imageFile, err)
+		}
+	}
+	return p.refill(f, size)
+}
