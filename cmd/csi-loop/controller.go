@@ -76,6 +76,7 @@ func serveController(ctx context.Context, p plan, m *metrics) (err error) {
 func routeCSI(ctx context.Context, p plan, m *metrics, group *errgroup.Group, cfg router.Config, replicas func(ctx context.Context, tell func([]string))) error {
 	cfg.Driver, cfg.Version, cfg.Self = p.driver.Name, p.driver.Version, p.link.LinkAdvertise
 	cfg.Controller, cfg.Plugin = driver.ControllerCapabilities(), driver.PluginCapabilities()
+	cfg.Group = driver.GroupCapabilities()
 	cfg.Observe = m.observe
 	r := router.New(cfg)
 	nodes, err := (&net.ListenConfig{}).Listen(ctx, "tcp", p.link.LinkListen)

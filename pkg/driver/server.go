@@ -99,7 +99,7 @@ func (d *Driver) Serve(ctx context.Context, l net.Listener, grace time.Duration)
 // only the Identity and Node services are there.
 func (d *Driver) ServeNode(ctx context.Context, l net.Listener, grace time.Duration) error {
 	plugin := slices.DeleteFunc(PluginCapabilities(), func(c *csi.PluginCapability) bool {
-		return c.GetService().GetType() == csi.PluginCapability_Service_CONTROLLER_SERVICE
+		return slices.Contains(controllerServices, c.GetService().GetType())
 	})
 	return d.serve(ctx, l, grace, func(r grpc.ServiceRegistrar) {
 		csi.RegisterIdentityServer(r, &identityServer{d: d, plugin: plugin})
@@ -107,10 +107,18 @@ func (d *Driver) ServeNode(ctx context.Context, l net.Listener, grace time.Durat
 	})
 }
 
-// RegisterController adds the Controller service to a server of the caller's, who
+// controllerServices are what RegisterController adds.
+var controllerServices = []csi.PluginCapability_Service_Type{
+	csi.PluginCapability_Service_CONTROLLER_SERVICE, csi.PluginCapability_Service_GROUP_CONTROLLER_SERVICE, csi.PluginCapability_Service_SNAPSHOT_METADATA_SERVICE,
+}
+
+// RegisterController adds the Controller service, and those that belong to it
+// (GroupController, SnapshotMetadata), to a server of the caller's, who
 // must give it Interceptor, and see all calls ended before Close.
 func (d *Driver) RegisterController(r grpc.ServiceRegistrar) {
 	csi.RegisterControllerServer(r, &controllerServer{d: d})
+	csi.RegisterGroupControllerServer(r, &groupServer{d: d})
+	csi.RegisterSnapshotMetadataServer(r, &metadataServer{d: d})
 }
 
 // Interceptor is what turns errors of this package into gRPC statuses, and logs.

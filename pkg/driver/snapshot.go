@@ -81,7 +81,7 @@ func (p *snapshotParams) set(key, value string) (err error) {
 // snapshotKey is the key of a snapshot's lock. No volume's key has a slash.
 func snapshotKey(dir string) string { return "snapshot/" + dir }
 
-// lockAll takes several locks, or none.
+// lockAll takes several locks, each once, or none.
 func (d *Driver) lockAll(method string, keys ...string) (unlock func(), err error) {
 	var held []func()
 	unlock = func() {
@@ -89,7 +89,7 @@ func (d *Driver) lockAll(method string, keys ...string) (unlock func(), err erro
 			u()
 		}
 	}
-	for _, key := range keys {
+	for _, key := range slices.Compact(slices.Sorted(slices.Values(keys))) { // volumes of two pools may share a key
 		u, err := d.locks.lock(key, method)
 		if err != nil {
 			unlock()

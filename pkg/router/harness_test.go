@@ -211,8 +211,12 @@ type cluster struct {
 	address string
 	csi     csi.ControllerClient
 	ident   csi.IdentityClient
-	stop    func()
-	halted  bool
+
+	groups   csi.GroupControllerClient
+	metadata csi.SnapshotMetadataClient
+
+	stop   func()
+	halted bool
 }
 
 func newCluster(tb testing.TB) *cluster {
@@ -282,6 +286,7 @@ func (c *cluster) start() {
 	must(c.tb, err)
 	c.conn = conn
 	c.csi, c.ident = csi.NewControllerClient(conn), csi.NewIdentityClient(conn)
+	c.groups, c.metadata = csi.NewGroupControllerClient(conn), csi.NewSnapshotMetadataClient(conn)
 	c.halted = false
 	c.stop = func() {
 		must(c.tb, conn.Close())

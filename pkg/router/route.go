@@ -62,10 +62,18 @@ func (r *Router) owner(kind, id string) (s *session, ok bool, err error) {
 // caller is one method of the CSI client.
 type caller[Req, Resp any] func(csi.ControllerClient, context.Context, Req, ...grpc.CallOption) (Resp, error)
 
-// call sends a request down a link. The answer is the node's, or UNAVAILABLE.
+// call sends a request to the node's Controller service. The answer is the node's, or
+// UNAVAILABLE.
 func call[Req, Resp any](ctx context.Context, s *session, method string, req Req, do caller[Req, Resp]) (Resp, error) {
+	return callService(ctx, s, controllerService, method, func(ctx context.Context, opts ...grpc.CallOption) (Resp, error) {
+		return do(s.client, ctx, req, opts...)
+	})
+}
+
+// callService sends a request down a link.
+func callService[Resp any](ctx context.Context, s *session, service, method string, do func(ctx context.Context, opts ...grpc.CallOption) (Resp, error)) (Resp, error) {
 	var none Resp
-	if _, ok := s.methods[controllerService+method]; !ok {
+	if _, ok := s.methods[service+method]; !ok {
 		return none, s.tooOld(method)
 	}
 	leave, ok := s.enter()
@@ -74,7 +82,7 @@ func call[Req, Resp any](ctx context.Context, s *session, method string, req Req
 	}
 	defer leave()
 	var trailer metadata.MD
-	resp, err := do(s.client, ctx, req, grpc.Trailer(&trailer))
+	resp, err := do(ctx, grpc.Trailer(&trailer))
 	if err != nil {
 		return none, s.translate(ctx, method, err, len(trailer.Get(link.AnswerKey)) > 0)
 	}

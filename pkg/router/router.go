@@ -45,9 +45,10 @@ type Roster interface {
 // Config is what a Router must be told. Without a comment a field is required.
 type Config struct {
 	Driver, Version string
-	// Controller and Plugin are the capabilities to report. Calls that belong to
-	// none of them are UNIMPLEMENTED.
+	// Controller, Group and Plugin are the capabilities to report. Calls of the Controller
+	// service that belong to none of them are UNIMPLEMENTED.
 	Controller []csi.ControllerServiceCapability_RPC_Type
+	Group      []*csi.GroupControllerServiceCapability
 	Plugin     []*csi.PluginCapability
 
 	Auth   Authenticator

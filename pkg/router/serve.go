@@ -24,6 +24,8 @@ func (r *Router) ServeCSI(ctx context.Context, l net.Listener, grace time.Durati
 	srv := grpc.NewServer(grpc.UnaryInterceptor(r.intercept(klog.FromContext(ctx))), grpc.WaitForHandlers(true))
 	csi.RegisterIdentityServer(srv, &identityServer{r: r})
 	csi.RegisterControllerServer(srv, &controllerServer{r: r})
+	csi.RegisterGroupControllerServer(srv, &groupServer{r: r})
+	csi.RegisterSnapshotMetadataServer(srv, &metadataServer{r: r})
 	registerAdmin(srv, r)
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {

@@ -27,12 +27,16 @@ type session struct {
 	nonce, binding []byte
 	conn           net.Conn
 
-	client csi.ControllerClient // set before the session joins the table
-	calls  sync.WaitGroup       // Add only while draining is false
-	wake   chan struct{}        // capacity 1; there is an order to send
-	fresh  chan string          // capacity 1; the last token that came
-	pong   chan struct{}        // capacity 1; the node said something
-	talk   *rate.Limiter        // of what it may say, in bytes
+	// These are set before the session joins the table.
+	client   csi.ControllerClient
+	group    csi.GroupControllerClient
+	metadata csi.SnapshotMetadataClient
+
+	calls sync.WaitGroup // Add only while draining is false
+	wake  chan struct{}  // capacity 1; there is an order to send
+	fresh chan string    // capacity 1; the last token that came
+	pong  chan struct{}  // capacity 1; the node said something
+	talk  *rate.Limiter  // of what it may say, in bytes
 
 	ended context.Context
 	end   context.CancelCauseFunc
@@ -81,7 +85,7 @@ func (s *session) run(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = conn.Close() }()
-	s.client = csi.NewControllerClient(conn)
+	s.client, s.group, s.metadata = csi.NewControllerClient(conn), csi.NewGroupControllerClient(conn), csi.NewSnapshotMetadataClient(conn)
 	stream, err := link.OpenStream(s.ended, conn) //nolint:contextcheck // ended follows ctx, and other reasons to end
 	if err != nil {
 		return err

@@ -372,7 +372,7 @@ func (a *Agent) introduce(ctx context.Context, conn *tls.Conn, controller Contro
 // calls under way are answered.
 func (a *Agent) serve(ctx context.Context, conn *tls.Conn, session *session) error {
 	watched := watch(conn)
-	srv := newServer(grpc.UnaryInterceptor(a.intercept))
+	srv := newServer(grpc.UnaryInterceptor(a.intercept), grpc.StreamInterceptor(markStream))
 	a.cfg.Register(srv)
 	registerSync(srv, session)
 	stopping := make(chan struct{})
@@ -410,6 +410,12 @@ func (a *Agent) intercept(ctx context.Context, req any, info *grpc.UnaryServerIn
 		return a.cfg.Intercept(ctx, req, info, handler)
 	}
 	return handler(ctx, req)
+}
+
+// markStream marks the end of a stream as that of its handler.
+func markStream(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	stream.SetTrailer(answered)
+	return handler(srv, stream)
 }
 
 // backoff is the pause between attempts.
