@@ -300,7 +300,7 @@ func (s *site) leftovers() []string {
 		}
 	}
 	for _, pattern := range []string{
-		s.pool + "/volumes/*", s.pool + "/.new-*", s.pool + "/.gone-*", s.state + "/*/*", s.dir + "/stage/*", s.dir + "/pods/*",
+		s.pool + "/volumes/*", s.pool + "/snapshots/*", s.pool + "/groups/*", s.pool + "/.new-*", s.pool + "/.gone-*", s.state + "/*/*", s.dir + "/stage/*", s.dir + "/pods/*",
 	} {
 		found, _ := filepath.Glob(pattern)
 		left = append(left, found...)

@@ -57,6 +57,7 @@ type volume struct {
 	mode    csi.VolumeCapability_AccessMode_Mode
 	flags   []string
 	seed    uint64 // of its data
+	source  *csi.VolumeContentSource
 	base    string // directory of its staging path and targets; "" is the site's
 	// limit bounds the calls about it; nil is as long as kubelet waits.
 	limit func() time.Duration
@@ -131,7 +132,7 @@ func (v *volume) create() error {
 	defer cancel()
 	r, err := v.controller().CreateVolume(ctx, &csi.CreateVolumeRequest{
 		Name: v.key(), CapacityRange: &csi.CapacityRange{RequiredBytes: v.size},
-		VolumeCapabilities: []*csi.VolumeCapability{v.capability()}, Parameters: v.parameters(),
+		VolumeCapabilities: []*csi.VolumeCapability{v.capability()}, Parameters: v.parameters(), VolumeContentSource: v.source,
 	})
 	if err != nil {
 		return err
