@@ -48,7 +48,12 @@ func TestRightsAreThoseThatAreUsed(t *testing.T) {
 	granted := e.granted()
 	used, denied := e.audited()
 	for _, r := range sorted(denied) {
-		t.Errorf("not granted, and asked for: %s", r)
+		// What is granted was refused while the chart was uninstalled.
+		here := r
+		here.scope = installed
+		if !granted[r] && !granted[here] {
+			t.Errorf("not granted, and asked for: %s", r)
+		}
 	}
 	for _, r := range sorted(granted) {
 		watched := r
