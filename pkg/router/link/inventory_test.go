@@ -28,14 +28,14 @@ func follow(known map[string]map[string]bool, u Update) {
 func TestInventoryFollowsChanges(t *testing.T) {
 	for round := range 50 {
 		var mu sync.Mutex
-		real := map[string]map[string]bool{"a": {}, "late": {}}
+		actual := map[string]map[string]bool{"a": {}, "late": {}}
 		var tell func(string, string, bool)
 		change := func(pool, volume string, exists bool) {
 			mu.Lock()
 			if exists {
-				real[pool][volume] = true
+				actual[pool][volume] = true
 			} else {
-				delete(real[pool], volume)
+				delete(actual[pool], volume)
 			}
 			f := tell
 			mu.Unlock()
@@ -62,7 +62,7 @@ func TestInventoryFollowsChanges(t *testing.T) {
 			return Pool{ID: id, Name: id, Free: func() Free { return Free{} }, Volumes: func() []string {
 				mu.Lock()
 				defer mu.Unlock()
-				return slices.Collect(maps.Keys(real[id]))
+				return slices.Collect(maps.Keys(actual[id]))
 			}}
 		}
 		var found []Pool
@@ -88,7 +88,7 @@ func TestInventoryFollowsChanges(t *testing.T) {
 		finishLate()
 		follow(known, i.take(s))
 		delete(known, "")
-		for id, want := range real {
+		for id, want := range actual {
 			if !maps.Equal(known[id], want) {
 				t.Fatalf("round %d, pool %s: told %v, there are %v", round, id, known[id], want)
 			}
