@@ -1,0 +1,187 @@
+package main
+
+import (
+	"context"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes/fake"
+
+	"github.com/csi-loop/csi-loop/internal/roottest"
+	"github.com/csi-loop/csi-loop/pkg/driver"
+	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/mount"
+	"github.com/csi-loop/csi-loop/pkg/router"
+	"github.com/csi-loop/csi-loop/pkg/router/kube"
+	"github.com/csi-loop/csi-loop/pkg/router/link"
+)
+
+// oneToken is the API server for one pod of node n1.
+type oneToken struct{}
+
+func (oneToken) Authenticate(_ context.Context, token string) (router.Identity, error) {
+	if token != "good" {
+		return router.Identity{}, router.ErrToken
+	}
+	return router.Identity{Node: "n1", NodeUID: "u", Pod: "p", PodUID: "v", Expires: time.Now().Add(time.Hour)}, nil
+}
+
+// halves is a controller and a node as serve puts them together, over TLS, with real
+// pools. The pool "late" is absent; moving late there brings it in.
+type halves struct {
+	socket, late, lateHome string
+	volume                 string // in the pool late
+}
+
+func newHalves(t *testing.T) *halves {
+	t.Helper()
+	place := newPlace(t)
+	h := &halves{socket: filepath.Join(place.dir, "csi.sock"), late: place.dir + "/away", lateHome: place.dir + "/late"}
+	ctx := t.Context()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(os.Mkdir(h.late, 0o700))
+	store, err := image.Open(ctx, []image.Config{{Name: "late", Path: h.late}}, image.WithRefresh(0))
+	must(err)
+	v, err := store.Pools()[0].Create(ctx, image.Spec{Name: "pvc-late", Size: image.MiB})
+	must(err)
+	h.volume = v.ID
+	must(store.Close())
+
+	images, err := image.Open(ctx, []image.Config{{Name: "default", Path: place.pool}, {Name: "late", Path: h.lateHome}}, image.WithRefresh(20*time.Millisecond))
+	must(err)
+	loops, err := loop.New(ctx)
+	must(err)
+	d, err := driver.New(driver.Config{Name: driver.DefaultName, Version: "v1", NodeID: "n1", StateDir: place.state, DefaultPool: "default"}, images, nil, loops, mount.New())
+	must(err)
+
+	client := fake.NewClientset()
+	certificates := &kube.Certificates{Client: client, Namespace: "ns", Secret: "s", ConfigMap: "c", ServerName: link.DefaultName}
+	must(certificates.Ensure(ctx))
+	bundle, err := client.CoreV1().ConfigMaps("ns").Get(ctx, "c", meta.GetOptions{})
+	must(err)
+	ca, token := place.dir+"/ca.crt", place.dir+"/token"
+	must(os.WriteFile(ca, []byte(bundle.Data[kube.CAKey]), 0o600))
+	must(os.WriteFile(token, []byte("good\n"), 0o600))
+
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(err)
+	address := l.Addr().String()
+	must(l.Close())
+	p := plan{
+		mode: modeController, endpoint: "unix://" + h.socket, stopTimeout: time.Second, driver: driver.Config{Name: driver.DefaultName, Version: "v1", NodeID: "n1", DefaultPool: "default"},
+		link: linkConfig{LinkListen: address, LinkAdvertise: address, ControllerAddress: []string{address}, ControllerCA: ca, LinkTokenFile: token, ControllerName: link.DefaultName},
+	}
+	running, stop := context.WithCancel(context.Background())
+	group, running := errgroup.WithContext(running)
+	settings := linkSettings(running, d, images, p)
+	settings.Refresh = 20 * time.Millisecond
+	agent := link.NewAgent(settings)
+	group.Go(func() error { agent.Run(running); return nil })
+	done := make(chan error, 1)
+	go func() {
+		done <- routeCSI(running, p, newMetrics(build{}), group, router.Config{
+			Auth: oneToken{}, Roster: noRoster{}, Claims: noClaims{}, Certificate: certificates.Get,
+		}, func(ctx context.Context, tell func([]string)) {
+			tell([]string{address})
+			<-ctx.Done()
+		})
+	}()
+	t.Cleanup(func() {
+		stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		for _, c := range []interface{ Close() error }{d, images, loops} {
+			if err := c.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	return h
+}
+
+// The two halves together: a volume is made and removed over the link; a pool that
+// comes in later is served without a new link; operators see nodes and orphans.
+func TestHalves(t *testing.T) {
+	roottest.Require(t)
+	h := newHalves(t)
+	c := csi.NewControllerClient(dial(t, h.socket))
+	topology := &csi.Topology{Segments: map[string]string{"topology." + driver.DefaultName + "/node": "n1"}}
+	var made *csi.CreateVolumeResponse
+	eventually(t, "a volume is made", func() (err error) {
+		made, err = c.CreateVolume(t.Context(), &csi.CreateVolumeRequest{
+			Name: "pvc-x", CapacityRange: &csi.CapacityRange{RequiredBytes: image.MiB},
+			VolumeCapabilities: []*csi.VolumeCapability{{
+				AccessType: &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}},
+				AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER},
+			}},
+			AccessibilityRequirements: &csi.TopologyRequirement{Requisite: []*csi.Topology{topology}, Preferred: []*csi.Topology{topology}},
+		})
+		return err
+	})
+	id := made.GetVolume().GetVolumeId()
+	if got := made.GetVolume().GetAccessibleTopology(); len(got) != 1 || got[0].GetSegments()["topology.csi-loop.io/node"] != "n1" {
+		t.Error(got)
+	}
+	if _, err := c.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: h.volume}); status.Code(err) != codes.Unavailable {
+		t.Errorf("a volume of an absent pool: %v", err)
+	}
+	if err := os.Rename(h.late, h.lateHome); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the pool is served", func() error {
+		_, err := c.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: h.volume})
+		return err
+	})
+	if _, err := os.Stat(h.lateHome + "/volumes/pvc-late"); !os.IsNotExist(err) {
+		t.Error("it was not deleted", err)
+	}
+	out, _, err := run(t, "", "nodes", "--endpoint="+h.socket)
+	if err != nil || !strings.Contains(out, router.NodeLinked) || !strings.Contains(out, "late") {
+		t.Error(out, err)
+	}
+	if out, _, err = run(t, "", "orphans", "--endpoint="+h.socket); err != nil || !strings.Contains(out, id) || !strings.Contains(out, "1Mi") {
+		t.Error(out, err)
+	}
+	if _, _, err = run(t, "", "orphans", "remove", id, "--yes", "--endpoint="+h.socket); err == nil || !strings.Contains(err.Error(), "known") {
+		t.Error("removed though it may be about to get a PV", err)
+	}
+	if _, err := c.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: id}); err != nil {
+		t.Error(err)
+	}
+}
+
+// eventually waits for what happens by itself.
+func eventually(t *testing.T, what string, try func() error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := try()
+		if err == nil {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			t.Fatalf("%s: %v", what, err)
+		}
+	}
+}
