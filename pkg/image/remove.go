@@ -84,6 +84,9 @@ func (p *Pool) lag(ctx context.Context, attempt int) bool {
 	if p.recount(ctx) {
 		return true // what is not shared any more is not needed twice
 	}
+	if p.fsType == "xfs" && attempt <= 1 && len(p.account.sharedDirs()) > 0 && freeSpeculative(p.root) == nil {
+		return true
+	}
 	freed := p.freed.Load()
 	if freed == 0 || p.store.now().Sub(time.Unix(0, freed)) > time.Minute {
 		return false

@@ -3,6 +3,7 @@ package image
 import (
 	"bytes"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"os"
 	"testing"
@@ -195,4 +196,28 @@ func eventually(t *testing.T, check func() error) {
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
+}
+
+// What XFS sets aside beside small writes to shared blocks is no reason to refuse.
+func TestSpeculativeBlocksAreNoReasonToRefuse(t *testing.T) {
+	_, p := openPool(t, scratch(t, "xfs", 512*MiB))
+	v := create(t, p, Spec{Name: "v", Size: 160 * MiB})
+	fill(t, p, v.ID, 0, 160<<20)
+	snap(t, p, "one", v.ID)
+	before := p.Capacity(Thick)
+	f, err := p.OpenImage(ctx, v.ID, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range int64(1000) {
+		if _, err := f.WriteAt(make([]byte, 4096), i*160<<10); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The whole filesystem: what is fsynced only counts as dirty for a while.
+	if err := errors.Join(unix.Syncfs(int(f.Fd())), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d bytes are set aside", before-p.Capacity(Thick))
+	create(t, p, Spec{Name: "w", Size: before - 16*MiB})
 }
