@@ -427,7 +427,7 @@ func TestCrashByKillOnEachFilesystem(t *testing.T) {
 				tb.Fatal(err)
 			}
 			return sub
-		})
+		}, 3)
 	})
 }
 
