@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -14,19 +15,31 @@ import (
 type slow struct {
 	started int
 	end     chan error
-	ended   error
+
+	mu    sync.Mutex
+	ended error // guarded by mu
 }
 
 func (s *slow) prepare() (func(ctx context.Context) error, error) {
 	s.started++
 	return func(ctx context.Context) error {
+		var err error
 		select {
-		case s.ended = <-s.end:
+		case err = <-s.end:
 		case <-ctx.Done():
-			s.ended = ctx.Err()
+			err = ctx.Err()
 		}
-		return s.ended
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.ended = err
+		return err
 	}, nil
+}
+
+func (s *slow) result() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ended
 }
 
 func TestJobsGoOnWithoutTheCall(t *testing.T) {
@@ -88,12 +101,12 @@ func TestJobsEndWhenNobodyAsks(t *testing.T) {
 		j, s := newJobs(), &slow{end: make(chan error)}
 		_ = j.do(t.Context(), "k", "M", "p", s.prepare)
 		time.Sleep(jobInterest - time.Second)
-		if s.ended != nil {
+		if s.result() != nil {
 			t.Fatal("ended early")
 		}
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
-		if !errors.Is(s.ended, context.Canceled) {
+		if !errors.Is(s.result(), context.Canceled) {
 			t.Fatal("goes on")
 		}
 		time.Sleep(jobInterest)
@@ -113,7 +126,7 @@ func TestJobsStop(t *testing.T) {
 		j, s := newJobs(), &slow{end: make(chan error)}
 		_ = j.do(t.Context(), "k", "M", "p", s.prepare)
 		j.stop()
-		if !errors.Is(s.ended, context.Canceled) {
+		if !errors.Is(s.result(), context.Canceled) {
 			t.Error("stop does not wait")
 		}
 	})
