@@ -111,6 +111,48 @@ func volumeRows(volumes []survey.Volume, wide bool) [][]string {
 	return rows
 }
 
+func newSnapshotsCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "snapshots",
+		Short: "List the snapshots of this node",
+		Long: `List the snapshots of this node. ALLOCATED counts shared blocks too.
+
+The states: ready; refused (its record is damaged); damaged (its image is);
+unfinished (part of a group snapshot that is under way, or was interrupted).`,
+		Args: cobra.NoArgs,
+	}
+	s := newSurveyCommand(c, "text, wide or json")
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		return failed(s.list(c, func(site *survey.Site) ([][]string, any) {
+			return snapshotRows(site.Snapshots, s.output == "wide"), notNil(site.Snapshots)
+		}))
+	}
+	return c
+}
+
+func snapshotRows(snapshots []survey.Snapshot, wide bool) [][]string {
+	head := []string{"ID", "POOL", "SOURCE", "SIZE", "ALLOCATED", "CREATED", "STATE"}
+	if wide {
+		head = append(head, "NAME", "GROUP", "TYPE", "REFLINKED", "PROBLEM")
+	}
+	rows := [][]string{head}
+	for _, v := range snapshots {
+		created, kind := "", v.Filesystem
+		if v.Created != nil {
+			created = v.Created.Format(time.RFC3339)
+			if kind == "" {
+				kind = "raw"
+			}
+		}
+		row := []string{v.ID, v.Pool, v.Source, bytesOr(v.Size), bytesOr(v.Allocated), created, v.State}
+		if wide {
+			row = append(row, v.Name, v.Group, kind, strconv.FormatBool(v.Reflinked), v.Problem)
+		}
+		rows = append(rows, row)
+	}
+	return rows
+}
+
 // bytesOr shows a size, and nothing for what is not known.
 func bytesOr(n int64) string {
 	if n == 0 {

@@ -4,6 +4,7 @@
 //	csi-loop serve     run the driver
 //	csi-loop doctor    look for what is wrong with a node, and say what mends it
 //	csi-loop volumes   list the volumes of a node
+//	csi-loop snapshots list the snapshots of a node
 //	csi-loop devices   list the loop devices of a node
 //	csi-loop demo      show what it does, on this machine, in seconds
 //	csi-loop nodes     list the nodes that a controller knows
@@ -67,7 +68,7 @@ func newCommand(out, errOut io.Writer) *cobra.Command {
 		return usagef("%w (%s --help lists the flags)", err, c.CommandPath())
 	})
 	root.AddCommand(
-		newServeCommand(), newDoctorCommand(), newVolumesCommand(), newDevicesCommand(), newNodesCommand(), newOrphansCommand(),
+		newServeCommand(), newDoctorCommand(), newVolumesCommand(), newSnapshotsCommand(), newDevicesCommand(), newNodesCommand(), newOrphansCommand(),
 		newPoolCommand(), newDemoCommand(), newVersionCommand(),
 	)
 	return root

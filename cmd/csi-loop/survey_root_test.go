@@ -131,9 +131,14 @@ func TestListsWithAndWithoutTheDriver(t *testing.T) {
 	s := spawn(t, nil, p.args()...)
 	s.waitFor("Serving")
 	files, raw := p.create(t, "files", false), p.create(t, "raw", true)
-	p.create(t, "idle", true)
+	idle := p.create(t, "idle", true)
 	p.up(t, files)
 	p.up(t, raw)
+	if _, err := csi.NewControllerClient(dial(t, p.socket)).CreateSnapshot(t.Context(), &csi.CreateSnapshotRequest{
+		Name: "before", SourceVolumeId: idle.id, Parameters: map[string]string{},
+	}); err != nil {
+		t.Fatal(err)
+	}
 
 	check := func(when string) {
 		t.Helper()
@@ -151,6 +156,9 @@ func TestListsWithAndWithoutTheDriver(t *testing.T) {
 			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("%s: %s: %s", when, name, diff)
 			}
+		}
+		if out := p.ask(t, 0, "snapshots"); !strings.Contains(out, ".before ") || !strings.Contains(out, idle.id) || !strings.Contains(out, survey.Ready) {
+			t.Errorf("%s: snapshots:\n%s", when, out)
 		}
 		devices := p.ask(t, 0, "devices", "-o", "wide")
 		for _, v := range []csiVolume{files, raw} {

@@ -48,7 +48,8 @@ type PoolView struct {
 	// Leftovers are the names of work in progress. Unless a process serves the
 	// pool it was interrupted, and the next Open removes it.
 	Leftovers []string
-	Volumes   []VolumeView // by directory
+	Volumes   []VolumeView   // by directory
+	Snapshots []SnapshotView // by directory
 }
 
 // VolumeView is what a look at a volume found.
@@ -80,6 +81,7 @@ func Inspect(ctx context.Context, configs []Config) ([]PoolView, error) {
 		p := &Pool{
 			config: c, store: s, logger: klog.Logger{},
 			records: map[string]record{}, damaged: map[string]error{}, problems: map[string]Problem{},
+			cuts: map[string]snapshotRecord{}, groupRecords: map[string]groupRecord{}, damagedCut: map[string]error{},
 		}
 		defer func() { _ = p.close() }()
 		pools[i], views[i] = p, p.inspect(ctx)
@@ -87,6 +89,7 @@ func Inspect(ctx context.Context, configs []Config) ([]PoolView, error) {
 			return nil, err
 		}
 	}
+	settleViews(pools, views)
 	for i, p := range pools {
 		if p.account != nil {
 			views[i].finish(p)
@@ -119,7 +122,7 @@ func (p *Pool) inspect(ctx context.Context) PoolView {
 		}
 	}
 	slices.Sort(v.Leftovers)
-	for name, mode := range map[string]fs.FileMode{identityFile: 0o600, volumesDir: 0o700, snapshotsDir: 0o700} {
+	for name, mode := range map[string]fs.FileMode{identityFile: 0o600, volumesDir: 0o700, snapshotsDir: 0o700, groupsDir: 0o700} {
 		if st, err := statAt(p.root, name); err == nil && st.Mode.Perm()&^mode != 0 {
 			v.Exposed = append(v.Exposed, name)
 		}
@@ -131,7 +134,12 @@ func (p *Pool) inspect(ctx context.Context) PoolView {
 		v.Err = poolError(p.config, "%s: %w", volumesDir, err)
 		return v
 	}
-	v.Volumes, v.Err = p.inspectVolumes(ctx)
+	if v.Volumes, v.Err = p.inspectVolumes(ctx); v.Err != nil {
+		return v
+	}
+	if v.Snapshots, v.Err = p.inspectSnapshots(ctx); v.Err == nil {
+		p.inspectSharing()
+	}
 	return v
 }
 
@@ -223,6 +231,7 @@ func (p *Pool) inspectRecord(dir string) (record, error) {
 // finish adds what needs the account of all pools.
 func (v *PoolView) finish(p *Pool) {
 	v.Usage, _ = p.account.usage()
+	v.Usage.Snapshots = len(v.Snapshots)
 	v.Thick, v.Thin = p.account.capacity(Thick), p.account.capacity(Thin)
 	_ = p.check() // what is wrong is one of the problems
 	v.Problems = p.Health()

@@ -138,3 +138,62 @@ func TestInspectOfDirectoriesThatAreNoPools(t *testing.T) {
 		t.Errorf("made in an empty directory: %v", left)
 	}
 }
+
+func TestInspectOfSnapshots(t *testing.T) {
+	dir := poolDir(t)
+	s, p := openPool(t, dir)
+	v, w := create(t, p, Spec{Name: "v", Size: MiB}), create(t, p, Spec{Name: "w", Size: MiB})
+	fill(t, p, v.ID, 0, 4096)
+	one, broken, short := snap(t, p, "one", v.ID), snap(t, p, "refused", v.ID), snap(t, p, "short", v.ID)
+	whole, err := s.SnapshotGroup(ctx, GroupSpec{Name: "whole", Sources: []string{v.ID, w.ID}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	half, err := s.SnapshotGroup(ctx, GroupSpec{Name: "half", Sources: []string{v.ID}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, err := range []error{
+		os.WriteFile(filepath.Join(dir, snapshotsDir, "refused", snapshotFile), []byte("{}"), 0o600),
+		os.Truncate(filepath.Join(dir, snapshotsDir, "short", imageFile), 4096),
+		os.RemoveAll(filepath.Join(dir, groupsDir, "half")),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	before := tree(t, dir)
+	view := inspect(t, Config{Name: "default", Path: dir})[0]
+	if diff := cmp.Diff(before, tree(t, dir)); diff != "" {
+		t.Errorf("changed: %s", diff)
+	}
+	got := map[string]string{}
+	for _, v := range view.Snapshots {
+		switch {
+		case v.Err != nil:
+			wantError(t, v.Err, ErrDamaged)
+			got[v.ID] = "refused"
+		case v.ImageErr != nil:
+			wantError(t, v.ImageErr, ErrDamaged)
+			got[v.ID] = "damaged"
+		case v.Unfinished:
+			got[v.ID] = "unfinished"
+		default:
+			got[v.ID] = "ready"
+		}
+		if v.ID == one.ID && (!cmp.Equal(v.Snapshot, one) || v.Allocated <= 0) {
+			t.Errorf("%s %d", cmp.Diff(one, v.Snapshot), v.Allocated)
+		}
+	}
+	want := map[string]string{
+		one.ID: "ready", broken.ID: "refused", short.ID: "damaged",
+		whole.Snapshots[0].ID: "ready", whole.Snapshots[1].ID: "ready", half.Snapshots[0].ID: "unfinished",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+	ignore := cmpopts.IgnoreFields(Usage{}, "Free", "Snapshots")
+	if diff := cmp.Diff(p.Usage(), view.Usage, ignore); diff != "" {
+		t.Error(diff)
+	}
+}

@@ -171,6 +171,12 @@ func TestSite(t *testing.T) {
 		"not mounted":                    {change: func(s *Site, _ *Config) { s.Devices[0].Mounts = nil }, want: []string{"and not mounted there"}},
 		"not published":                  {change: func(s *Site, _ *Config) { s.Devices[0].Mounts = s.Devices[0].Mounts[:1] }, want: []string{"published at /target on record, and not shown there"}},
 		"as many devices as allowed":     {change: func(_ *Site, c *Config) { c.MaxDevices = 1 }, want: []string{"warning loop devices: 1 are attached, the limit is 1"}},
+		"snapshots": {change: func(s *Site, _ *Config) {
+			s.Snapshots = []Snapshot{{ID: "a", State: Ready}, {ID: "b", State: Refused, Problem: "p"}, {ID: "c", State: Damaged, Problem: "q"}, {ID: "d", State: Unfinished, Group: "g"}}
+		}, want: []string{"problem snapshot b: refused: p", "problem snapshot c: damaged: q", "warning snapshot d: it is part of a group snapshot (g)"}},
+		"a group snapshot under way": {change: func(s *Site, _ *Config) {
+			s.Snapshots = []Snapshot{{ID: "d", State: Unfinished, Group: "g"}}
+		}, serving: true, want: []string{"note snapshot d"}},
 		"what cannot be looked at": {change: func(s *Site, _ *Config) {
 			s.Blind, s.Devices = []error{os.ErrPermission}, nil
 		}, want: []string{"problem node: cannot look: permission denied"}},

@@ -59,6 +59,9 @@ func CheckSite(s *Site, cfg Config, serving bool) []Finding {
 			f.volume(p, v)
 		}
 	}
+	for _, v := range s.Snapshots {
+		f.snapshot(v, serving)
+	}
 	f.devices(s)
 	f.records(s, serving)
 	ours := 0
@@ -85,7 +88,8 @@ func (f *findings) pool(p image.PoolView, cfg image.Config, serving bool) {
 	case p.New:
 		f.addf(Note, subject, "", "%s on %s is empty: csi-loop makes the pool at its start", p.Path, p.Filesystem)
 	default:
-		f.addf(OK, subject, "", "%s (%s) on %s, %s of %s free, %d volumes", p.Path, p.ID, p.Filesystem, Bytes(p.Usage.Free), Bytes(p.Usage.Size), len(p.Volumes))
+		f.addf(OK, subject, "", "%s (%s) on %s, %s of %s free, %d volumes, %d snapshots",
+			p.Path, p.ID, p.Filesystem, Bytes(p.Usage.Free), Bytes(p.Usage.Size), len(p.Volumes), len(p.Snapshots))
 	}
 	if p.NoThick {
 		f.addf(Warning, subject, "put the pool on ext4, XFS or btrfs", "%s cannot promise space: only thin volumes can be made", p.Filesystem)
@@ -188,6 +192,20 @@ func (f *findings) volume(p image.PoolView, v image.VolumeView) {
 		default:
 			f.addf(Problem, subject, "restore "+path+" from a backup", "%s: %s", problem.Reason, problem.Message)
 		}
+	}
+}
+
+func (f *findings) snapshot(v Snapshot, serving bool) {
+	subject := "snapshot " + v.ID
+	switch v.State {
+	case Refused, Damaged:
+		f.addf(Problem, subject, "make another snapshot; restore this one's directory from a backup if it is needed", "%s: %s", v.State, v.Problem)
+	case Unfinished:
+		level := Warning
+		if serving {
+			level = Note
+		}
+		f.addf(level, subject, "start csi-loop: it removes the snapshot", "it is part of a group snapshot (%s) that was not completed", v.Group)
 	}
 }
 

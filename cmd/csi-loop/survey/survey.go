@@ -60,6 +60,29 @@ type Volume struct {
 	Problems    []string         `json:"problems,omitempty"`
 }
 
+// The states of a snapshot; Refused is one too.
+const (
+	Ready      = "ready"
+	Damaged    = "damaged"    // its image is not what its record says
+	Unfinished = "unfinished" // part of a group that is not complete
+)
+
+// Snapshot is a snapshot of a volume.
+type Snapshot struct {
+	ID         string     `json:"id"`
+	Name       string     `json:"name,omitempty"`
+	Pool       string     `json:"pool"`
+	Source     string     `json:"source,omitempty"` // ID of the volume that it was made of
+	Group      string     `json:"group,omitempty"`  // ID of its group snapshot
+	Size       int64      `json:"size"`             // bytes
+	Allocated  int64      `json:"allocated"`        // bytes of blocks, shared ones too
+	Filesystem string     `json:"filesystem,omitempty"`
+	Reflinked  bool       `json:"reflinked"` // made by sharing blocks
+	Created    *time.Time `json:"created,omitempty"`
+	State      string     `json:"state"`
+	Problem    string     `json:"problem,omitempty"`
+}
+
 // Device is a bound loop device.
 type Device struct {
 	Path      string   `json:"path"`
@@ -87,10 +110,11 @@ const Foreign = "foreign"
 
 // Site is what was found.
 type Site struct {
-	Pools   []image.PoolView
-	Volumes []Volume // by ID
-	Devices []Device // by number; those of others too
-	Records []driver.Staged
+	Pools     []image.PoolView
+	Volumes   []Volume   // by ID
+	Snapshots []Snapshot // by ID
+	Devices   []Device   // by number; those of others too
+	Records   []driver.Staged
 	// Blind says what could not be looked at. What depends on it is not known.
 	Blind []error
 
@@ -128,12 +152,16 @@ func Look(ctx context.Context, cfg Config) (*Site, error) {
 		for _, v := range p.Volumes {
 			s.Volumes = append(s.Volumes, s.volume(v))
 		}
+		for _, v := range p.Snapshots {
+			s.Snapshots = append(s.Snapshots, snapshot(v))
+		}
 	}
 	for _, r := range s.Records {
 		if !r.Stale && r.Mapped != "" {
 			s.Volumes = append(s.Volumes, s.mapped(r))
 		}
 	}
+	slices.SortStableFunc(s.Snapshots, func(a, b Snapshot) int { return strings.Compare(a.ID, b.ID) })
 	slices.SortStableFunc(s.Volumes, func(a, b Volume) int { return strings.Compare(a.ID, b.ID) })
 	return s, nil
 }
@@ -194,6 +222,23 @@ func (s *Site) volume(v image.VolumeView) Volume {
 		out.Problems = append(out.Problems, p.Reason+": "+p.Message)
 	}
 	s.attach(&out, func(d Device) bool { return d.Volume == v.ID }, func(r driver.Staged) bool { return s.names(r, v) })
+	return out
+}
+
+func snapshot(v image.SnapshotView) Snapshot {
+	out := Snapshot{ID: v.ID, Pool: v.Pool, State: Ready}
+	if v.Err != nil {
+		out.State, out.Problem = Refused, v.Err.Error()
+		return out
+	}
+	out.Name, out.Source, out.Group, out.Size, out.Allocated = v.Name, v.Source, v.Group, v.Volume.Size, v.Allocated
+	out.Filesystem, out.Reflinked, out.Created = v.Volume.Filesystem, v.Reflinked, &v.Created
+	switch {
+	case v.Unfinished:
+		out.State = Unfinished
+	case v.ImageErr != nil:
+		out.State, out.Problem = Damaged, v.ImageErr.Error()
+	}
 	return out
 }
 
