@@ -309,7 +309,7 @@ func TestFilledPool(t *testing.T) {
 		if err := p.Check(ctx); err != nil {
 			t.Error(err)
 		}
-		if h := p.Health(); len(h) != 1 || h[0].Reason != "ThinPromisesUncovered" {
+		if h := p.Health(); len(h) != 2 || h[0].Reason != "PoolFull" || h[1].Reason != "ThinPromisesUncovered" {
 			t.Errorf("health of a full pool: %v", h)
 		}
 		// What a thick volume was promised is still there, to the last byte.

@@ -51,6 +51,9 @@ func (p *Pool) Check(ctx context.Context) error {
 	return p.check()
 }
 
+// fullBelow is how much a full filesystem may still show as free, in bytes.
+const fullBelow = 4 * MiB
+
 // Precondition: the store is open.
 func (p *Pool) check() error {
 	err := p.present()
@@ -60,13 +63,18 @@ func (p *Pool) check() error {
 		statErr = poolError(p.config, "%w", statErr)
 	} else if s.ReadOnly {
 		statErr = poolError(p.config, "its filesystem became read-only")
+	} else if err := probeWrite(p.root); err != nil {
+		statErr = poolError(p.config, "its filesystem takes no changes: %w; see the kernel log", err)
 	}
 	p.notef(statErr != nil, Inaccessible, "PoolFilesystem", "%v", statErr)
 	if statErr == nil {
 		promised, reserved := p.promises(s)
 		p.notef(s.Free < promised, Degraded, "ThinPromisesUncovered",
-			"%d bytes are free, thin volumes were promised %d: writes to them may fail", s.Free, promised)
-		p.notef(s.Free < reserved, Degraded, "ReserveUsed", "%d bytes are free, %d should be left to others", s.Free, reserved)
+			"%d bytes are free, thin volumes were promised %d: writes to them may fail; give the filesystem more space, or delete volumes that are not needed", s.Free, promised)
+		p.notef(s.Free < reserved, Degraded, "ReserveUsed",
+			"%d bytes are free, %d should be left to others: no volume is made until there is more", s.Free, reserved)
+		p.notef(s.Free < fullBelow, Degraded, "PoolFull",
+			"%d bytes are free: writes to thin volumes fail; give the filesystem more space, or delete volumes that are not needed", s.Free)
 	}
 	return errors.Join(err, statErr)
 }
@@ -173,8 +181,12 @@ func (p *Pool) imageHealth(dir string, r record) []Problem {
 	case r.Allocation == Thick && st.Allocated < r.Size:
 		problem = Problem{Degraded, "NotFullyAllocated", fmt.Sprintf(
 			"%d of its %d bytes have blocks; the next attach allocates the rest", st.Allocated, r.Size)}
-	case r.Allocation == Thin && p.thinUncovered():
-		problem = Problem{Degraded, "PoolNearlyFull", "the pool has less free space than its thin volumes were promised"}
+	case r.Allocation == Thin && st.Allocated < r.Size && p.has("PoolFull"):
+		problem = Problem{Inaccessible, "PoolFull", "the pool is full: writes that need new blocks fail, and only the first fsync after that tells; " +
+			"give the pool space, then start the volume's pods anew, so that its filesystem is checked"}
+	case r.Allocation == Thin && p.has("ThinPromisesUncovered"):
+		problem = Problem{Degraded, "PoolNearlyFull", "the pool has less free space than its thin volumes were promised: " +
+			"writes may fail before long; give it more space, or delete volumes that are not needed"}
 	default:
 		return nil
 	}
@@ -192,9 +204,10 @@ func (p *Pool) imageStat(dir string) (fileStat, error) {
 	return statAt(d, imageFile)
 }
 
-func (p *Pool) thinUncovered() bool {
+// has says whether the last look at the pool found that problem.
+func (p *Pool) has(reason string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	_, uncovered := p.problems["ThinPromisesUncovered"]
-	return uncovered
+	_, found := p.problems[reason]
+	return found
 }

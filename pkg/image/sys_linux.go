@@ -400,6 +400,19 @@ func commitBtrfs(f *os.File) error {
 	return ioctl(f, btrfsIocWaitSync, unsafe.Pointer(&transaction))
 }
 
+// probeWrite changes an access time, to learn whether a filesystem takes changes: one
+// that shut itself after an error does not always say so in statfs. ENOSPC is not an
+// answer to that.
+func probeWrite(dir *os.File) error {
+	times := []unix.Timespec{{Nsec: unix.UTIME_NOW}, {Nsec: unix.UTIME_OMIT}}
+	err := ignoringEINTR(func() error { return unix.UtimesNanoAt(unix.AT_FDCWD, procPath(dir), times, 0) })
+	runtime.KeepAlive(dir)
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return nil
+	}
+	return err
+}
+
 // inDirectory makes cmd run in an open directory: the child enters it through
 // its own /proc/self, before its descriptors are closed.
 func inDirectory(cmd *exec.Cmd, dir *os.File) { cmd.Dir = procPath(dir) }

@@ -33,6 +33,7 @@ func setNoCow(*os.File) error                               { return errOS }
 func isNoCow(*os.File) (bool, error)                        { return false, errOS }
 func nextHole(*os.File, int64, int64) (int64, int64, error) { return 0, 0, errOS }
 func commitBtrfs(*os.File) error                            { return errOS }
+func probeWrite(*os.File) error                             { return errOS }
 func inDirectory(*exec.Cmd, *os.File)                       {}
 func effectiveUID() uint32                                  { return 0 }
 
