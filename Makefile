@@ -64,6 +64,12 @@ test-vm: ## run the root tests on other kernels in virtual machines, needs no ro
 	@hack/deps vm
 	$(GO) run ./test/vm -kernels $(VM_KERNELS) $(VM_ARGS) $(VM_PKGS)
 
+test-powercut: ## cut the power of virtual machines N times for each pool's filesystem, under a churn of volumes; needs no root
+	@hack/deps vm
+	$(GO) run ./test/vm -kernels $(VM_KERNELS) -cuts $(N) -timeout 30m $(VM_ARGS)
+test-powercut: VM_KERNELS = 6.12
+N ?= 10
+
 test-growth: VM_KERNELS = 6.1
 test-growth: VM_PKGS = ./test/vm/guest ./pkg/mount ./test/sanity
 test-growth: test-vm ## run what needs CAP_SYS_RESOURCE (growing a mounted ext4) in a virtual machine, needs no root

@@ -1,11 +1,15 @@
 // Command vm runs Go tests as root on other Linux kernels, in virtual machines.
 //
 //	go run ./test/vm [flags] PACKAGE... [-- TEST-FLAG...]
+//	go run ./test/vm -cuts N [flags]
 //
 // It needs neither root nor KVM: qemu emulates the processor, and the guest is
 // made of nothing but a Debian cloud kernel, which apt downloads into a cache,
 // and an initramfs with the compiled tests and this machine's mkfs and friends.
 // The guest has every capability, which containers often have not.
+//
+// With -cuts it cuts the power of the machine instead, N times for each filesystem:
+// see powercut.go.
 //
 // The exit status is 0 if every test passed on every kernel. A guest that
 // panics, hangs or says nothing is a failure. Where apt has no such kernel the
@@ -40,10 +44,13 @@ func main() {
 	flag.DurationVar(&h.timeout, "timeout", 20*time.Minute, "`limit` for everything on one kernel")
 	flag.Int64Var(&h.diskGiB, "disk", 16, "the scratch disk's size in `GiB`, allocated as it is written")
 	flag.StringVar(&h.cache, "cache", "", "`directory` for kernels (default: csi-loop in the user's cache)")
+	flag.IntVar(&h.cuts, "cuts", 0, "instead of tests, cut the power of each pool `times`, under a churn of volumes")
+	pools := flag.String("pools", "ext4,xfs,btrfs", "filesystems of the pools whose power is cut, by comma")
 	flag.Parse()
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	h.packages, h.testFlags = splitArgs(flag.Args())
+	h.pools = strings.Split(*pools, ",")
 	err := h.main(ctx, strings.Split(*kernels, ","))
 	stop()
 	if err != nil {
@@ -71,6 +78,8 @@ type harness struct {
 	cache     string
 	packages  []string
 	testFlags []string
+	cuts      int
+	pools     []string
 }
 
 // testBinary is a compiled test and the job that runs it in the guest.
@@ -81,15 +90,11 @@ type testBinary struct {
 }
 
 func (h harness) main(ctx context.Context, series []string) (err error) {
-	if len(h.packages) == 0 {
+	if len(h.packages) == 0 && h.cuts == 0 {
 		return errors.New("no package to test")
 	}
-	if h.cache == "" {
-		dir, err := os.UserCacheDir()
-		if err != nil {
-			return err
-		}
-		h.cache = filepath.Join(dir, "csi-loop", "kernels")
+	if h.cache, err = cacheDir(h.cache); err != nil {
+		return err
 	}
 	work, err := os.MkdirTemp("", "csi-loop-vm-")
 	if err != nil {
@@ -113,17 +118,21 @@ func (h harness) main(ctx context.Context, series []string) (err error) {
 		if err != nil {
 			return err
 		}
-		if tests == nil { // compiled once, and not at all if there is no kernel
+		if tests == nil && h.cuts == 0 { // compiled once, and not at all if there is no kernel
 			if tests, err = h.compile(ctx, work); err != nil {
 				return err
 			}
 		}
-		lines, ok, err := h.run(ctx, work, k, tests)
+		run := func() ([]string, bool, error) { return h.run(ctx, work, k, tests) }
+		if h.cuts > 0 {
+			run = func() ([]string, bool, error) { return h.cutPower(ctx, work, k) }
+		}
+		lines, ok, err := run()
 		summary = append(summary, lines...)
 		if err != nil {
 			fmt.Println("vm:", err)
 		}
-		failed = failed || !ok
+		failed = failed || !ok || err != nil
 	}
 	fmt.Println("== summary of virtual machines")
 	fmt.Println(strings.Join(summary, "\n"))
@@ -135,14 +144,9 @@ func (h harness) main(ctx context.Context, series []string) (err error) {
 
 // compile builds the init program and the test binaries, all static.
 func (h harness) compile(ctx context.Context, work string) ([]testBinary, error) {
-	build := func(args ...string) error {
-		cmd := exec.CommandContext(ctx, "go", args...)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux")
-		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-		return cmd.Run()
-	}
-	if err := build("build", "-o", filepath.Join(work, "init"), "./test/vm/init"); err != nil {
-		return nil, fmt.Errorf("compile init: %w", err)
+	build := func(args ...string) error { return goCommand(ctx, args...) }
+	if err := buildInit(ctx, work); err != nil {
+		return nil, err
 	}
 	list, err := output("go", append([]string{"list", "-f", "{{.ImportPath}} {{.Dir}} {{len .TestGoFiles}} {{len .XTestGoFiles}}"}, h.packages...)...)
 	if err != nil {
@@ -171,6 +175,30 @@ func (h harness) compile(ctx context.Context, work string) ([]testBinary, error)
 		return nil, errors.New("the packages have no tests")
 	}
 	return tests, nil
+}
+
+// cacheDir is where kernels are kept; given, if it is not empty.
+func cacheDir(given string) (string, error) {
+	if given != "" {
+		return given, nil
+	}
+	dir, err := os.UserCacheDir()
+	return filepath.Join(dir, "csi-loop", "kernels"), err
+}
+
+// goCommand runs go for the guest: what it makes is static.
+func goCommand(ctx context.Context, args ...string) error {
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux")
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	return cmd.Run()
+}
+
+func buildInit(ctx context.Context, work string) error {
+	if err := goCommand(ctx, "build", "-o", filepath.Join(work, "init"), "./test/vm/init"); err != nil {
+		return fmt.Errorf("compile init: %w", err)
+	}
+	return nil
 }
 
 // run boots one kernel with all tests. It returns a summary line for each test
