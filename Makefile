@@ -64,6 +64,12 @@ test-vm: ## run the root tests on other kernels in virtual machines, needs no ro
 	@hack/deps vm
 	$(GO) run ./test/vm -kernels $(VM_KERNELS) $(VM_ARGS) $(VM_PKGS)
 
+test-kernels: VM_PKGS += ./test/integration ./test/crash/...
+test-kernels: VM_ARGS = -timeout 5h
+test-kernels: ## the same with the tests of the driver as a process: hours without KVM
+	@hack/deps vm
+	$(GO) run ./test/vm -kernels $(VM_KERNELS) $(VM_ARGS) $(VM_PKGS) -- -test.short
+
 test-powercut: ## cut the power of virtual machines N times for each pool's filesystem, under a churn of volumes; needs no root
 	@hack/deps vm
 	$(GO) run ./test/vm -kernels $(VM_KERNELS) -cuts $(N) -timeout 30m $(VM_ARGS)

@@ -19,4 +19,6 @@
 //	CSI_LOOP_BIN    the csi-loop binary to test; without it one is built
 //	CSI_LOOP_LONG   "1": all kinds of volumes on pools of all filesystems, every
 //	                call of mkfs and fsck too, and every errno at every call
+//
+// With -short only two kinds of volumes are tested.
 package crash

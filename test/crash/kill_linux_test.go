@@ -17,7 +17,10 @@ func kinds(t *testing.T, test func(t *testing.T, s *site, k kind)) {
 	shortenLeases(t)
 	pools := []string{"ext4"}
 	all := []kind{ext4, xfs, btrfs, block, thinExt4, mapped, mappedRaw, ephemeral}
-	if long() {
+	switch {
+	case testing.Short():
+		all = []kind{ext4, block}
+	case long():
 		pools = []string{"ext4", "xfs", "btrfs"}
 		all = append(all, thinXFS, thinBtrfs, thinBlock)
 	}

@@ -27,6 +27,7 @@ import (
 	"os/signal"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -82,7 +83,8 @@ type harness struct {
 	pools     []string
 }
 
-// testBinary is a compiled test and the job that runs it in the guest.
+// testBinary is a compiled test and the job that runs it in the guest. Without a name
+// the job is not run: the tests do.
 type testBinary struct {
 	path   string // on this machine
 	source string // the package's directory, for its testdata
@@ -174,8 +176,21 @@ func (h harness) compile(ctx context.Context, work string) ([]testBinary, error)
 	if len(tests) == 0 {
 		return nil, errors.New("the packages have no tests")
 	}
-	return tests, nil
+	if !slices.ContainsFunc(tests, func(t testBinary) bool { return runsDriver[path.Base(t.job.Name)] }) {
+		return tests, nil
+	}
+	driver := filepath.Join(work, "csi-loop")
+	if err := build("build", "-ldflags=-s -w", "-o", driver, "./cmd/csi-loop"); err != nil {
+		return nil, fmt.Errorf("compile csi-loop: %w", err)
+	}
+	return append(tests, testBinary{path: driver, source: work, job: plan.Job{Argv: []string{driverPath}}}), nil
 }
+
+// runsDriver are the packages whose tests run the csi-loop binary, which is at
+// driverPath in the guest: there is no compiler.
+var runsDriver = map[string]bool{"integration": true, "crash": true}
+
+const driverPath = "/tests/bin/csi-loop"
 
 // cacheDir is where kernels are kept; given, if it is not empty.
 func cacheDir(given string) (string, error) {
@@ -205,7 +220,9 @@ func buildInit(ctx context.Context, work string) error {
 // in go test's form, and whether all passed. The error says why the guest did
 // not reach the end.
 func (h harness) run(ctx context.Context, work string, k kernel, tests []testBinary) (lines []string, ok bool, err error) {
-	p := plan.Plan{Token: rand.Text(), Env: []string{"CSI_LOOP_ROOT_TESTS=1", "CSI_LOOP_VM=" + k.Release, "GINKGO_NO_COLOR=TRUE"}}
+	p := plan.Plan{Token: rand.Text(), Env: []string{"CSI_LOOP_ROOT_TESTS=1", "CSI_LOOP_VM=" + k.Release, "CSI_LOOP_BIN=" + driverPath, "GINKGO_NO_COLOR=TRUE"}}
+	files := tests
+	tests = slices.DeleteFunc(slices.Clone(tests), func(t testBinary) bool { return t.job.Name == "" })
 	for _, t := range tests {
 		p.Jobs = append(p.Jobs, t.job)
 	}
@@ -223,7 +240,7 @@ func (h harness) run(ctx context.Context, work string, k kernel, tests []testBin
 			memoryMiB: h.memoryMiB,
 			timeout:   h.timeout,
 		}
-		if err := buildInitramfs(m.initramfs, filepath.Join(work, "init"), modules, tests, p); err != nil {
+		if err := buildInitramfs(m.initramfs, filepath.Join(work, "init"), modules, files, p); err != nil {
 			return nil, err
 		}
 		if err := makeDisk(m.disk, h.diskGiB<<30); err != nil {
