@@ -108,6 +108,7 @@ func TestErrnoAndLie(t *testing.T) {
 }
 
 func TestProgramThatCannotStart(t *testing.T) {
+	roottest.Require(t)
 	p, err := Start(exec.Command("/does/not/exist"), func(Call) Verdict { return Verdict{} })
 	if err != nil {
 		t.Fatal(err)
