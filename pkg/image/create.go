@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"syscall"
 
 	"k8s.io/klog/v2"
 )
@@ -168,7 +169,11 @@ func (p *Pool) discard(name string) {
 func (p *Pool) fill(ctx context.Context, d *os.File, b building) (c charge, err error) {
 	if p.noCow {
 		if err := setNoCow(d); err != nil && b.r.Allocation == Thick {
-			return c, fmt.Errorf("%w: thick volumes on btrfs must be NOCOW: %w", ErrUnsupported, opError("chattr +C", d.Name(), err))
+			err = opError("chattr +C", d.Name(), err)
+			if errors.Is(err, errors.ErrUnsupported) || errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.EPERM) {
+				err = fmt.Errorf("%w: thick volumes on btrfs must be NOCOW: %w", ErrUnsupported, err)
+			}
+			return c, err
 		}
 	}
 	f, err := createAt(d, imageFile)

@@ -10,7 +10,8 @@ import (
 // Grow makes the volume at least size bytes large, a multiple of MiB. It never
 // shrinks: a volume that is large enough is success. The filesystem in it is left
 // as it is. Errors: ErrNotFound, *SpecError, ErrNoSpace, ErrSize, ErrDamaged,
-// ErrPool, ctx's; after them the volume has its old size.
+// ErrPool, ctx's; after them the volume has its old size, but after ErrPool perhaps
+// its new one.
 func (p *Pool) Grow(ctx context.Context, id string, size int64) (Volume, error) {
 	dir, ok := p.dirOf(id)
 	if !ok {
@@ -72,7 +73,8 @@ func (p *Pool) grow(ctx context.Context, dir string, r record, size int64) (err 
 	c.shared = p.account.sharedOf(dir)
 	p.account.put(dir, c, space)
 	if err := errors.Join(err, statErr); err != nil {
-		return opError("sync", dir, err)
+		// Not undone: which of the records a crash would leave is not known.
+		return poolError(p.config, "sync %s, which has its new size: %w", dir, err)
 	}
 	return nil
 }
