@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/csi-loop/csi-loop/internal/roottest"
 	"github.com/csi-loop/csi-loop/test/crash/gate"
 )
 
@@ -97,4 +98,34 @@ func (s *site) okButRemains(when string, hit *gate.Call) {
 		}
 	}
 	s.ok(when)
+}
+
+// TestErrorsFoundBefore repeats what the long form of TestErrors found.
+func TestErrorsFoundBefore(t *testing.T) {
+	t.Parallel()
+	roottest.Require(t)
+	for _, c := range []struct {
+		pool, step string
+		at         target
+		errno      syscall.Errno
+	}{
+		{"ext4", "expand image", target{"fsync", 3}, unix.EIO},              // was final, and the new size stayed
+		{"btrfs", "create", target{"ioctl FS_IOC_SETFLAGS", 1}, unix.EBUSY}, // was called an invalid request
+	} {
+		t.Run(c.pool+"/"+c.step, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t, c.pool)
+			v := s.volume(block, "found")
+			var y tally
+			for _, st := range block.life() {
+				if st.name == c.step {
+					v.failing(st, c.at, c.errno, &y)
+					continue
+				}
+				must(t, insist(func() error { return st.do(v) }))
+			}
+			s.gone(v)
+			y.check(t)
+		})
+	}
 }
