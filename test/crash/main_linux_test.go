@@ -39,6 +39,9 @@ func shortenLeases(t *testing.T) {
 		var err error
 		leases.before, err = os.ReadFile(knob)
 		must(t, err)
+		if string(leases.before) == "1\n" {
+			return // another run of these tests did it, and takes it back
+		}
 		must(t, os.WriteFile(knob, []byte("1"), 0))
 	}
 	leases.users++
