@@ -87,27 +87,37 @@ func (s *nodeState) freezes() ([]*freezeRecord, error) {
 		return nil, err
 	}
 	var all []*freezeRecord
+	var errs []error
 	for _, path := range paths {
-		r := &freezeRecord{path: path}
-		if r.file, err = os.OpenFile(path, os.O_RDWR, 0); err != nil {
-			return all, fmt.Errorf("freeze record: %w", err)
-		}
-		b, err := io.ReadAll(r.file)
+		r, err := s.freeze(path)
 		if err != nil {
-			return all, errors.Join(fmt.Errorf("freeze record: %w", err), r.keep())
+			errs = append(errs, fmt.Errorf("freeze record %s: %w", path, err))
 		}
-		if json.Unmarshal(b, r) != nil || r.Version != recordVersion || r.BootID != s.bootID { //nolint:musttag // as above
-			if err := r.drop(); err != nil {
-				return all, err
-			}
-			continue
+		if r != nil {
+			all = append(all, r)
 		}
-		if err := lockFile(r.file, thawTime); err != nil {
-			return all, errors.Join(fmt.Errorf("freeze record %s: a helper is still thawing: %w", path, err), r.keep())
-		}
-		all = append(all, r)
 	}
-	return all, nil
+	return all, errors.Join(errs...)
+}
+
+// freeze reads and locks one record; nil if it is of no use.
+func (s *nodeState) freeze(path string) (*freezeRecord, error) {
+	r := &freezeRecord{path: path}
+	var err error
+	if r.file, err = os.OpenFile(path, os.O_RDWR, 0); err != nil {
+		return nil, err
+	}
+	b, err := io.ReadAll(r.file)
+	if err != nil {
+		return nil, errors.Join(err, r.keep())
+	}
+	if json.Unmarshal(b, r) != nil || r.Version != recordVersion || r.BootID != s.bootID { //nolint:musttag // as above
+		return nil, r.drop()
+	}
+	if err := lockFile(r.file, thawTime); err != nil {
+		return nil, errors.Join(fmt.Errorf("a helper is still thawing: %w", err), r.keep())
+	}
+	return r, nil
 }
 
 // thawTime is how long a helper that is thawing is waited for.

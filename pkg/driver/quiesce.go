@@ -169,10 +169,7 @@ func (d *Driver) freeze(ctx context.Context, all []writers, spec mount.FreezeSpe
 // thawLeft thaws what an earlier process froze and did not thaw, and nothing else.
 func (d *Driver) thawLeft(ctx context.Context) error {
 	records, err := d.state.freezes()
-	if err != nil {
-		return err
-	}
-	var errs []error
+	errs := []error{err} // of some; the others are thawed
 	for _, r := range records {
 		var failed error
 		for _, v := range r.Volumes {

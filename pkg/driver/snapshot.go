@@ -189,6 +189,10 @@ func (d *Driver) quiesceAll(ctx context.Context, p snapshotParams, volumes ...im
 		if err != nil {
 			return nil, err
 		}
+		if len(w.raw) > 0 && !pool.CanReflink() {
+			return nil, preconditionf("volume %q is a raw block volume in use, and pool %q is on %s, which cannot make instant copies: "+
+				"nothing stops its writers, so the copy would be of no one moment. Stop its pods first, or use a pool on XFS or btrfs", v.ID, v.Pool, pool.Filesystem())
+		}
 		if w.any() && !p.copyInUse && !pool.CanReflink() {
 			return nil, preconditionf("volume %q is in use, and pool %q is on %s, which cannot make instant copies: "+
 				"the volume would be frozen while all its data is copied. Stop its pods first, use a pool on XFS or btrfs, "+

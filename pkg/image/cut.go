@@ -223,7 +223,7 @@ func (c *cutting) cut(ctx context.Context) error {
 	if err := c.to.Truncate(c.source.Size); err != nil {
 		return opError("extend", imageFile, err)
 	}
-	return copySparse(ctx, c.to, c.from, c.source.Size, false, c.p.progress(ctx, c.spec.Name))
+	return copySparse(ctx, c.to, c.from, c.source.Size, c.p.mayReflink(), c.p.progress(ctx, c.spec.Name))
 }
 
 // progress returns a function that is told of copied bytes, and logs now and then.

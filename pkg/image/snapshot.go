@@ -29,6 +29,16 @@ func (p *Pool) CanReflink() bool {
 	return p.reflinks != nil && *p.reflinks
 }
 
+// mayReflink is CanReflink, and true when that cannot be told now.
+func (p *Pool) mayReflink() bool {
+	if p.CanReflink() {
+		return true
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.reflinks == nil
+}
+
 // probeReflink returns nil when it cannot be told now.
 func (p *Pool) probeReflink() *bool {
 	work := newPrefix + "probe-" + rand.Text()[:8]
@@ -272,18 +282,33 @@ func (p *Pool) loadSnapshot(dir string) (snapshotRecord, error) {
 }
 
 // loadSharing counts what each volume shares. Where nothing was ever copied nothing
-// is shared, and no extent is looked at.
+// is shared, and no extent is looked at. What cannot be counted is taken to be shared
+// as a whole, until recount can.
 func (p *Pool) loadSharing(ctx context.Context) error {
-	if len(p.cuts)+len(p.unsettled)+len(p.damagedCut) == 0 || !p.CanReflink() {
+	if !p.copied() || !p.mayReflink() {
 		return nil
 	}
-	for dir := range p.records {
+	for dir, r := range p.records {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
+		p.account.share(dir, r.Size)
 		p.recountOne(dir)
 	}
 	return nil
+}
+
+// copied tells whether the pool has snapshots, or volumes that began as copies.
+func (p *Pool) copied() bool {
+	if len(p.cuts)+len(p.unsettled)+len(p.damagedCut) > 0 {
+		return true
+	}
+	for _, r := range p.records {
+		if r.Source != nil {
+			return true
+		}
+	}
+	return false
 }
 
 const (

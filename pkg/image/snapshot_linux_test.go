@@ -84,6 +84,57 @@ func TestSharingIsChargedOnce(t *testing.T) {
 	})
 }
 
+// What a volume shares with a clone is charged after a restart too, also when there
+// are no snapshots.
+func TestSharingWithAClone(t *testing.T) {
+	onEach(t, 640*MiB, func(t *testing.T, _, dir string) {
+		s, p := openPool(t, dir)
+		if !p.CanReflink() {
+			return
+		}
+		v := create(t, p, Spec{Name: "v", Size: 64 * MiB})
+		fill(t, p, v.ID, 0, 64<<20)
+		create(t, p, Spec{Name: "c", Size: 64 * MiB, Allocation: Thin, Source: &Source{Volume: v.ID}})
+		wantSharing(t, p, v, 64*MiB, 64*MiB)
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		s, p = openPool(t, dir)
+		wantSharing(t, p, v, 64*MiB, 64*MiB)
+		wantAccount(t, s, p)
+	})
+}
+
+// A thick clone does not keep its source for longer than the reflink takes.
+func TestCloneLetsItsSourceGo(t *testing.T) {
+	onEach(t, 640*MiB, func(t *testing.T, _, dir string) {
+		_, p := openPool(t, dir)
+		if !p.CanReflink() {
+			return
+		}
+		v := create(t, p, Spec{Name: "v", Size: 64 * MiB})
+		fill(t, p, v.ID, 0, 64<<20)
+		o, err := p.store.origin(ctx, &Source{Volume: v.ID})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer o.close()
+		to, err := p.nameless(o.f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer to.Close()
+		if _, err := p.copyTo(ctx, to, newRecord(v.Spec, p.store.now()), o, nil); err != nil {
+			t.Fatal(err)
+		}
+		unlock, ok := p.locks.tryLock("v")
+		if !ok {
+			t.Fatal("the source is kept")
+		}
+		unlock()
+	})
+}
+
 // An independent snapshot ends the sharing by itself, and needs nothing more than
 // was charged.
 func TestIndependentSnapshot(t *testing.T) {

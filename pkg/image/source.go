@@ -49,14 +49,14 @@ type origin struct {
 	spec   Spec
 	volume string // directory of a volume, "" for a snapshot
 	f      *os.File
-	leave  func()
-	used   bool // its account was made that of a volume which shares
+	leave  func() // nil when the volume's lock was given back, or none was taken
+	used   bool   // its account was made that of a volume which shares
 }
 
 // origin opens what a volume shall be a copy of. A snapshot does not change and stays
 // readable when it is removed, so only a volume is locked.
 func (s *Store) origin(ctx context.Context, src *Source) (_ *origin, err error) {
-	o := &origin{leave: func() {}}
+	o := &origin{}
 	defer func() {
 		if err != nil {
 			o.close()
@@ -79,7 +79,6 @@ func (s *Store) origin(ctx context.Context, src *Source) (_ *origin, err error) 
 	}
 	o.p, o.volume, _ = s.Lookup(src.Volume)
 	if o.leave, err = o.p.enter(ctx, o.volume); err != nil {
-		o.leave = func() {}
 		return nil, err
 	}
 	r, err := o.p.get(o.volume)
@@ -119,11 +118,26 @@ func (o *origin) close() {
 		_ = o.f.Close()
 		o.f = nil
 	}
-	if o.used {
+	switch {
+	case !o.used:
+	case o.leave != nil:
 		o.p.recountOne(o.volume)
+	default:
+		// If a call has the volume now, the next recount does it.
+		if unlock, ok := o.p.locks.tryLock(o.volume); ok {
+			o.p.recountOne(o.volume)
+			unlock()
+		}
 	}
-	o.leave()
-	o.leave = func() {}
+	o.release()
+}
+
+// release lets other calls use the volume.
+func (o *origin) release() {
+	if o.leave != nil {
+		o.leave()
+		o.leave = nil
+	}
 }
 
 // copyTo makes f, a new image of p, a copy of the source, with r's size and, if it is
@@ -181,7 +195,11 @@ func (p *Pool) reflinkVolume(ctx context.Context, f *os.File, o *origin, thick b
 		return quietly(ctx, quiesce, func() error { return opError("reflink", imageFile, reflink(f, o.f)) })
 	}
 	if thick {
-		return link()
+		if err := link(); err != nil {
+			return err
+		}
+		o.release() // it is not looked at again, and unsharing takes long
+		return nil
 	}
 	return o.share(ctx, f, link)
 }
@@ -223,9 +241,7 @@ func (o *origin) freeze(ctx context.Context, quiesce Quiesce) error {
 	}
 	_ = o.f.Close()
 	o.f = f
-	o.leave()
-	// close counts again what is shared, when the reflink is gone.
-	o.leave = func() {}
+	o.release() // close counts again what is shared, when the reflink is gone
 	return nil
 }
 
@@ -257,7 +273,7 @@ func (p *Pool) copyData(ctx context.Context, f *os.File, r record, o *origin) er
 	} else if err := f.Truncate(r.Size); err != nil {
 		return opError("extend", imageFile, err)
 	}
-	return copySparse(ctx, f, o.f, o.spec.Size, p.CanReflink(), p.progress(ctx, r.Name))
+	return copySparse(ctx, f, o.f, o.spec.Size, p.mayReflink(), p.progress(ctx, r.Name))
 }
 
 // separateNew gives a thick copy all its blocks, none of them shared.
