@@ -19,7 +19,7 @@ ROOT     := $(CURDIR)/hack/as-root
 USER     := $(CURDIR)/hack/as-user
 LINT     := bin/golangci-lint
 # Root tests share the kernel's loop devices and the machine's disk: two packages at a time.
-ROOTTEST := CSI_LOOP_ROOT_TESTS=1 $(GO) test -exec $(ROOT) -count=1 -p 2 -timeout 15m $(TESTARGS)
+ROOTTEST := CSI_LOOP_ROOT_TESTS=1 $(GO) test -exec $(ROOT) -count=1 -p 2 -timeout 25m $(TESTARGS)
 
 # Logs are read in CI too.
 export GINKGO_NO_COLOR := TRUE
