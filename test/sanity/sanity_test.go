@@ -15,6 +15,9 @@ import (
 	"github.com/onsi/ginkgo/v2"
 	"github.com/onsi/ginkgo/v2/types"
 	"github.com/onsi/gomega"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"k8s.io/klog/v2"
 
 	"github.com/csi-loop/csi-loop/internal/roottest"
@@ -150,6 +153,7 @@ func (r run) serve(t *testing.T) *sanity.TestConfig {
 
 	config := sanity.NewTestConfig()
 	config.Address = "unix://" + socket
+	config.DialOptions = append(config.DialOptions, grpc.WithChainUnaryInterceptor(patient))
 	config.TargetPath = filepath.Join(dir, "target")
 	config.StagingPath = filepath.Join(dir, "staging")
 	config.TestVolumeAccessType = r.access
@@ -159,4 +163,15 @@ func (r run) serve(t *testing.T) *sanity.TestConfig {
 		config.TestVolumeParameters = map[string]string{"csi.storage.k8s.io/fstype": r.filesystem}
 	}
 	return &config
+}
+
+// patient repeats a call whose work goes on, as a CO does: on a slow machine a copy
+// takes longer than one call.
+func patient(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, options ...grpc.CallOption) error {
+	for {
+		err := invoke(ctx, method, req, reply, conn, options...)
+		if status.Code(err) != codes.Aborted || !strings.Contains(err.Error(), "goes on") || ctx.Err() != nil {
+			return err
+		}
+	}
 }

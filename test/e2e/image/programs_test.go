@@ -81,7 +81,7 @@ func inspect(t *testing.T, file string, d ast.Decl, called map[string]bool) {
 				}
 			}
 			if f, ok := n.Fun.(*ast.Ident); ok && f.Name == "runWhole" {
-				name, ok := literal(n.Args[1])
+				name, ok := literal(n.Args[2])
 				if !ok {
 					t.Errorf("%s: the program that runWhole gets is not a literal: this test cannot see which", file)
 				}
