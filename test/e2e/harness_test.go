@@ -119,6 +119,7 @@ func (e *env) remove() {
 func (e *env) removeContents(ctx context.Context) {
 	all := metav1.ListOptions{}
 	err := errors.Join(
+		e.removeSnapshots(ctx),
 		e.client.AppsV1().StatefulSets(e.namespace).DeleteCollection(ctx, metav1.DeleteOptions{}, all),
 		e.client.CoreV1().Pods(e.namespace).DeleteCollection(ctx, metav1.DeleteOptions{}, all),
 		e.client.CoreV1().PersistentVolumeClaims(e.namespace).DeleteCollection(ctx, metav1.DeleteOptions{}, all),
