@@ -144,6 +144,11 @@ func (m *metrics) node(images *image.Store, loops *loop.Manager) {
 			gauge("pool_reserved_bytes", "What is kept free for others, by configuration.", u.Reserved, "pool", p.Name())
 			gauge("pool_available_bytes", "The largest thick volume that could be made.", p.Capacity(image.Thick), "pool", p.Name())
 			gauge("pool_volumes", "Volumes in the pool.", int64(u.Volumes), "pool", p.Name())
+			fragments(p, gauge)
+			c := p.Copies()
+			gauge("pool_copies", "Copies of data that are under way in the pool.", int64(c.Running), "pool", p.Name())
+			gauge("pool_copies_remaining_bytes", "What they have still to copy, all together.", c.Remaining, "pool", p.Name())
+			send("csi_loop_pool_copied_bytes_total", "What was copied in the pool.", prometheus.CounterValue, float64(c.Copied), "pool", p.Name())
 			gauge("pool_damaged_volumes", "Volumes that are refused because their record cannot be read.", int64(len(p.Damaged())), "pool", p.Name())
 		}
 		gauge("loop_devices_limit", "Loop devices that csi-loop attaches at most.", int64(loops.Limit()))
@@ -156,6 +161,25 @@ func (m *metrics) node(images *image.Store, loops *loop.Manager) {
 			gauge("loop_devices", "Loop devices of the machine, others' included. Those of others are unbound or bound.", int64(n), "state", strings.ToLower(state.String()))
 		}
 	}))
+}
+
+// mostFragmented is how many images of a pool are shown one by one.
+const mostFragmented = 10
+
+// fragments shows in how many extents a pool's images are, and those with most of them
+// one by one.
+func fragments(p *image.Pool, gauge func(name, help string, value int64, labels ...string)) {
+	kinds := map[bool]string{false: "volume", true: "snapshot"}
+	sum := map[bool]int64{false: 0, true: 0}
+	for i, f := range p.Fragments() {
+		sum[f.Snapshot] += f.Extents
+		if i < mostFragmented {
+			gauge("image_extents", "Extents of the images with most of them in each pool.", f.Extents, "pool", p.Name(), "kind", kinds[f.Snapshot], "id", f.ID)
+		}
+	}
+	for snapshot, n := range sum {
+		gauge("pool_extents", "Extents of all images in the pool.", n, "pool", p.Name(), "kind", kinds[snapshot])
+	}
 }
 
 // links shows the node's links.

@@ -25,11 +25,20 @@ func TestMetrics(t *testing.T) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	store, err := image.Open(t.Context(), []image.Config{{Name: "default", Path: dir}, {Name: "gone", Path: dir + "x"}}, image.WithRefresh(0))
+	store, err := image.Open(t.Context(), []image.Config{{Name: "default", Path: dir}, {Name: "gone", Path: dir + "x"}}, image.WithRefresh(time.Millisecond))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer store.Close()
+	pool, _ := store.Pool("default")
+	if _, err := pool.Create(t.Context(), image.Spec{Name: "v", Size: image.MiB, Allocation: image.Thick, BlockSize: 4096}); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(20 * time.Second); len(pool.Fragments()) == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("nobody counts extents")
+		}
+	}
 	loops, err := loop.New(t.Context())
 	if err != nil {
 		t.Fatal(err)

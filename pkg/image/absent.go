@@ -102,7 +102,7 @@ func (s *Store) try(ctx context.Context, m *member, late bool) error {
 		config: m.config, store: s, logger: s.logger.WithValues("pool", m.config.Name), late: late, said: m.said,
 		records: map[string]record{}, damaged: map[string]error{}, problems: map[string]Problem{},
 		cuts: map[string]snapshotRecord{}, unsettled: map[string]snapshotRecord{}, groupRecords: map[string]groupRecord{},
-		damagedCut: map[string]error{}, recounts: map[string]time.Time{},
+		damagedCut: map[string]error{}, recounts: map[string]time.Time{}, looks: map[string]look{},
 	}
 	if err := p.open(ctx); err != nil {
 		return errors.Join(err, p.close())

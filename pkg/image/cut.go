@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"time"
 )
 
 // cutting is one snapshot in the making.
@@ -25,6 +24,7 @@ type cutting struct {
 	d        *os.File
 	from, to *os.File
 	reflink  bool
+	data     int64 // bytes that a copy, which is no reflink, has to copy
 	space    *reservation
 	record   snapshotRecord
 }
@@ -168,6 +168,7 @@ func (c *cutting) reserve(ctx context.Context) (err error) {
 		if err != nil {
 			return err
 		}
+		c.data = n
 		c.space, err = c.p.account.take(ctx, Thick, n)
 		return err
 	}
@@ -223,20 +224,7 @@ func (c *cutting) cut(ctx context.Context) error {
 	if err := c.to.Truncate(c.source.Size); err != nil {
 		return opError("extend", imageFile, err)
 	}
-	return copySparse(ctx, c.to, c.from, c.source.Size, c.p.mayReflink(), c.p.progress(ctx, c.spec.Name))
-}
-
-// progress returns a function that is told of copied bytes, and logs now and then.
-func (p *Pool) progress(ctx context.Context, name string) func(int64) {
-	var done int64
-	said := time.Now()
-	return func(n int64) {
-		done += n
-		if time.Since(said) >= 10*time.Second {
-			said = time.Now()
-			p.log(ctx).Info("Copying", "name", name, "bytes", done)
-		}
-	}
+	return c.p.copyCounted(ctx, c.spec.Name, c.to, c.from, c.source.Size, c.data)
 }
 
 // finish makes the copy durable, and charges for it.

@@ -37,6 +37,8 @@ type Pool struct {
 	locks keyedLock    // by directory
 	freed atomic.Int64 // when a removed volume was last unlinked, Unix ns
 
+	copies copies
+
 	mu       sync.Mutex
 	records  map[string]record  // guarded by mu; by directory
 	damaged  map[string]error   // guarded by mu; by directory
@@ -47,6 +49,7 @@ type Pool struct {
 	groupRecords map[string]groupRecord    // guarded by mu; by directory
 	damagedCut   map[string]error          // guarded by mu; snapshots and groups by their lock's key
 	recounts     map[string]time.Time      // guarded by mu; when a volume's sharing may be looked at again
+	looks        map[string]look           // guarded by mu; how fragmented images are, by their lock's key
 	reflinks     *bool                     // guarded by mu; nil until it is known
 }
 

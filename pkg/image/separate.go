@@ -22,12 +22,22 @@ func (p *Pool) separate(dir string) {
 	p.store.work.Go(func() {
 		defer p.store.leave()
 		ctx := p.store.background
+		var c *copying
+		defer func() {
+			if c != nil {
+				c.end()
+			}
+		}()
 		for at, size := int64(0), int64(0); ; {
 			next, err := p.separateNext(ctx, dir, at, &size)
 			if err != nil {
 				p.logger.Error(err, "A snapshot is not independent yet; going on at the next start", "snapshot", VolumeID(p.ID(), dir))
 				return
 			}
+			if c == nil {
+				c = p.copyOf(ctx, VolumeID(p.ID(), dir), size)
+			}
+			c.add(next - at)
 			if next == size {
 				break
 			}

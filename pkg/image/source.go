@@ -169,7 +169,7 @@ func (p *Pool) copyTo(ctx context.Context, f *os.File, r record, o *origin, quie
 		return false, opError("extend", imageFile, err)
 	}
 	if thick {
-		return false, p.separateNew(ctx, f, r.Size, reflinked)
+		return false, p.separateNew(ctx, f, r, reflinked)
 	}
 	return reflinked, nil
 }
@@ -273,18 +273,29 @@ func (p *Pool) copyData(ctx context.Context, f *os.File, r record, o *origin) er
 	} else if err := f.Truncate(r.Size); err != nil {
 		return opError("extend", imageFile, err)
 	}
-	return copySparse(ctx, f, o.f, o.spec.Size, p.mayReflink(), p.progress(ctx, r.Name))
+	data, err := dataBytes(o.f, o.spec.Size)
+	if err != nil {
+		return err
+	}
+	return p.copyCounted(ctx, r.Name, f, o.f, o.spec.Size, data)
 }
 
 // separateNew gives a thick copy all its blocks, none of them shared.
-func (p *Pool) separateNew(ctx context.Context, f *os.File, size int64, reflinked bool) error {
-	for at := int64(0); reflinked && at < size; at += separateChunk {
+func (p *Pool) separateNew(ctx context.Context, f *os.File, r record, reflinked bool) error {
+	if !reflinked {
+		return p.refill(f, r.Size)
+	}
+	c := p.copyOf(ctx, r.Name, r.Size)
+	defer c.end()
+	for at := int64(0); at < r.Size; at += separateChunk {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := unshareRange(f, at, min(separateChunk, size-at)); err != nil {
+		n := min(separateChunk, r.Size-at)
+		if err := unshareRange(f, at, n); err != nil {
 			return opError("unshare", imageFile, err)
 		}
+		c.add(n)
 	}
-	return p.refill(f, size)
+	return p.refill(f, r.Size)
 }

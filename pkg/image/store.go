@@ -107,6 +107,7 @@ func (s *Store) start(ctx context.Context) {
 		for _, p := range s.Pools() {
 			p.refresh(ctx)
 			p.recount(ctx)
+			p.countFragments(ctx)
 			// What is wrong is kept for Health.
 			_ = p.check()
 		}

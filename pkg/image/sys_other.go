@@ -44,4 +44,5 @@ func unshare(*os.File, int64, int64) error                            { return e
 func nextData(*os.File, int64, int64) (int64, int64, error)           { return 0, 0, errOS }
 func copyRange(*os.File, *os.File, int64, int64) error                { return errOS }
 func extents(*os.File, int64, int64, uint32, func(extent) bool) error { return errOS }
+func countExtents(*os.File, int64) (int64, error)                     { return 0, errOS }
 func freeSpeculative(*os.File) error                                  { return errOS }
