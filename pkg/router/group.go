@@ -1,9 +1,11 @@
 package router
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
+	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
@@ -32,7 +34,7 @@ func (s *groupServer) GroupControllerGetCapabilities(context.Context, *csi.Group
 // groupCall is byID for the GroupController service.
 func groupCall[Req, Resp any](
 	ctx context.Context, r *Router, method, kind, id string, req Req,
-	do func(csi.GroupControllerClient, context.Context, Req, ...grpc.CallOption) (Resp, error), unknown func() (Resp, error),
+	do func(csi.GroupControllerClient, context.Context, Req, ...grpc.CallOption) (Resp, error), unknown func() (Resp, error), checks ...func(*session, Resp) error,
 ) (Resp, error) {
 	var none Resp
 	if id == "" {
@@ -45,9 +47,48 @@ func groupCall[Req, Resp any](
 	case !ok:
 		return unknown()
 	}
-	return callService(ctx, s, groupService, method, func(ctx context.Context, opts ...grpc.CallOption) (Resp, error) {
+	resp, err := callService(ctx, s, groupService, method, func(ctx context.Context, opts ...grpc.CallOption) (Resp, error) {
 		return do(s.group, ctx, req, opts...)
 	})
+	for _, check := range checks {
+		if err == nil {
+			err = check(s, resp)
+		}
+	}
+	if err != nil {
+		return none, err
+	}
+	return resp, nil
+}
+
+// ownGroup refuses a group snapshot that is not the node's to give, as credible does
+// for volumes: who restores from it would get another node's data.
+func (r *Router) ownGroup(s *session, g *csi.VolumeGroupSnapshot) error {
+	if err := r.owned(s, "group snapshot", g.GetGroupSnapshotId()); err != nil {
+		return err
+	}
+	for _, member := range g.GetSnapshots() {
+		if err := r.owned(s, "snapshot", member.GetSnapshotId()); err != nil {
+			return err
+		}
+		if member.GetGroupSnapshotId() != g.GetGroupSnapshotId() {
+			return unavailablef("node %q answered that snapshot %q of group snapshot %q belongs to group snapshot %.200q",
+				s.id.Node, member.GetSnapshotId(), g.GetGroupSnapshotId(), member.GetGroupSnapshotId())
+		}
+	}
+	return nil
+}
+
+// sources checks that a group snapshot has one snapshot of each of these volumes.
+func (r *Router) sources(s *session, g *csi.VolumeGroupSnapshot, volumes []string) error {
+	var got []string
+	for _, member := range g.GetSnapshots() {
+		got = append(got, member.GetSourceVolumeId())
+	}
+	if !slices.Equal(slices.Sorted(slices.Values(got)), slices.Sorted(slices.Values(volumes))) {
+		return unavailablef("node %q answered with a group snapshot of volumes %.200q instead of %q", s.id.Node, got, volumes)
+	}
+	return nil
 }
 
 // CreateVolumeGroupSnapshot goes to the node that has the volumes. One moment of
@@ -75,7 +116,10 @@ func (s *groupServer) CreateVolumeGroupSnapshot(ctx context.Context, req *csi.Cr
 		}
 	}
 	return groupCall(ctx, s.r, "CreateVolumeGroupSnapshot", "volume", ids[0], req, csi.GroupControllerClient.CreateVolumeGroupSnapshot,
-		notFound[*csi.CreateVolumeGroupSnapshotResponse]("volume", ids[0]))
+		notFound[*csi.CreateVolumeGroupSnapshotResponse]("volume", ids[0]),
+		func(n *session, resp *csi.CreateVolumeGroupSnapshotResponse) error {
+			return cmp.Or(s.r.ownGroup(n, resp.GetGroupSnapshot()), s.r.sources(n, resp.GetGroupSnapshot(), ids))
+		})
 }
 
 // DeleteVolumeGroupSnapshot goes to the group's node.
@@ -86,7 +130,11 @@ func (s *groupServer) DeleteVolumeGroupSnapshot(ctx context.Context, req *csi.De
 // GetVolumeGroupSnapshot goes to the group's node.
 func (s *groupServer) GetVolumeGroupSnapshot(ctx context.Context, req *csi.GetVolumeGroupSnapshotRequest) (*csi.GetVolumeGroupSnapshotResponse, error) {
 	id := req.GetGroupSnapshotId()
-	return groupCall(ctx, s.r, "GetVolumeGroupSnapshot", "group_snapshot", id, req, csi.GroupControllerClient.GetVolumeGroupSnapshot, notFound[*csi.GetVolumeGroupSnapshotResponse]("group snapshot", id))
+	return groupCall(ctx, s.r, "GetVolumeGroupSnapshot", "group_snapshot", id, req, csi.GroupControllerClient.GetVolumeGroupSnapshot, notFound[*csi.GetVolumeGroupSnapshotResponse]("group snapshot", id),
+		same("group snapshot", id, func(r *csi.GetVolumeGroupSnapshotResponse) string { return r.GetGroupSnapshot().GetGroupSnapshotId() }),
+		func(n *session, resp *csi.GetVolumeGroupSnapshotResponse) error {
+			return s.r.ownGroup(n, resp.GetGroupSnapshot())
+		})
 }
 
 // metadataServer is the CSI SnapshotMetadata service for the sidecar.

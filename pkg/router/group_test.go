@@ -17,12 +17,24 @@ import (
 type groupNode struct {
 	csi.UnimplementedGroupControllerServer
 	csi.UnimplementedSnapshotMetadataServer
-	asked []string
+	asked  []string
+	answer *csi.VolumeGroupSnapshot // instead of a good one
 }
 
 func (g *groupNode) CreateVolumeGroupSnapshot(_ context.Context, req *csi.CreateVolumeGroupSnapshotRequest) (*csi.CreateVolumeGroupSnapshotResponse, error) {
 	g.asked = append(g.asked, "create "+req.GetName())
-	return &csi.CreateVolumeGroupSnapshotResponse{GroupSnapshot: &csi.VolumeGroupSnapshot{GroupSnapshotId: req.GetSourceVolumeIds()[0] + "-group"}}, nil
+	group := &csi.VolumeGroupSnapshot{GroupSnapshotId: req.GetSourceVolumeIds()[0] + "-group"}
+	for _, id := range req.GetSourceVolumeIds() {
+		group.Snapshots = append(group.Snapshots, &csi.Snapshot{SnapshotId: id + "-s", SourceVolumeId: id, GroupSnapshotId: group.GetGroupSnapshotId()})
+	}
+	if g.answer != nil {
+		group = g.answer
+	}
+	return &csi.CreateVolumeGroupSnapshotResponse{GroupSnapshot: group}, nil
+}
+
+func (g *groupNode) GetVolumeGroupSnapshot(context.Context, *csi.GetVolumeGroupSnapshotRequest) (*csi.GetVolumeGroupSnapshotResponse, error) {
+	return &csi.GetVolumeGroupSnapshotResponse{GroupSnapshot: g.answer}, nil
 }
 
 func (g *groupNode) DeleteVolumeGroupSnapshot(_ context.Context, req *csi.DeleteVolumeGroupSnapshotRequest) (*csi.DeleteVolumeGroupSnapshotResponse, error) {
@@ -98,6 +110,57 @@ func TestGroupsAndMetadata(t *testing.T) {
 		}
 		if status.Code(err) != want || want == codes.OK && n != 3 {
 			t.Errorf("%q: %d messages, %v, want %v", id, n, err, want)
+		}
+	}
+}
+
+// A node cannot hand out another node's snapshots as members of a group of its own.
+func TestForeignGroups(t *testing.T) {
+	c := newCluster(t)
+	evil, victim := c.node("evil", newDisk(t, "default", gib)), c.node("victim", newDisk(t, "default", gib))
+	g := &groupNode{}
+	evil.register = func(r grpc.ServiceRegistrar) {
+		csi.RegisterControllerServer(r, evil)
+		csi.RegisterGroupControllerServer(r, g)
+	}
+	evil.up()
+	victim.up()
+	c.linked(evil, victim)
+	own, theirs := evil.pools[0].id+".", victim.pools[0].id+"."
+	member := func(id string) *csi.Snapshot {
+		return &csi.Snapshot{SnapshotId: id, SourceVolumeId: own + "v", GroupSnapshotId: own + "g"}
+	}
+	create := func() error {
+		_, err := c.groups.CreateVolumeGroupSnapshot(t.Context(), &csi.CreateVolumeGroupSnapshotRequest{Name: "g", SourceVolumeIds: []string{own + "v"}})
+		return err
+	}
+	get := func() error {
+		_, err := c.groups.GetVolumeGroupSnapshot(t.Context(), &csi.GetVolumeGroupSnapshotRequest{GroupSnapshotId: own + "g"})
+		return err
+	}
+	elsewhere, lost := member(own+"s"), member(own+"s")
+	elsewhere.SourceVolumeId, lost.GroupSnapshotId = own+"w", ""
+	good := &csi.VolumeGroupSnapshot{GroupSnapshotId: own + "g", Snapshots: []*csi.Snapshot{member(own + "s")}}
+	for _, c2 := range []struct {
+		name        string
+		answer      *csi.VolumeGroupSnapshot
+		create, get codes.Code
+	}{
+		{"its own", good, codes.OK, codes.OK},
+		{"another node's snapshot", &csi.VolumeGroupSnapshot{GroupSnapshotId: own + "g", Snapshots: []*csi.Snapshot{member(theirs + "s")}}, codes.Unavailable, codes.Unavailable},
+		{"another node's group", &csi.VolumeGroupSnapshot{GroupSnapshotId: theirs + "g"}, codes.Unavailable, codes.Unavailable},
+		{"no group", &csi.VolumeGroupSnapshot{}, codes.Unavailable, codes.Unavailable},
+		{"a snapshot of no group", &csi.VolumeGroupSnapshot{GroupSnapshotId: own + "g", Snapshots: []*csi.Snapshot{lost}}, codes.Unavailable, codes.Unavailable},
+		{"a snapshot of another volume", &csi.VolumeGroupSnapshot{GroupSnapshotId: own + "g", Snapshots: []*csi.Snapshot{elsewhere}}, codes.Unavailable, codes.OK},
+		{"a snapshot too many", &csi.VolumeGroupSnapshot{GroupSnapshotId: own + "g", Snapshots: []*csi.Snapshot{member(own + "s"), elsewhere}}, codes.Unavailable, codes.OK},
+		{"none of the volume", &csi.VolumeGroupSnapshot{GroupSnapshotId: own + "g"}, codes.Unavailable, codes.OK},
+	} {
+		g.answer = c2.answer
+		if err := create(); status.Code(err) != c2.create {
+			t.Errorf("%s: create: %v, want %v", c2.name, err, c2.create)
+		}
+		if err := get(); status.Code(err) != c2.get {
+			t.Errorf("%s: get: %v, want %v", c2.name, err, c2.get)
 		}
 	}
 }
