@@ -58,6 +58,10 @@ func (s *metadataServer) GetMetadataDelta(req *csi.GetMetadataDeltaRequest, stre
 		case target:
 			return invalidf("target_snapshot_id is missing")
 		}
+		if a, b := poolOf(base), poolOf(target); a != b && a != "" && b != "" {
+			// Whether it can be reached or not: snapshots are in the pool of their volume.
+			return invalidf("snapshots %q and %q are in two pools, and so of two volumes", base, target)
+		}
 		if _, err := s.d.oneSnapshot(base); err != nil {
 			return err
 		}
@@ -78,6 +82,12 @@ func (s *metadataServer) GetMetadataDelta(req *csi.GetMetadataDeltaRequest, stre
 		}
 		return c.end()
 	})
+}
+
+// poolOf is the pool's part of an ID, "" if it is none that pools make.
+func poolOf(id string) string {
+	poolID, _, _ := image.ParseID(id)
+	return poolID
 }
 
 // chunks puts ranges into messages.
