@@ -60,6 +60,10 @@ func (d *Driver) parseCopy(req *csi.CreateVolumeRequest, p params, c capacity) (
 	if err != nil {
 		return none, err
 	}
+	// They were for the source's mkfs; a mistake in them is one all the same.
+	if _, err := image.ParseMkfsOptions(acc.fsType, p.mkfsOptions); err != nil {
+		return none, invalidf("parameter %q: %v", paramMkfsOptions, err)
+	}
 	if c.required == 0 {
 		c.required = from.Size
 		if c.limit > 0 && c.limit < from.Size {

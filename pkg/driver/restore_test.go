@@ -87,6 +87,7 @@ func TestRestoreRefusals(t *testing.T) {
 		"a pool that is away":    {fromSnapshot(image.VolumeID("aaaaaaaaaaaaaaaaaaaa", "s")), mountCap("ext4", oneWriter), 16 * mib, nil, codes.Unavailable},
 		"no source":              {&csi.VolumeContentSource{}, mountCap("ext4", oneWriter), 16 * mib, nil, codes.InvalidArgument},
 		"no ID":                  {fromSnapshot(""), mountCap("ext4", oneWriter), 16 * mib, nil, codes.InvalidArgument},
+		"malformed mkfsOptions":  {restore, mountCap("ext4", oneWriter), 16 * mib, map[string]string{"mkfsOptions": "-X"}, codes.InvalidArgument},
 		"parameter of snapshots": {restore, mountCap("ext4", oneWriter), 16 * mib, map[string]string{"independent": "true"}, codes.InvalidArgument},
 	} {
 		t.Run(name, func(t *testing.T) {
