@@ -67,7 +67,10 @@ func (s *groupServer) CreateVolumeGroupSnapshot(ctx context.Context, req *csi.Cr
 func (d *Driver) prepareGroup(spec image.GroupSpec, p snapshotParams, key string) (func(context.Context) error, error) {
 	keys := []string{key}
 	var volumes []image.Volume
-	_, exists := d.images.FindGroup(spec.Name) // whose volumes may be gone
+	have, exists := d.images.FindGroup(spec.Name) // whose volumes may be gone
+	if sources := sourcesOf(have); exists && !slices.Equal(sources, spec.Sources) {
+		return nil, existsf("group snapshot %q exists as %q, of volumes %q, the request names %q", spec.Name, have.ID, sources, spec.Sources)
+	}
 	for _, id := range spec.Sources {
 		if exists {
 			break
@@ -96,6 +99,15 @@ func (d *Driver) prepareGroup(spec image.GroupSpec, p snapshotParams, key string
 		klog.FromContext(ctx).Info("Made group snapshot", "group", made.ID, "volumes", spec.Sources, "inUse", quiesce != nil)
 		return nil
 	}, nil
+}
+
+// sourcesOf lists the volumes of a group snapshot, sorted.
+func sourcesOf(g image.Group) []string {
+	var sources []string
+	for _, s := range g.Snapshots {
+		sources = append(sources, s.Source)
+	}
+	return slices.Sorted(slices.Values(sources))
 }
 
 // csiGroup is a group snapshot in CSI's words.

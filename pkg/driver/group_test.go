@@ -45,6 +45,8 @@ func TestGroupSnapshotLife(t *testing.T) {
 		return err
 	}
 	code(t, create("g", v.id), codes.AlreadyExists)
+	code(t, create("g", v.id, image.VolumeID(n.store.Pools()[0].ID(), "none")), codes.AlreadyExists)
+	code(t, create("g", image.VolumeID("aaaaaaaaaaaaaaaaaaaa", "v")), codes.AlreadyExists)
 	code(t, create("h"), codes.InvalidArgument)
 	code(t, create("h", v.id, v.id), codes.InvalidArgument)
 	code(t, create("h", v.id, image.VolumeID(n.store.Pools()[0].ID(), "none")), codes.NotFound)
@@ -144,6 +146,7 @@ func TestSnapshotMetadata(t *testing.T) {
 		"unknown snapshot":    {second(allocated("none", 0, 0)), codes.NotFound},
 		"unknown base":        {second(delta("none", two.GetSnapshotId(), 0, 0)), codes.NotFound},
 		"of another volume":   {second(delta(other.GetSnapshotId(), two.GetSnapshotId(), 0, 0)), codes.InvalidArgument},
+		"of another pool":     {second(delta(image.VolumeID("aaaaaaaaaaaaaaaaaaaa", "s"), two.GetSnapshotId(), 0, 0)), codes.InvalidArgument},
 		"a pool that is away": {second(allocated(image.VolumeID("aaaaaaaaaaaaaaaaaaaa", "s"), 0, 0)), codes.Unavailable},
 	} {
 		t.Run(name, func(t *testing.T) { code(t, c.err, c.want) })
