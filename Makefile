@@ -203,7 +203,7 @@ check-e2e: $(LINT) ## format, vet and lint the test cluster's own code
 # of "make cluster"; with kind set both, see test/e2e/README.md.
 OWN_KUBECONFIG := $(or $(CSI_LOOP_E2E_STATE),/var/tmp/csi-loop-e2e)/pki/admin.kubeconfig
 E2E_RESULTS    ?= $(CURDIR)/bin/e2e-results
-e2e-install test-e2e e2e-suite e2e-rights: export KUBECONFIG ?= $(OWN_KUBECONFIG)
+e2e-install test-e2e test-docs e2e-suite e2e-rights: export KUBECONFIG ?= $(OWN_KUBECONFIG)
 test-e2e: export CSI_LOOP_E2E_POWER ?= $(ROOT) $(CURDIR)/bin/cluster
 .PHONY: e2e e2e-load e2e-install test-e2e e2e-suite e2e-rights kind kind-down
 
@@ -217,8 +217,11 @@ e2e-install: ## install the chart with the tests' values, or upgrade to it
 	    --hide-notes --wait --timeout=5m
 
 test-e2e: ## run our tests against the cluster of KUBECONFIG, where csi-loop is installed
-	@bin=$$($(E2E) run ./build helm) && cd test/e2e && \
-	  CGO_ENABLED=0 CSI_LOOP_E2E_HELM=$$bin/helm $(GO) test -trimpath -count=1 -timeout=60m -v $(TESTARGS) ./
+	@bin=$$($(E2E) run ./build helm) && mkdir -p bin && { [ ! -e $$bin/hyperkube ] || ln -sf $$bin/hyperkube bin/kubectl; } && cd test/e2e && \
+	  CGO_ENABLED=0 PATH=$(CURDIR)/bin:$$PATH CSI_LOOP_E2E_HELM=$$bin/helm $(GO) test -trimpath -count=1 -timeout=60m -v $(TESTARGS) ./
+
+test-docs: ## run every command of docs/tutorials against that cluster
+	@$(MAKE) --no-print-directory test-e2e TESTARGS=-run='Tutorials|WhatIsShown'
 
 e2e-suite: ## run Kubernetes' own storage suite against it, on SUITE_FILESYSTEMS (xfs ext4)
 	@bin=$$($(E2E) run ./build suite) && test/e2e/suite/run $$bin $(E2E_RESULTS) $(SUITE_FILESYSTEMS)

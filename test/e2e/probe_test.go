@@ -154,7 +154,8 @@ func (e *env) onNode(node, script string) string {
 	return strings.TrimSpace(out)
 }
 
-// listVolumes are the names of volumes, and of what is left of them, by node.
+// listVolumes are the names of volumes, snapshots and groups, and of what is left of
+// them, by node.
 func (e *env) listVolumes(ctx context.Context) (map[string][]string, error) {
 	nodes, err := e.listNodes(ctx)
 	if err != nil {
@@ -162,7 +163,7 @@ func (e *env) listVolumes(ctx context.Context) (map[string][]string, error) {
 	}
 	found := map[string][]string{}
 	for _, node := range nodes {
-		out, err := e.host(ctx, node, "cd "+poolDir+" && ls -d volumes/* .new-* .gone-* 2>/dev/null; true")
+		out, err := e.host(ctx, node, "cd "+poolDir+" && ls -d volumes/* snapshots/* groups/* .new-* .gone-* 2>/dev/null; true")
 		if err != nil {
 			return nil, err
 		}
@@ -188,10 +189,11 @@ func (e *env) madeVolumes(ctx context.Context) ([]string, error) {
 	return made, err
 }
 
-// expectMade waits until there are so many volumes more than when the test began.
+// expectMade waits until there are so many volumes and snapshots more than when the
+// test began.
 func (e *env) expectMade(want int) {
 	e.Helper()
-	e.eventually(fmt.Sprintf("the test has %d volumes", want), patience, func(ctx context.Context) error {
+	e.eventually(fmt.Sprintf("the test has %d volumes and snapshots", want), patience, func(ctx context.Context) error {
 		made, err := e.madeVolumes(ctx)
 		if err == nil && len(made) != want {
 			err = fmt.Errorf("there are %q", made)

@@ -163,7 +163,7 @@ func TestSnapshotOutlivesItsVolume(t *testing.T) {
 	if err := e.client.CoreV1().PersistentVolumeClaims(e.namespace).Delete(e.Context(), "source", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	e.expectMade(0)
+	e.expectMade(1) // the snapshot
 	e.createClaim(restored("copy", class, "64Mi", "kept"))
 	e.run(e.shell("reader", "", "copy"), corev1.PodRunning)
 	if got := e.sh("reader", "cat /data/copy/file"); got != "precious" {

@@ -17,6 +17,7 @@ import (
 
 const (
 	busybox = "/bin/busybox"
+	redis   = "/usr/bin/redis-check-rdb"
 	testing = "registry.k8s.io/e2e-test-images/"
 	sidecar = "registry.k8s.io/sig-storage/"
 )
@@ -54,6 +55,19 @@ func all(bin string) []image {
 			},
 		},
 	}
+	images = append(images, image{
+		// The tutorials' database: Debian's Redis, which is one program under two names.
+		file: "redis", names: []string{"docker.io/library/redis:7"}, program: redis,
+		config: config{Cmd: []string{"redis-server"}, Env: searchPath},
+		fill: func(ctx context.Context, t *tree) error {
+			if err := shell(ctx, t); err != nil {
+				return err
+			}
+			t.dir("/data", 0o755)
+			t.link("/usr/bin/redis-server", redis)
+			return errors.Join(t.native(redis), t.native("/usr/bin/redis-cli"))
+		},
+	})
 	for _, name := range []string{
 		"csi-provisioner:v6.3.0", "csi-resizer:v2.3.0", "csi-snapshotter:v8.7.0", "snapshot-controller:v8.7.0",
 	} {
