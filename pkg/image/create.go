@@ -156,13 +156,6 @@ func (p *Pool) build(ctx context.Context, dir string, b building) (c charge, err
 	return c, nil
 }
 
-// discard removes what is not a volume yet, or no more.
-func (p *Pool) discard(name string) {
-	if err := removeTree(p.root, name); err != nil {
-		p.leftBehind(p.logger, name, err)
-	}
-}
-
 // fill makes and syncs the image and the record, and returns what the volume takes of
 // the pool. Neither is of use before the rename, so their order is free: the disk
 // syncs the record while mkfs computes.
@@ -201,7 +194,7 @@ func (p *Pool) fill(ctx context.Context, d *os.File, b building) (c charge, err 
 		b.space.release()
 	}
 	if err := p.furnish(ctx, d, b); err != nil {
-		return c, err
+		return c, blame(ctx, f, b.r.Size, err)
 	}
 	p.store.kill("create: formatted, record synced")
 	if err := p.verify(f, b.r); err != nil {
@@ -237,6 +230,20 @@ func (p *Pool) furnish(ctx context.Context, d *os.File, b building) error {
 		return note()
 	}
 	return p.store.tools.format(ctx, d, b.r.spec(), note)
+}
+
+// blame adds to what a program failed with what the pool has to do with it. The
+// program's words would not tell reliably, and statfs not of a quota; another MiB that
+// cannot be had does. f is thrown away, so that nobody minds if it can.
+func blame(ctx context.Context, f *os.File, size int64, err error) error {
+	if ctx.Err() != nil || errors.Is(err, ErrNoSpace) || errors.Is(err, ErrPool) {
+		return err
+	}
+	more := opError("allocate", imageFile, allocate(f, size, MiB, true))
+	if errors.Is(more, ErrNoSpace) || errors.Is(more, ErrPool) {
+		return fmt.Errorf("%w: %w", more, err)
+	}
+	return err
 }
 
 // size gives a new image its length and, if thick, its blocks.

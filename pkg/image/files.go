@@ -5,7 +5,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"syscall"
 )
 
 // fileStat is what the package wants to know of a file.
@@ -70,37 +69,4 @@ func names(dir *os.File) ([]string, error) {
 		return nil, err
 	}
 	return dir.Readdirnames(-1)
-}
-
-// removeTree removes name and, if it is a directory, all that is in it. It does
-// not follow links and does not enter other filesystems: a mount point in there
-// is an error, and stays. That name does not exist is success.
-func removeTree(dir *os.File, name string) error {
-	err := unlinkAt(dir, name, false)
-	switch {
-	case err == nil || errors.Is(err, fs.ErrNotExist):
-		return nil
-	case errors.Is(err, syscall.EISDIR), errors.Is(err, syscall.EPERM):
-		// Linux says EISDIR, POSIX says EPERM.
-	default:
-		return err
-	}
-	sub, err := openDirAt(dir, name)
-	if err != nil {
-		return err
-	}
-	defer sub.Close()
-	content, err := names(sub)
-	if err != nil {
-		return err
-	}
-	for _, n := range content {
-		if err := removeTree(sub, n); err != nil {
-			return err
-		}
-	}
-	if err := unlinkAt(dir, name, true); !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
 }

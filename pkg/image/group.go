@@ -317,7 +317,7 @@ func (s *Store) RemoveGroup(ctx context.Context, id string) error {
 	p.mu.Lock()
 	delete(p.groupRecords, dir)
 	p.mu.Unlock()
-	p.discard(gone)
+	await(ctx, p.eraseAll(gone))
 	return s.removeMembers(ctx, r)
 }
 
@@ -411,10 +411,10 @@ func (p *Pool) dropCut(ctx context.Context, dir string, r snapshotRecord) {
 	p.log(ctx).Info("Removing a snapshot that an interrupted call left", "snapshot", VolumeID(p.ID(), dir), "group", r.Group)
 	gone := gonePrefix + dir + "-" + rand.Text()[:8]
 	if err := renameNew(p.snapshots, dir, p.root, gone); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		p.leftBehind(p.logger, snapshotsDir+"/"+dir, err)
+		p.leftBehind(snapshotsDir+"/"+dir, err)
 		return
 	}
-	p.discard(gone)
+	await(ctx, p.eraseAll(gone))
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.unsettled, dir)

@@ -8,8 +8,6 @@ import (
 	"os"
 	"strings"
 	"syscall"
-
-	"k8s.io/klog/v2"
 )
 
 const (
@@ -69,7 +67,7 @@ func (p *Pool) openContent(ctx context.Context, uuid string) error {
 	if p.groups, err = p.ensureDir(groupsDir); err != nil {
 		return poolError(p.config, "%s: %w", groupsDir, err)
 	}
-	if err := p.sweep(); err != nil {
+	if err := p.sweep(ctx); err != nil {
 		return err
 	}
 	if err := p.load(ctx); err != nil {
@@ -196,27 +194,30 @@ func (p *Pool) makeIdentity() error {
 	return nil
 }
 
-// sweep removes what a crash left. What cannot be removed is a problem of the
-// pool's health, not a reason to refuse its volumes.
-func (p *Pool) sweep() error {
+// sweep removes what a crash left; of large images it does not wait for the end. What
+// cannot be removed is a problem of the pool's health, not a reason to refuse its
+// volumes.
+func (p *Pool) sweep(ctx context.Context) error {
 	content, err := names(p.root)
 	if err != nil {
 		return poolError(p.config, "%w", err)
 	}
+	var left []string
 	for _, n := range content {
 		if !strings.HasPrefix(n, newPrefix) && !strings.HasPrefix(n, gonePrefix) {
 			continue
 		}
 		p.once("remove "+n).Info("Removing what an interrupted call left", "path", p.Path()+"/"+n)
-		if err := removeTree(p.root, n); err != nil {
-			p.leftBehind(p.once("left "+n), n, err)
-		}
+		left = append(left, n)
+	}
+	if len(left) > 0 {
+		await(ctx, p.eraseAll(left...))
 	}
 	return nil
 }
 
-func (p *Pool) leftBehind(logger klog.Logger, name string, err error) {
-	logger.Error(err, "Cannot remove; trying again at the next start", "path", p.Path()+"/"+name)
+func (p *Pool) leftBehind(name string, err error) {
+	p.logger.Error(err, "Cannot remove; trying again at the next start", "path", p.Path()+"/"+name)
 	p.problem(Problem{
 		Kind: Degraded, Reason: CannotRemove,
 		Message: fmt.Sprintf("%s/%s cannot be removed and keeps its space: %v", p.Path(), name, err),

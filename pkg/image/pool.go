@@ -29,6 +29,7 @@ type Pool struct {
 	account   *account
 	store     *Store
 	logger    klog.Logger
+	erasers   *erasers // nil in one that is only looked at
 
 	settled bool            // its independent snapshots are being separated
 	late    bool            // opened while others are served
@@ -54,6 +55,9 @@ type Pool struct {
 }
 
 func (p *Pool) close() error {
+	if p.erasers != nil {
+		p.erasers.stop()
+	}
 	if p.account != nil {
 		p.account.leave()
 	}

@@ -8,10 +8,6 @@ import (
 	"time"
 )
 
-// patience is how long Remove waits for the blocks to be free: long enough for
-// all but the largest files.
-const patience = time.Second
-
 // Remove makes the volume not exist; an ID that is unknown here is success. When
 // it returns nil the removal is on disk. The blocks are free by then, or, for large
 // images, soon after: Usage tells the truth, and Close waits for it. Errors:
@@ -52,29 +48,8 @@ func (p *Pool) Remove(ctx context.Context, id string) error {
 	p.store.kill("remove: committed")
 	p.forget(dir)
 	p.account.drop(dir)
-	p.unlink(ctx, gone)
+	await(ctx, p.eraseAll(gone))
 	return nil
-}
-
-// unlink frees the blocks of a removed volume, which takes long for large images,
-// so it goes on without the caller after a while.
-// Precondition: the store was entered.
-func (p *Pool) unlink(ctx context.Context, gone string) {
-	done := make(chan struct{})
-	p.store.work.Go(func() { // cannot meet Wait: the caller's own share is still held
-		defer close(done)
-		p.store.kill("remove: unlinking")
-		p.discard(gone)
-		p.freed.Store(p.store.now().UnixNano())
-		p.store.kill("remove: unlinked")
-	})
-	t := time.NewTimer(patience)
-	defer t.Stop()
-	select {
-	case <-done:
-	case <-t.C:
-	case <-ctx.Done():
-	}
 }
 
 // lag waits for removed volumes' blocks to be seen free: XFS frees them in the

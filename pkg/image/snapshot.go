@@ -127,7 +127,7 @@ func (p *Pool) removeSnapshot(ctx context.Context, dir string, r snapshotRecord)
 	}
 	p.store.kill("remove snapshot: committed")
 	p.forgetSnapshot(dir)
-	p.unlink(ctx, gone)
+	await(ctx, p.eraseAll(gone))
 	p.recount(ctx)
 	return nil
 }

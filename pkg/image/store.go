@@ -38,7 +38,7 @@ type Store struct {
 
 	mu     sync.Mutex
 	closed bool           // guarded by mu
-	work   sync.WaitGroup // calls and removals; Add is guarded by mu
+	work   sync.WaitGroup // calls; Add is guarded by mu
 }
 
 // Option changes how Open works.
@@ -223,8 +223,9 @@ func (s *Store) enter() error {
 
 func (s *Store) leave() { s.work.Done() }
 
-// Close waits for calls and removals under way, then gives the pools free for
-// other processes. Calls after it answer ErrPool. Again is harmless.
+// Close waits for calls under way, ends the freeing of what was removed, which the next
+// Open goes on with, and gives the pools free for other processes. Calls after it answer
+// ErrPool. Again is harmless.
 func (s *Store) Close() error {
 	s.mu.Lock()
 	if s.closed {

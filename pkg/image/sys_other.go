@@ -32,6 +32,7 @@ func filesystemUUID(*os.File, string) (string, error)       { return "", errOS }
 func setNoCow(*os.File) error                               { return errOS }
 func isNoCow(*os.File) (bool, error)                        { return false, errOS }
 func nextHole(*os.File, int64, int64) (int64, int64, error) { return 0, 0, errOS }
+func openedOnce(*os.File) bool                              { return false }
 func commitBtrfs(*os.File) error                            { return errOS }
 func probeWrite(*os.File) error                             { return errOS }
 func inDirectory(*exec.Cmd, *os.File)                       {}
