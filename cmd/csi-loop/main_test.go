@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -20,7 +21,8 @@ import (
 const asMain = "CSI_LOOP_TEST_AS_MAIN"
 
 func TestMain(m *testing.M) {
-	if os.Getenv(asMain) == "1" {
+	// A fuzz target's workers are this binary too.
+	if os.Getenv(asMain) == "1" && !slices.Contains(os.Args, "-test.fuzzworker") {
 		main()
 		os.Exit(0)
 	}
