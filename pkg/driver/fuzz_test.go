@@ -33,12 +33,13 @@ func FuzzCapacity(f *testing.F) {
 func FuzzParams(f *testing.F) {
 	f.Add("blockSize", "512", "offset", "1Mi")
 	f.Add("mkfsOptions", "-m 1", "sizeLimit", "1e3")
+	f.Add("partition", "1", "blockSize", "512")
 	f.Fuzz(func(t *testing.T, k1, v1, k2, v2 string) {
 		if p, err := parseParams(map[string]string{k1: v1, k2: v2}); err == nil && (p.blockSize < 512 || p.blockSize > 4096) {
 			t.Errorf("block size %d", p.blockSize)
 		}
 		m, err := parseMapped(map[string]string{attrImage: "/x", k1: v1, k2: v2})
-		if err == nil && (m.Offset < 0 || m.SizeLimit < 0 || m.Offset%int64(m.BlockSize) != 0) {
+		if err == nil && (m.Offset < 0 || m.SizeLimit < 0 || m.Offset%int64(m.BlockSize) != 0 || m.Partition < 0 || m.Partition > 0 && m.Offset+m.SizeLimit > 0) {
 			t.Errorf("mapped %+v", m)
 		}
 	})

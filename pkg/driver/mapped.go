@@ -7,6 +7,8 @@ import (
 	"strings"
 
 	"k8s.io/apimachinery/pkg/api/resource"
+
+	"github.com/csi-loop/csi-loop/pkg/partition"
 )
 
 // Attributes of a mapped volume: a pre-provisioned volume that shows a byte
@@ -16,6 +18,7 @@ const (
 	attrImage     = "image"     // absolute path beneath an allowed directory
 	attrOffset    = "offset"    // first byte of the range, default 0; a number of bytes or a quantity
 	attrSizeLimit = "sizeLimit" // length of the range, default to the end of the file
+	attrPartition = "partition" // number of a partition, instead of both
 	attrReadOnly  = "readOnly"  // "true": the device rejects every write
 	// attrBlockSize, attrDirectIO: as the parameters of the same name.
 )
@@ -25,6 +28,7 @@ type mappedAttributes struct {
 	Image     string `json:"image"`
 	Offset    int64  `json:"offset,omitempty"`
 	SizeLimit int64  `json:"sizeLimit,omitempty"`
+	Partition int    `json:"partition,omitempty"`
 	ReadOnly  bool   `json:"readOnly,omitempty"`
 	BlockSize int    `json:"blockSize"`
 	DirectIO  string `json:"directIO"`
@@ -43,6 +47,11 @@ func parseMapped(context map[string]string) (*mappedAttributes, error) {
 		}
 		if err := m.set(key, context[key]); err != nil {
 			return nil, err
+		}
+	}
+	for _, key := range []string{attrOffset, attrSizeLimit} {
+		if _, named := context[key]; named && m.Partition > 0 {
+			return nil, invalidf("attributes: give %q or %q, not both", attrPartition, key)
 		}
 	}
 	if m.Offset%int64(m.BlockSize) != 0 || m.SizeLimit%int64(m.BlockSize) != 0 {
@@ -65,6 +74,11 @@ func (m *mappedAttributes) set(key, value string) (err error) {
 		if err == nil && m.SizeLimit == 0 {
 			err = invalidf("attribute %q is 0: leave it out to map to the end of the image", key)
 		}
+	case attrPartition:
+		m.Partition, err = strconv.Atoi(value)
+		if err != nil || m.Partition < 1 || m.Partition > partition.MaxNumber {
+			return invalidf("attribute %q: %q is no number of a partition, 1 to %d", key, value, partition.MaxNumber)
+		}
 	case attrReadOnly:
 		m.ReadOnly, err = strconv.ParseBool(value)
 		if err != nil {
@@ -81,8 +95,8 @@ func (m *mappedAttributes) set(key, value string) (err error) {
 			m.DirectIO = p.directIO
 		}
 	default:
-		return invalidf("attribute %q is not known; a mapped volume has %s, %s, %s, %s, %s and %s", key,
-			attrImage, attrOffset, attrSizeLimit, attrReadOnly, paramBlockSize, paramDirectIO)
+		return invalidf("attribute %q is not known; a mapped volume has %s, %s, %s, %s, %s, %s and %s", key,
+			attrImage, attrOffset, attrSizeLimit, attrPartition, attrReadOnly, paramBlockSize, paramDirectIO)
 	}
 	return err
 }

@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"encoding/binary"
 	"errors"
 	"maps"
 	"os"
@@ -298,6 +299,12 @@ func TestMapped(t *testing.T) {
 		"unknown":        {map[string]string{"image": path, "ofset": "0"}, codes.InvalidArgument},
 		"zero limit":     {map[string]string{"image": path, "sizeLimit": "0"}, codes.InvalidArgument},
 		"negative":       {map[string]string{"image": path, "offset": "-512"}, codes.InvalidArgument},
+
+		"partition and offset":     {map[string]string{"image": path, "partition": "1", "offset": "0"}, codes.InvalidArgument},
+		"partition and size limit": {map[string]string{"image": path, "partition": "1", "sizeLimit": "1Mi"}, codes.InvalidArgument},
+		"partition 0":              {map[string]string{"image": path, "partition": "0"}, codes.InvalidArgument},
+		"partition of no number":   {map[string]string{"image": path, "partition": "root"}, codes.InvalidArgument},
+		"no partition table":       {map[string]string{"image": path, "partition": "1"}, codes.FailedPrecondition},
 	} {
 		t.Run(name, func(t *testing.T) {
 			code(t, mapped(c.context).stage(), c.code)
@@ -321,6 +328,54 @@ func TestMapped(t *testing.T) {
 	if _, err := os.Stat(path); err != nil {
 		t.Error(err)
 	}
+}
+
+// tableOf is an MBR with one partition, in sectors.
+func tableOf(start, sectors uint32) []byte {
+	b := make([]byte, 512)
+	b[446+4] = 0x83
+	binary.LittleEndian.PutUint32(b[446+8:], start)
+	binary.LittleEndian.PutUint32(b[446+12:], sectors)
+	copy(b[510:], []byte{0x55, 0xaa})
+	return b
+}
+
+func TestMappedPartition(t *testing.T) {
+	n := newFake(t)
+	path := filepath.Join(n.dirs[0], "disk.raw")
+	write := func(table []byte) {
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+		n.must(err)
+		_, err = f.WriteAt(table, 0)
+		n.must(errors.Join(err, f.Truncate(4*mib), f.Close()))
+	}
+	v := volume{n: n, id: "vm-disk", cap: blockCap(manyWriters), context: map[string]string{"image": path, "partition": "1"}}
+	write(tableOf(2048, 1<<20))
+	code(t, v.stage(), codes.FailedPrecondition) // beyond the end
+	n.fake.clean(t)
+	write(tableOf(2048, 4096))
+	other := v
+	other.context = map[string]string{"image": path, "partition": "2"}
+	code(t, other.stage(), codes.FailedPrecondition)
+	n.fake.clean(t)
+
+	n.must(v.stage())
+	n.must(v.publish("a", false))
+	n.restart()
+	n.must(v.stage())
+	code(t, other.stage(), codes.AlreadyExists)
+	write(tableOf(4096, 2048))
+	code(t, v.publish("b", true), codes.FailedPrecondition) // it would be shown other bytes
+	write(tableOf(2048, 4096))
+	n.must(v.publish("b", true))
+	all, err := n.fake.FindAll(t.Context())
+	n.must(err)
+	if len(all) != 2 || all[0].Offset != mib || all[0].Size != 2*mib || all[1].Offset != mib || all[1].Size != 2*mib {
+		t.Errorf("devices %+v", all)
+	}
+	n.must(v.unpublish("b"))
+	n.must(v.unpublish("a"))
+	n.must(v.unstage())
 }
 
 func TestEphemeral(t *testing.T) {

@@ -274,7 +274,7 @@ func (d *Driver) ensureReadDevice(ctx context.Context, r *stageRecord) (fresh bo
 	if err != nil {
 		return false, err
 	}
-	f, err := src.open(ctx, true)
+	src, f, err := src.openLocated(ctx, true)
 	if err != nil {
 		return false, err
 	}
@@ -283,6 +283,9 @@ func (d *Driver) ensureReadDevice(ctx context.Context, r *stageRecord) (fresh bo
 		return false, err
 	} else if id != r.Image {
 		return false, preconditionf("the image was replaced since the volume was staged: unpublish and unstage it everywhere first")
+	}
+	if err := d.sameRange(ctx, src, *r); err != nil {
+		return false, err
 	}
 	// Written before the bind, so that a start after a crash knows whose it is.
 	r.ReadDevice, r.ReadPending = binding{}, true
@@ -308,6 +311,22 @@ func (d *Driver) ensureReadDevice(ctx context.Context, r *stageRecord) (fresh bo
 	r.ReadDevice, r.ReadPending = b, false
 	d.hold(dev)
 	return !dev.Reused(), nil
+}
+
+// sameRange refuses a second device of a partition that lies elsewhere by now: both
+// show one volume.
+func (d *Driver) sameRange(ctx context.Context, src source, r stageRecord) error {
+	if r.Device.none() || src.mapped == nil || src.mapped.Partition == 0 {
+		return nil
+	}
+	info, bound, err := d.status(ctx, r.Device, r.Image)
+	if err != nil || !bound {
+		return err
+	}
+	if info.Offset != src.mapping.Offset || info.SizeLimit != src.mapping.SizeLimit {
+		return preconditionf("partition %d was moved since the volume was staged: unpublish and unstage it everywhere first", src.mapped.Partition)
+	}
+	return nil
 }
 
 // dropReadDevice detaches the read-only device of a raw block volume.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
+	"github.com/csi-loop/csi-loop/pkg/partition"
 )
 
 // source is where the bytes of a volume are, before they are attached: an image
@@ -18,7 +20,7 @@ import (
 type source struct {
 	id      string
 	open    func(ctx context.Context, readOnly bool) (*os.File, error)
-	mapping loop.Mapping // ReadOnly and Autoclear are decided by the caller
+	mapping loop.Mapping // ReadOnly and Autoclear are decided by the caller; openLocated finds a partition
 	fsType  string       // filesystem made in it; "" for raw and for mapped volumes
 	raw     bool         // a raw block volume; never set for mapped ones
 	thick   bool
@@ -91,6 +93,31 @@ func (d *Driver) mappedSource(id string, m *mappedAttributes) source {
 		readOnly: m.ReadOnly,
 		mapped:   m,
 	}
+}
+
+// openLocated opens the source and finds its range.
+func (s source) openLocated(ctx context.Context, readOnly bool) (source, *os.File, error) {
+	f, err := s.open(ctx, readOnly)
+	if err != nil {
+		return s, nil, err
+	}
+	if s.mapped == nil || s.mapped.Partition == 0 {
+		return s, f, nil
+	}
+	p, err := findPartition(f, s.mapped.Partition)
+	if err != nil {
+		return s, nil, errors.Join(fmt.Errorf("image %q: %w", s.mapped.Image, err), f.Close())
+	}
+	s.mapping.Offset, s.mapping.SizeLimit = p.Offset, p.Length
+	return s, f, nil
+}
+
+func findPartition(f *os.File, number int) (partition.Partition, error) {
+	st, err := f.Stat()
+	if err != nil {
+		return partition.Partition{}, err
+	}
+	return partition.Find(f, st.Size(), number)
 }
 
 // directIO turns the parameter's word into the mapping's.

@@ -193,17 +193,17 @@ func (d *Driver) inherit(ctx context.Context, f *os.File, want *stageRecord) err
 // before it leaves nothing (fact 35). The record is written before, so that the
 // next start knows whose a mount is that a crash left behind.
 func (d *Driver) stageFilesystem(ctx context.Context, src source, want stageRecord) (err error) {
+	src, f, err := src.openLocated(ctx, src.readOnly)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
 	m := src.mapping
 	m.Autoclear = true
 	// The device of a volume that is only read is writable all the same, unless
 	// the volume itself is read-only: a journal may have to be replayed, and the
 	// mount is read-only then (fact 66).
 	m.ReadOnly = src.readOnly
-	f, err := src.open(ctx, m.ReadOnly)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
 	if want.Image, err = loop.FileIDOf(f); err != nil {
 		return err
 	}
@@ -343,13 +343,13 @@ func (d *Driver) undoStage(ctx context.Context, r stageRecord, dev attached) err
 // bound without autoclear outlives a crash, and the record is what tells the
 // next start that it is ours.
 func (d *Driver) stageBlock(ctx context.Context, src source, want stageRecord) (err error) {
-	m := src.mapping
-	m.ReadOnly = want.ReadOnly
-	f, err := src.open(ctx, m.ReadOnly)
+	src, f, err := src.openLocated(ctx, want.ReadOnly)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	m := src.mapping
+	m.ReadOnly = want.ReadOnly
 	if want.Image, err = loop.FileIDOf(f); err != nil {
 		return err
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
+	"github.com/csi-loop/csi-loop/pkg/partition"
 )
 
 // codeError is an error of this package that already knows its gRPC code:
@@ -92,6 +93,9 @@ var sentinelCodes = []struct {
 	{mount.ErrBusy, codes.Aborted},
 	{mount.ErrRefused, codes.FailedPrecondition},
 	{mount.ErrUnknownFilesystem, codes.FailedPrecondition},
+	{partition.ErrNoTable, codes.FailedPrecondition},
+	{partition.ErrTable, codes.FailedPrecondition},
+	{partition.ErrNotFound, codes.FailedPrecondition},
 	{mount.ErrPermission, codes.FailedPrecondition},
 	{mount.ErrUnsupported, codes.FailedPrecondition},
 
