@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -44,6 +45,7 @@ type writers struct {
 	// not mounted.
 	device binding
 	path   string
+	mount  int // the kernel's number of that mount
 	fsType string
 	raw    []loop.Ref // devices without a filesystem of ours
 }
@@ -95,7 +97,7 @@ func (d *Driver) addMounted(w *writers, info loop.Info) error {
 	if !ok {
 		return abortedf("volume %q is attached to %s and its filesystem is not mounted where this driver can stop it: it is about to be detached, or somebody else uses it", w.volume.ID, info.Path)
 	}
-	w.device, w.path, w.fsType = b, m.Path, m.FSType
+	w.device, w.path, w.mount, w.fsType = b, m.Path, m.ID, m.FSType
 	return nil
 }
 
@@ -124,7 +126,7 @@ func (d *Driver) quiesce(all []writers, limit time.Duration) image.Quiesce {
 		return nil
 	}
 	return func(ctx context.Context) (resume func() error, err error) {
-		var paths []string
+		spec := mount.FreezeSpec{Limit: limit}
 		for _, w := range all {
 			for _, ref := range w.raw {
 				if err := d.table.Sync(ctx, ref); err != nil {
@@ -132,13 +134,13 @@ func (d *Driver) quiesce(all []writers, limit time.Duration) image.Quiesce {
 				}
 			}
 			if w.path != "" {
-				paths = append(paths, w.path)
+				spec.Paths, spec.Mounts = append(spec.Paths, w.path), append(spec.Mounts, w.mount)
 			}
 		}
-		if len(paths) == 0 {
+		if len(spec.Paths) == 0 {
 			return func() error { return nil }, nil
 		}
-		return d.freeze(ctx, all, mount.FreezeSpec{Paths: paths, Limit: limit})
+		return d.freeze(ctx, all, spec)
 	}
 }
 
@@ -152,14 +154,17 @@ func (d *Driver) freeze(ctx context.Context, all []writers, spec mount.FreezeSpe
 	spec.Keep = record.file
 	start := time.Now()
 	f, err := d.freezer.Freeze(ctx, spec)
-	if err != nil {
+	switch {
+	case errors.Is(err, mount.ErrNotThawed):
+		return nil, errors.Join(err, record.keep())
+	case err != nil:
 		return nil, errors.Join(err, record.drop())
 	}
 	began := time.Now()
 	return func() error {
 		err := f.Thaw()
 		klog.FromContext(ctx).V(1).Info("Thawed", "paths", spec.Paths, "frozenFor", time.Since(began).String(), "freezing", began.Sub(start).String())
-		if err != nil && !errors.Is(err, mount.ErrThawed) {
+		if err != nil && !errors.Is(err, mount.ErrThawed) || errors.Is(err, mount.ErrNotThawed) {
 			return errors.Join(err, record.keep()) // it may be frozen still
 		}
 		return errors.Join(err, record.drop())
@@ -182,6 +187,19 @@ func (d *Driver) thawLeft(ctx context.Context) error {
 		}
 		errs = append(errs, failed, r.keep())
 	}
+	return errors.Join(append(errs, d.dropThawMounts(ctx))...)
+}
+
+// thawPrefix begins the names of directories where thawVolume mounts.
+const thawPrefix = ".thaw-"
+
+// dropThawMounts takes away what a crash in the middle of thawVolume left mounted.
+func (d *Driver) dropThawMounts(ctx context.Context) error {
+	left, err := filepath.Glob(filepath.Join(d.state.dir, thawPrefix+"*"))
+	errs := []error{err}
+	for _, dir := range left {
+		errs = append(errs, d.mounts.Remove(ctx, dir))
+	}
 	return errors.Join(errs...)
 }
 
@@ -201,7 +219,7 @@ func (d *Driver) thawVolume(ctx context.Context, v frozenVolume) error {
 	if mounted {
 		return d.freezer.Thaw(m.Path)
 	}
-	dir, err := os.MkdirTemp(d.state.dir, ".thaw-")
+	dir, err := os.MkdirTemp(d.state.dir, thawPrefix)
 	if err != nil {
 		return err
 	}

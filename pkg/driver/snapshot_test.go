@@ -227,6 +227,55 @@ func TestStartThaws(t *testing.T) {
 	}
 }
 
+// Killed while it thawed what is mounted nowhere: the next start thaws it where the
+// last one has mounted it, and takes that mount away.
+func TestStartEndsAThawThatWasCutShort(t *testing.T) {
+	n := newFake(t)
+	v := n.create("v", 16*mib, mountCap("ext4", oneWriter), nil).up("pod")
+	n.fake.failOnce("thaw", errors.New("stuck"))
+	_, err := v.snapshot("s", "copyInUse", "true")
+	code(t, err, codes.Internal)
+	keep, err := n.d.loops.Hold(t.Context(), n.fake.devices[0].info.Ref)
+	n.must(err)
+	n.must(v.unpublish("pod"))
+	code(t, v.unstage(), codes.Aborted)
+	n.halt()
+	dir := filepath.Join(n.cfg.StateDir, n.cfg.NodeID, thawPrefix+"1")
+	n.must(os.Mkdir(dir, 0o700))
+	n.must(n.fake.Mount(t.Context(), mount.Spec{Source: n.fake.devices[0].info.Path, Target: dir, FSType: "ext4"}))
+	n.must(keep.Close()) // the mount has the device from here on
+	n.fake.thawAnywhere = true
+	n.start()
+	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) || len(n.freezeRecords()) != 0 || len(n.fake.frozen) != 0 {
+		t.Errorf("%v; records %v, frozen %v", err, n.freezeRecords(), n.fake.frozen)
+	}
+	n.must(v.unstage())
+	n.must(v.delete())
+}
+
+// A helper that is gone while the kernel refuses to thaw leaves the record too.
+func TestRecordOfWhatCannotBeThawedStays(t *testing.T) {
+	n := newFake(t)
+	v := n.create("v", 16*mib, mountCap("ext4", oneWriter), nil).up("pod")
+	for step, err := range map[string]error{
+		"freeze": mount.ErrNotThawed,
+		"thaw":   fmt.Errorf("%w, %w", mount.ErrThawed, mount.ErrNotThawed),
+	} {
+		n.fake.failOnce(step, err)
+		if _, err := v.snapshot("s", "copyInUse", "true"); err == nil {
+			t.Errorf("%s: the snapshot was made", step)
+		}
+		if got := n.freezeRecords(); len(got) != 1 {
+			t.Errorf("%s: records %v", step, got)
+		}
+		n.restart()
+		if got := n.freezeRecords(); len(got) != 0 || len(n.fake.frozen) != 0 {
+			t.Errorf("%s: records %v, frozen %v after a start", step, got, n.fake.frozen)
+		}
+	}
+	v.down("pod")
+}
+
 func TestForeignFreezeRecordIsDropped(t *testing.T) {
 	n := newFake(t)
 	n.halt()

@@ -90,6 +90,8 @@ var sentinelCodes = []struct {
 
 	// The writers did not hold still long enough; what was copied is thrown away.
 	{mount.ErrThawed, codes.Aborted},
+	// Something is left: a filesystem that only the next start can thaw.
+	{mount.ErrNotThawed, codes.Aborted},
 	{mount.ErrBusy, codes.Aborted},
 	{mount.ErrRefused, codes.FailedPrecondition},
 	{mount.ErrUnknownFilesystem, codes.FailedPrecondition},

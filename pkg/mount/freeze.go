@@ -19,10 +19,17 @@ import (
 // up, somebody else thawed it, or the helper process died.
 var ErrThawed = errors.New("was thawed early")
 
+// ErrNotThawed means that what was frozen could not be thawed, and may be frozen still.
+// Without it nothing is.
+var ErrNotThawed = errors.New("may still be frozen")
+
 // FreezeSpec says what to freeze, and for how long at most.
 type FreezeSpec struct {
 	// Paths are directories, each on a mounted filesystem of its own.
 	Paths []string
+	// Mounts are the kernel's numbers (Mount.ID) of the mounts that Paths must be in, in
+	// the same order; without any, whatever is there is frozen.
+	Mounts []int
 	// Limit bounds the time that anything is frozen; more than 0.
 	Limit time.Duration
 	// Keep is held open by whoever may still thaw: a lock on it is free when the
@@ -37,6 +44,7 @@ type Frozen struct {
 	control io.WriteCloser
 	answers *os.File
 	lines   *bufio.Reader
+	asked   bool // the helper was told to freeze, and did not say that all is thawed
 	once    sync.Once
 	err     error
 }
@@ -47,9 +55,10 @@ const graceTime = 5 * time.Second
 // Freeze writes out what the filesystems have in memory, and then stops all writers
 // to all of them, until Thaw or until the limit is over, whichever is first: also
 // when this process dies. A helper process of this same program sees to that. After
-// an error nothing is frozen by this call.
+// an error nothing is frozen by this call, unless it is ErrNotThawed.
 //
-// ErrBusy: one of them is frozen by somebody else already, and is left so.
+// ErrBusy: one of them is frozen by somebody else already, and is left so; or another
+// mount than the one that was meant is at its path.
 //
 // ctx is looked at before. The kernel's calls cannot be interrupted.
 func (m *Mounter) Freeze(ctx context.Context, s FreezeSpec) (_ *Frozen, err error) {
@@ -59,12 +68,8 @@ func (m *Mounter) Freeze(ctx context.Context, s FreezeSpec) (_ *Frozen, err erro
 			err = errors.Join(err, f.close())
 		}
 	}()
-	for _, path := range s.Paths {
-		dir, err := os.OpenFile(path, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW, 0)
-		if err != nil {
-			return nil, err
-		}
-		f.dirs = append(f.dirs, dir)
+	if err := f.open(s); err != nil {
+		return nil, err
 	}
 	if err := f.start(s); err != nil { //nolint:contextcheck // the helper outlives the call
 		return nil, fmt.Errorf("start the helper that thaws: %w", err)
@@ -78,6 +83,7 @@ func (m *Mounter) Freeze(ctx context.Context, s FreezeSpec) (_ *Frozen, err erro
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
+	f.asked = true
 	answer, err := f.ask("freeze", s.Limit)
 	if err != nil {
 		return nil, errors.Join(err, f.abandon())
@@ -86,6 +92,30 @@ func (m *Mounter) Freeze(ctx context.Context, s FreezeSpec) (_ *Frozen, err erro
 		return nil, f.failure("freeze", answer)
 	}
 	return f, nil
+}
+
+// open opens the directories, and makes sure that they are those that are meant: a
+// mount that is gone, or covered, since its path was looked up would have another
+// filesystem frozen, perhaps the machine's own.
+func (f *Frozen) open(s FreezeSpec) error {
+	for i, path := range s.Paths {
+		dir, err := os.OpenFile(path, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW, 0)
+		if err != nil {
+			return err
+		}
+		f.dirs = append(f.dirs, dir)
+		if i >= len(s.Mounts) {
+			continue
+		}
+		number, err := mountNumberOf(dir)
+		if err == nil && number != uint64(s.Mounts[i]) {
+			err = ErrBusy
+		}
+		if err != nil {
+			return &OpError{Op: "freeze", Path: path, Err: err, Words: "another mount is there than a moment ago"}
+		}
+	}
+	return nil
 }
 
 // start runs the helper, and waits until it is up.
@@ -150,8 +180,8 @@ func (f *Frozen) failure(op, answer string) error {
 }
 
 // Thaw lets the writers go on. ErrThawed: they did so before, and were not still all
-// the time. After any other error too, nothing is frozen any more unless the kernel
-// refused to thaw it. Again is harmless and returns the same.
+// the time. After any error nothing is frozen any more, unless it is ErrNotThawed: the
+// kernel refused. Again is harmless and returns the same.
 func (f *Frozen) Thaw() error {
 	f.once.Do(func() {
 		answer, err := f.ask("thaw", 0)
@@ -159,9 +189,12 @@ func (f *Frozen) Thaw() error {
 		case err != nil:
 			f.err = errors.Join(err, f.abandon())
 		case answer == "late":
+			f.asked = false
 			f.err = fmt.Errorf("%w: the time was up, or somebody else did it", ErrThawed)
 		case answer != "thawed":
 			f.err = errors.Join(f.failure("thaw", answer), f.abandon())
+		default:
+			f.asked = false
 		}
 		f.err = errors.Join(f.err, f.close())
 	})
@@ -173,11 +206,11 @@ func (f *Frozen) Thaw() error {
 func (f *Frozen) abandon() error {
 	_ = f.helper.Process.Kill()
 	_ = f.helper.Wait() // its status tells nothing
-	f.helper = nil
+	f.helper, f.asked = nil, false
 	var errs []error
 	for _, dir := range f.dirs {
 		if err := thawFilesystem(dir); err != nil && !errors.Is(err, syscall.EINVAL) { // EINVAL: it is not frozen
-			errs = append(errs, &OpError{Op: "thaw", Path: dir.Name(), Err: err})
+			errs = append(errs, fmt.Errorf("%w: %w", ErrNotThawed, &OpError{Op: "thaw", Path: dir.Name(), Err: err}))
 		}
 	}
 	return errors.Join(errs...)
@@ -190,7 +223,11 @@ func (f *Frozen) close() error {
 		errs = append(errs, f.control.Close())
 	}
 	if f.helper != nil {
-		errs = append(errs, f.helper.Wait())
+		err := f.helper.Wait()
+		if err != nil && f.asked {
+			err = fmt.Errorf("%w: the helper that thaws: %w", ErrNotThawed, err)
+		}
+		errs = append(errs, err)
 	}
 	if f.answers != nil {
 		errs = append(errs, f.answers.Close())

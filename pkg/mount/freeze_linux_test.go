@@ -175,6 +175,69 @@ func TestHelperDies(t *testing.T) {
 	}
 }
 
+// What cannot be thawed is told apart from what was thawed early.
+func TestHelperDiesAndNobodyCanThaw(t *testing.T) {
+	roottest.Require(t)
+	m := New()
+	dir := frozenFS(t, m, "ext4")
+	f, err := m.Freeze(context.Background(), FreezeSpec{Paths: []string{dir}, Limit: time.Minute})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stuck, err := os.Open(dir) // the helper freezes by a descriptor of its own
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.helper.Process.Kill(), f.dirs[0].Close()); err != nil {
+		t.Fatal(err)
+	}
+	err = f.Thaw()
+	if thawErr := thawFilesystem(stuck); thawErr != nil {
+		t.Error(thawErr)
+	}
+	if err := stuck.Close(); err != nil {
+		t.Error(err)
+	}
+	if !errors.Is(err, ErrNotThawed) {
+		t.Errorf("thaw without the helper, which fails: %v", err)
+	}
+}
+
+// A mount that is not the one that was looked up is not frozen, whether another one
+// covers it or it is gone.
+func TestFreezeOfAnotherMount(t *testing.T) {
+	roottest.Require(t)
+	m := New()
+	dir := frozenFS(t, m, "ext4")
+	meant, _, err := m.At(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	freeze := func() error {
+		f, err := m.Freeze(context.Background(), FreezeSpec{Paths: []string{dir}, Mounts: []int{meant.ID}, Limit: time.Minute})
+		if err != nil {
+			return err
+		}
+		return f.Thaw()
+	}
+	if err := freeze(); err != nil {
+		t.Fatal(err)
+	}
+	other, _ := loopFS(t, "ext4")
+	if err := unix.Mount(other, dir, "ext4", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := freeze(); !errors.Is(err, ErrBusy) || isFrozen(t, dir) {
+		t.Errorf("covered: %v", err)
+	}
+	if err := unix.Unmount(dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := freeze(); err != nil {
+		t.Error(err)
+	}
+}
+
 // freezeAndHang is what TestOwnerDies runs as another process.
 func freezeAndHang(dir string) {
 	lock, err := os.Create(filepath.Join(filepath.Dir(dir), "lock"))
