@@ -42,6 +42,7 @@ type config struct {
 	StateDir            string       `json:"stateDir"`
 	LoopDevicesWarm     int          `json:"loopDevicesWarm"`
 	LoopDevicesMax      int          `json:"loopDevicesMax"`
+	MkfsAlways          bool         `json:"mkfsAlways"`
 	EphemeralMaxSize    scalar       `json:"ephemeralMaxSize"`
 	EphemeralMaxVolumes int          `json:"ephemeralMaxVolumes"`
 	EphemeralPools      []string     `json:"ephemeralPools"`
@@ -154,6 +155,7 @@ type plan struct {
 	pools       []image.Config
 	imageDirs   []string
 	warm, max   int
+	mkfsAlways  bool
 	stopTimeout time.Duration
 }
 
@@ -166,7 +168,7 @@ func (c *config) resolve(version string) (plan, error) {
 	if c.Mode == modeController {
 		return c.resolveController(version)
 	}
-	p := plan{mode: c.Mode, http: c.HTTPEndpoint, link: c.linkConfig, endpoint: c.Endpoint, imageDirs: c.ImageDirs, warm: c.LoopDevicesWarm, max: c.LoopDevicesMax}
+	p := plan{mode: c.Mode, http: c.HTTPEndpoint, link: c.linkConfig, endpoint: c.Endpoint, imageDirs: c.ImageDirs, warm: c.LoopDevicesWarm, max: c.LoopDevicesMax, mkfsAlways: c.MkfsAlways}
 	switch {
 	case c.NodeID == "":
 		// Not the host's name by default: in a pod that is the pod's, and volumes

@@ -76,7 +76,7 @@ func TestConfiguration(t *testing.T) {
 		},
 		"every flag": {
 			args: minimal("--pool=q=/q", "--default-pool=q", "--image-dir=/i", "--image-dir=/j,k", "--state-dir=/s", "--loop-devices-warm=1",
-				"--loop-devices-max=2", "--ephemeral-max-size=10Gi",
+				"--loop-devices-max=2", "--ephemeral-max-size=10Gi", "--mkfs-always",
 				"--ephemeral-max-volumes=3", "--ephemeral-pool=q", "--driver-name=d.io", "--stop-timeout=1m", "--logging-format=json", "-v=4"),
 			want: with(func(p *plan) {
 				p.driver = driver.Config{
@@ -85,7 +85,7 @@ func TestConfiguration(t *testing.T) {
 				}
 				p.pools = append(p.pools[:1:1], image.Config{Name: "q", Path: "/q", Overcommit: 1})
 				p.imageDirs = []string{"/i", "/j,k"}
-				p.warm, p.max, p.stopTimeout = 1, 2, time.Minute
+				p.warm, p.max, p.stopTimeout, p.mkfsAlways = 1, 2, time.Minute, true
 			}),
 		},
 		"commas separate lists in the environment": {

@@ -64,6 +64,7 @@ func newServeFlags(fs *pflag.FlagSet) *serveFlags {
 	fs.StringVar(&f.StateDir, "state-dir", f.StateDir, "where the node keeps what it knows of staged volumes; best on a tmpfs")
 	fs.IntVar(&f.LoopDevicesWarm, "loop-devices-warm", f.LoopDevicesWarm, "loop devices to register ahead of time")
 	fs.IntVar(&f.LoopDevicesMax, "loop-devices-max", f.LoopDevicesMax, "loop devices to attach at most; also the number of volumes a CO puts on the node")
+	fs.BoolVar(&f.MkfsAlways, "mkfs-always", false, "run mkfs for each new filesystem, instead of copying what it wrote for equal ones")
 	fs.Var(&f.EphemeralMaxSize, "ephemeral-max-size", "largest inline ephemeral volume, as in 10Gi; 0 refuses them")
 	fs.IntVar(&f.EphemeralMaxVolumes, "ephemeral-max-volumes", f.EphemeralMaxVolumes, "inline ephemeral volumes to have at most at a time")
 	fs.StringArrayVar(&f.EphemeralPools, "ephemeral-pool", nil, "pool that inline ephemeral volumes may name; can be repeated (default: the default pool only)")
@@ -193,6 +194,7 @@ func (f *serveFlags) load(fs *pflag.FlagSet, lookup func(string) (string, bool))
 		"image-dir":             func() { c.ImageDirs = f.ImageDirs },
 		"state-dir":             func() { c.StateDir = f.StateDir },
 		"loop-devices-warm":     func() { c.LoopDevicesWarm = f.LoopDevicesWarm },
+		"mkfs-always":           func() { c.MkfsAlways = f.MkfsAlways },
 		"loop-devices-max":      func() { c.LoopDevicesMax = f.LoopDevicesMax },
 		"ephemeral-max-size":    func() { c.EphemeralMaxSize = f.EphemeralMaxSize },
 		"ephemeral-max-volumes": func() { c.EphemeralMaxVolumes = f.EphemeralMaxVolumes },

@@ -63,6 +63,9 @@ func serveMachine(ctx context.Context, p plan, m *metrics) (err error) {
 	if p.driver.HasRecords() {
 		options = append(options, image.WithoutPools())
 	}
+	if p.mkfsAlways {
+		options = append(options, image.WithoutTemplates())
+	}
 	images, err := image.Open(ctx, p.pools, options...)
 	if err != nil {
 		return err

@@ -78,7 +78,7 @@ func floor(b *testing.B, p *Pool, s Spec) {
 	defer f.Close()
 	must(allocate(f, 0, s.Size, false))
 	if s.Filesystem != "" {
-		out, err := command(ctx, d, "/usr/sbin/mkfs."+s.Filesystem, append(mkfsArguments(s, ""), imageFile), nil)
+		out, err := command(ctx, d, "/usr/sbin/mkfs."+s.Filesystem, append(mkfsArguments(s, ""), imageFile))
 		if err != nil {
 			b.Fatal(out)
 		}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"syscall"
 
 	"k8s.io/klog/v2"
@@ -157,8 +158,8 @@ func (p *Pool) build(ctx context.Context, dir string, b building) (c charge, err
 }
 
 // fill makes and syncs the image and the record, and returns what the volume takes of
-// the pool. Neither is of use before the rename, so their order is free: the disk
-// syncs the record while mkfs computes.
+// the pool. Neither is of use before the rename, so their order is free, and they are
+// made and synced at the same time.
 func (p *Pool) fill(ctx context.Context, d *os.File, b building) (c charge, err error) {
 	if p.noCow {
 		if err := setNoCow(d); err != nil && b.r.Allocation == Thick {
@@ -193,17 +194,18 @@ func (p *Pool) fill(ctx context.Context, d *os.File, b building) (c charge, err 
 	if b.r.Allocation == Thick && p.fsType != "btrfs" { // which does not show it before the commit
 		b.space.release()
 	}
-	if err := p.furnish(ctx, d, b); err != nil {
-		return c, blame(ctx, f, b.r.Size, err)
-	}
-	p.store.kill("create: formatted, record synced")
-	if err := p.verify(f, b.r); err != nil {
+	noted, err := note(d, b.r)
+	if err != nil {
 		return c, err
 	}
-	if err := f.Sync(); err != nil {
-		return c, opError("sync", imageFile, err)
+	defer func() { _ = noted() }() // nothing may be written to d any more
+	if err := p.furnish(ctx, d, f, b); err != nil {
+		return c, err
 	}
-	p.store.kill("create: image synced")
+	if err := noted(); err != nil {
+		return c, err
+	}
+	p.store.kill("create: image and record synced")
 	st, err := statFile(f)
 	c = b.r.charge(st.Allocated)
 	if shared {
@@ -212,24 +214,43 @@ func (p *Pool) fill(ctx context.Context, d *os.File, b building) (c charge, err 
 	return c, opError("look at", imageFile, err)
 }
 
-// furnish makes the filesystem, or makes that of a copy one of its own, and syncs the
-// record meanwhile.
-func (p *Pool) furnish(ctx context.Context, d *os.File, b building) error {
-	record, err := b.r.encode()
+// note begins to write and sync the record. The function that it returns waits for
+// that, and may be called again.
+func note(d *os.File, r record) (wait func() error, err error) {
+	content, err := r.encode()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	note := func() error { return opError("write", recordFile, writeSynced(d, recordFile, record)) }
+	done := make(chan error, 1)
+	go func() { done <- opError("write", recordFile, writeSynced(d, recordFile, content)) }()
+	return sync.OnceValue(func() error { return <-done }), nil
+}
+
+// furnish makes the filesystem, or makes that of a copy one of its own, and syncs the
+// image.
+func (p *Pool) furnish(ctx context.Context, d, f *os.File, b building) error {
+	var err error
+	made := func() {}
 	switch {
 	case b.r.Filesystem == "":
-		return note()
 	case b.origin != nil:
-		if err := p.store.tools.renew(ctx, d, b.r.spec(), b.origin.spec.Size); err != nil {
-			return err
-		}
-		return note()
+		err = p.store.tools.renew(ctx, d, b.r.spec(), b.origin.spec.Size)
+	default:
+		made, err = p.format(ctx, d, f, b.r)
 	}
-	return p.store.tools.format(ctx, d, b.r.spec(), note)
+	if err != nil {
+		return blame(ctx, f, b.r.Size, err)
+	}
+	p.store.kill("create: formatted")
+	if err := p.verify(f, b.r); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return opError("sync", imageFile, err)
+	}
+	p.store.kill("create: image synced")
+	made()
+	return nil
 }
 
 // blame adds to what a program failed with what the pool has to do with it. The

@@ -23,9 +23,9 @@
 //     directory sync, after the commit; then the effect is seen, and repeating the
 //     call is right.
 //
-//  4. The image is synced before the record, the record before the rename, and
-//     volumes/ after it (fact 74). A record never promises what the image lacks:
-//     a grown image without a grown record is rolled forward at Open.
+//  4. Image and record are synced before the rename, and volumes/ after it
+//     (fact 74). A record never promises what the image lacks: a grown image
+//     is synced before its record, and without it is rolled forward at Open.
 //
 //  5. A thick image has a block for every byte from before its record exists until
 //     it is removed; mkfs may not give any back (facts 48, 62), OpenImage refills
@@ -33,7 +33,8 @@
 //     a full XFS. On btrfs it is NOCOW as well, or it is refused (fact 70).
 //
 //  6. Only new files in .new-* are ever formatted. There is no probe for a
-//     filesystem, hence none that can be wrong.
+//     filesystem, hence none that can be wrong. What is written instead of a run
+//     of mkfs was equal to one, byte for byte but for its identity.
 //
 //  7. Free space, less the reserve, less what thin volumes may still write (divided
 //     by the overcommit ratio), less what calls under way will write, is what a new

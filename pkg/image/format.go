@@ -101,7 +101,7 @@ func (t *tools) find(ctx context.Context, filesystem string) (tool, error) {
 	ask := map[string][]string{"xfs": {}, "btrfs": {"-O", "list-all"}}
 	if args, ok := ask[filesystem]; ok {
 		// mkfs.xfs tells its options with its complaint, so the status is no guide.
-		found.help, _ = command(ctx, nil, path, args, nil)
+		found.help, _ = command(ctx, nil, path, args)
 		if err := ctx.Err(); err != nil {
 			return tool{}, err
 		}
@@ -161,9 +161,8 @@ func pick(options []string, flag string) (values, rest []string) {
 }
 
 // format makes the filesystem on the new image in dir, which nobody else knows
-// yet. ctx ends the tool; the image is then worthless. meanwhile runs once, beside
-// the tool, and its error is format's.
-func (t *tools) format(ctx context.Context, dir *os.File, s Spec, meanwhile func() error) error {
+// yet. ctx ends the tool; the image is then worthless.
+func (t *tools) format(ctx context.Context, dir *os.File, s Spec) error {
 	found, err := t.find(ctx, s.Filesystem)
 	if err != nil {
 		return err
@@ -176,18 +175,17 @@ func (t *tools) format(ctx context.Context, dir *os.File, s Spec, meanwhile func
 	}
 	args := append(mkfsArguments(s, found.help), imageFile)
 	klog.FromContext(ctx).Info("Formatting a new image", "name", s.Name, "filesystem", s.Filesystem, "size", s.Size)
-	var other error
-	out, err := command(ctx, dir, found.path, args, func() { other = meanwhile() })
+	out, err := command(ctx, dir, found.path, args)
 	// mkfs.btrfs looks whether any mounted loop device shows the file, and gives up
 	// when one of them goes while it looks. It has not written anything then.
 	for try := 0; err != nil && try < mkfsTries && strings.Contains(out, mountCheckFailed); try++ {
 		if err := pause(ctx, mkfsPause); err != nil {
 			return err
 		}
-		out, err = command(ctx, dir, found.path, args, nil)
+		out, err = command(ctx, dir, found.path, args)
 	}
-	if err == nil || other != nil {
-		return other
+	if err == nil {
+		return nil
 	}
 	if ctx.Err() != nil {
 		return fmt.Errorf("%s: %w", filepath.Base(found.path), ctx.Err())
@@ -234,9 +232,8 @@ func firstLines(out string) string {
 }
 
 // command runs a program in dir (if not nil), with an empty input and a fixed
-// environment, and returns what it said. No shell is involved. meanwhile (if not
-// nil) is called once the program runs, and not at all if it cannot be started.
-func command(ctx context.Context, dir *os.File, path string, args []string, meanwhile func()) (string, error) {
+// environment, and returns what it said. No shell is involved.
+func command(ctx context.Context, dir *os.File, path string, args []string) (string, error) {
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Env = []string{"LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	cmd.WaitDelay = 5 * time.Second // for a grandchild that keeps the output open
@@ -245,13 +242,7 @@ func command(ctx context.Context, dir *os.File, path string, args []string, mean
 	}
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
-	err := cmd.Start()
-	if err == nil {
-		if meanwhile != nil {
-			meanwhile()
-		}
-		err = cmd.Wait()
-	}
+	err := cmd.Run()
 	runtime.KeepAlive(dir)
 	return out.String(), err
 }

@@ -86,7 +86,7 @@ func mounted(t *testing.T, p *Pool, v Volume, f func(mountPoint string)) {
 func bind(t *testing.T, path string, blockSize int) string {
 	t.Helper()
 	for range 100 {
-		out, err := command(ctx, nil, "/usr/sbin/losetup", []string{"--find", "--show", "--sector-size", strconv.Itoa(blockSize), path}, nil)
+		out, err := command(ctx, nil, "/usr/sbin/losetup", []string{"--find", "--show", "--sector-size", strconv.Itoa(blockSize), path})
 		if err == nil {
 			return strings.TrimSpace(out)
 		}

@@ -68,7 +68,7 @@ func (t *tools) run(ctx context.Context, dir *os.File, name string, args ...stri
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	out, err := command(ctx, dir, path, args, nil)
+	out, err := command(ctx, dir, path, args)
 	const repaired = 1 // of e2fsck
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok && name == "e2fsck" && exit.ExitCode() == repaired {
 		return nil

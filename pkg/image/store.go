@@ -16,10 +16,11 @@ import (
 // Store is the set of the configured pools: those that are open, and those that
 // are absent.
 type Store struct {
-	tools  *tools
-	now    func() time.Time
-	kill   func(point string)
-	logger klog.Logger
+	tools     *tools
+	templates *templates // nil: mkfs makes every filesystem
+	now       func() time.Time
+	kill      func(point string)
+	logger    klog.Logger
 
 	observers observers
 
@@ -53,6 +54,9 @@ func WithRefresh(interval time.Duration) Option { return func(s *Store) { s.refr
 // the sbin directories.
 func WithToolDirs(dirs ...string) Option { return func(s *Store) { s.tools = newTools(dirs) } }
 
+// WithoutTemplates makes mkfs run for each new filesystem.
+func WithoutTemplates() Option { return func(s *Store) { s.templates = nil } }
+
 // withKill is for crash tests: f is called after every step that a crash may
 // follow.
 func withKill(f func(point string)) Option { return func(s *Store) { s.kill = f } }
@@ -71,7 +75,7 @@ func withKill(f func(point string)) Option { return func(s *Store) { s.kill = f 
 func Open(ctx context.Context, configs []Config, options ...Option) (_ *Store, err error) {
 	s := &Store{
 		tools: newTools(toolDirs()), now: time.Now, kill: func(string) {}, logger: klog.FromContext(ctx),
-		refresh: 30 * time.Second, ledgers: map[string]*ledger{},
+		templates: newTemplates(), refresh: 30 * time.Second, ledgers: map[string]*ledger{},
 	}
 	for _, o := range options {
 		o(s)

@@ -188,6 +188,13 @@ func statAt(dir *os.File, name string) (fileStat, error) {
 	return fileStatOf(&st), err
 }
 
+// versionOf follows links: what matters is the program that runs.
+func versionOf(path string) (fileVersion, error) {
+	var st unix.Stat_t
+	err := ignoringEINTR(func() error { return unix.Stat(path, &st) })
+	return fileVersion{path: path, dev: uint64(st.Dev), ino: st.Ino, size: st.Size, changed: unix.TimespecToNsec(st.Ctim)}, err
+}
+
 // isMountPoint tells whether something is mounted exactly at path (kernel 5.8).
 func isMountPoint(path string) (bool, error) {
 	var st unix.Statx_t

@@ -24,6 +24,7 @@ func renameOver(*os.File, string, string) error             { return errOS }
 func unlinkAt(*os.File, string, bool) error                 { return errOS }
 func statFile(*os.File) (fileStat, error)                   { return fileStat{}, errOS }
 func statAt(*os.File, string) (fileStat, error)             { return fileStat{}, errOS }
+func versionOf(string) (fileVersion, error)                 { return fileVersion{}, errOS }
 func isMountPoint(string) (bool, error)                     { return false, errOS }
 func allocate(*os.File, int64, int64, bool) error           { return errOS }
 func lockDir(*os.File) error                                { return errOS }

@@ -65,11 +65,14 @@ func newSite(t testing.TB, poolFS string) *site {
 	s.args = []string{
 		"serve", "--endpoint=unix://" + s.socket, "--node-id=" + filepath.Base(dir), "--pool=default=" + s.pool, "--state-dir=" + s.state,
 		"--image-dir=" + s.images, "--ephemeral-max-size=1Gi", "--loop-devices-max=400", "--v=2",
+		mkfsAlways, // what a call does must not depend on the calls before it
 	}
 	t.Cleanup(s.close)
 	must(t, s.start())
 	return s
 }
+
+const mkfsAlways = "--mkfs-always"
 
 // start starts the driver and waits until it is ready.
 func (s *site) start() error {
