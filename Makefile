@@ -92,6 +92,25 @@ bench-link: ## measure the links of 1000 simulated nodes to one controller (NODE
 bench-smoke: BENCH_ARGS = -n 3 -volumes 20
 bench-smoke: bench ## the same with a few rounds only: does it still run
 
+# Tables and plots go to docs/bench; BENCH_OUT= keeps them nowhere.
+BENCH_OUT ?= docs/bench
+
+bench-snapshot: ## measure snapshots, restores, clones and deltas beside bare calls and a full copy (root)
+	@hack/deps root
+	@$(MAKE) --no-print-directory build
+	$(GO) build -buildvcs=false -o bin/bench-snapshot ./test/bench/snapshot
+	$(ROOT) bin/bench-snapshot $(if $(BENCH_OUT),-out $(BENCH_OUT)/snapshot.md) $(BENCH_ARGS)
+
+bench-io: ## measure I/O of volumes beside a file, losetup and a buffered loop device, with fio and PostgreSQL (root)
+	@hack/deps bench
+	@$(MAKE) --no-print-directory build
+	$(GO) build -buildvcs=false -o bin/bench-io ./test/bench/io
+	$(ROOT) bin/bench-io $(if $(BENCH_OUT),-out $(BENCH_OUT)) $(BENCH_ARGS)
+
+bench-io-smoke: BENCH_OUT =
+bench-io-smoke: BENCH_ARGS = -pieces ext4-block -rounds 1 -size 64
+bench-io-smoke: bench-io ## one short piece of it: does it still run
+
 # How long each fuzz target runs.
 TIME ?= 30s
 
