@@ -33,6 +33,7 @@ type config struct {
 
 	Mode                string       `json:"mode"`
 	HTTPEndpoint        string       `json:"httpEndpoint"`
+	VolumeMetrics       int          `json:"volumeMetrics"`
 	Endpoint            string       `json:"endpoint"`
 	NodeID              string       `json:"nodeID"`
 	DriverName          string       `json:"driverName"`
@@ -88,6 +89,10 @@ func (s *scalar) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
+// defaultVolumeMetrics is how many volumes of a node have metrics of their own: as many
+// as it attaches. Each is up to a dozen series.
+const defaultVolumeMetrics = 256
+
 // defaultConfig holds the values of whatever is not said.
 func defaultConfig() config {
 	return config{
@@ -95,7 +100,7 @@ func defaultConfig() config {
 		DriverName: driver.DefaultName, StateDir: "/run/csi-loop",
 		LoopDevicesWarm: 8, LoopDevicesMax: 256,
 		EphemeralMaxSize: "0", EphemeralMaxVolumes: driver.DefaultEphemeralMaxVolumes, StopTimeout: "30s",
-		LoggingFormat: "text",
+		LoggingFormat: "text", VolumeMetrics: defaultVolumeMetrics,
 	}
 }
 
@@ -146,17 +151,19 @@ func (c *config) addPools(pairs []string, from string) error {
 
 // plan is a configuration that has been understood.
 type plan struct {
-	mode        string
-	http        string          // address of the HTTP endpoint; "" is none
-	link        linkConfig      // checked, as far as the mode has use for it
-	plugin      *kubelet.Plugin // what to register with the kubelet; nil is nothing
-	driver      driver.Config
-	endpoint    string
-	pools       []image.Config
-	imageDirs   []string
-	warm, max   int
-	mkfsAlways  bool
-	stopTimeout time.Duration
+	mode string
+	http string // address of the HTTP endpoint; "" is none
+	// volumeMetrics is how many volumes have metrics of their own.
+	volumeMetrics int
+	link          linkConfig      // checked, as far as the mode has use for it
+	plugin        *kubelet.Plugin // what to register with the kubelet; nil is nothing
+	driver        driver.Config
+	endpoint      string
+	pools         []image.Config
+	imageDirs     []string
+	warm, max     int
+	mkfsAlways    bool
+	stopTimeout   time.Duration
 }
 
 // resolve checks everything that can be checked without looking at the machine.
@@ -168,7 +175,7 @@ func (c *config) resolve(version string) (plan, error) {
 	if c.Mode == modeController {
 		return c.resolveController(version)
 	}
-	p := plan{mode: c.Mode, http: c.HTTPEndpoint, link: c.linkConfig, endpoint: c.Endpoint, imageDirs: c.ImageDirs, warm: c.LoopDevicesWarm, max: c.LoopDevicesMax, mkfsAlways: c.MkfsAlways}
+	p := plan{mode: c.Mode, http: c.HTTPEndpoint, volumeMetrics: c.VolumeMetrics, link: c.linkConfig, endpoint: c.Endpoint, imageDirs: c.ImageDirs, warm: c.LoopDevicesWarm, max: c.LoopDevicesMax, mkfsAlways: c.MkfsAlways}
 	switch {
 	case c.NodeID == "":
 		// Not the host's name by default: in a pod that is the pod's, and volumes
@@ -180,6 +187,8 @@ func (c *config) resolve(version string) (plan, error) {
 		return p, usagef("no pool: give --pool=default=/var/lib/csi-loop, a directory for the image files")
 	case c.LoopDevicesMax < 1 || c.LoopDevicesMax > 1<<20:
 		return p, usagef("--loop-devices-max %d: must be 1 to %d", c.LoopDevicesMax, 1<<20)
+	case c.VolumeMetrics < 0:
+		return p, usagef("--volume-metrics %d: is below 0", c.VolumeMetrics)
 	case c.LoopDevicesWarm < 0 || c.LoopDevicesWarm > c.LoopDevicesMax:
 		return p, usagef("--loop-devices-warm %d: must be 0 to --loop-devices-max, which is %d", c.LoopDevicesWarm, c.LoopDevicesMax)
 	}

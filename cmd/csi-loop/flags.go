@@ -71,6 +71,7 @@ func newServeFlags(fs *pflag.FlagSet) *serveFlags {
 	fs.StringVar(&f.DriverName, "driver-name", f.DriverName, "name the driver registers with")
 	fs.Var(&f.StopTimeout, "stop-timeout", "how long running calls may take to finish at a stop")
 	fs.StringVar(&f.HTTPEndpoint, "http-endpoint", "", "address for /healthz, /readyz and /metrics, as in :9809 (default none)")
+	fs.IntVar(&f.VolumeMetrics, "volume-metrics", f.VolumeMetrics, "volumes of this node that have metrics of their own, at most; 0 for none")
 	f.linkFlags(fs)
 	fs.StringVar(&f.file, "config", "", "configuration file (YAML)")
 	fs.BoolVar(&f.check, "check-config", false, "check the flags, the environment and the file without looking at the machine, and exit")
@@ -174,6 +175,7 @@ func (f *serveFlags) load(fs *pflag.FlagSet, lookup func(string) (string, bool))
 	for name, take := range map[string]func(){
 		"mode":                  func() { c.Mode = f.Mode },
 		"http-endpoint":         func() { c.HTTPEndpoint = f.HTTPEndpoint },
+		"volume-metrics":        func() { c.VolumeMetrics = f.VolumeMetrics },
 		"registration-dir":      func() { c.RegistrationDir = f.RegistrationDir },
 		"kubelet-endpoint":      func() { c.KubeletEndpoint = f.KubeletEndpoint },
 		"controller-address":    func() { c.ControllerAddress = f.ControllerAddress },

@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -17,6 +19,7 @@ import (
 
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/report"
 	"github.com/csi-loop/csi-loop/pkg/router"
 )
 
@@ -180,6 +183,60 @@ func fragments(p *image.Pool, gauge func(name, help string, value int64, labels 
 	for snapshot, n := range sum {
 		gauge("pool_extents", "Extents of all images in the pool.", n, "pool", p.Name(), "kind", kinds[snapshot])
 	}
+}
+
+// machine reports what is on this node; *driver.Driver does.
+type machine interface {
+	Report(ctx context.Context) (report.Machine, error)
+}
+
+// volumes shows the volumes of this node, at most that many: those with the most
+// blocks, since they are who fills a pool. No program is run for it.
+func (m *metrics) volumes(d machine, most int) {
+	if most == 0 {
+		return
+	}
+	m.registry.MustRegister(collector(func(ctx context.Context, send func(string, string, prometheus.ValueType, float64, ...string)) {
+		r, err := d.Report(ctx)
+		if err != nil {
+			return // the rest is worth showing
+		}
+		all := slices.Clone(r.Volumes)
+		slices.SortStableFunc(all, func(a, b report.Volume) int { return cmp.Compare(b.Allocated, a.Allocated) })
+		shown := all[:min(most, len(all))]
+		send("csi_loop_volumes_not_shown", "Volumes that have no metrics of their own, because there are more than --volume-metrics.", prometheus.GaugeValue, float64(len(all)-len(shown)))
+		for _, v := range shown {
+			volumeMetrics(v, send)
+		}
+	}))
+}
+
+func volumeMetrics(v report.Volume, send func(string, string, prometheus.ValueType, float64, ...string)) {
+	gauge := func(name, help string, value float64, labels ...string) {
+		send("csi_loop_volume_"+name, help, prometheus.GaugeValue, value, append([]string{"pool", v.Pool, "volume", v.ID, "name", v.Name}, labels...)...)
+	}
+	counter := func(name, help string, value float64) {
+		send("csi_loop_volume_"+name, help, prometheus.CounterValue, value, "pool", v.Pool, "volume", v.ID, "name", v.Name)
+	}
+	gauge("size_bytes", "Size of the volume.", float64(v.Size))
+	gauge("allocated_bytes", "Blocks of its image, shared ones too.", float64(v.Allocated))
+	gauge("staged", "1 while the volume is attached and mounted, else 0.", map[bool]float64{true: 1}[v.Device != ""])
+	if v.Used != nil {
+		gauge("used_bytes", "What is used of its filesystem, while it is mounted.", float64(*v.Used))
+	}
+	for _, p := range v.Problems {
+		gauge("problem", "1 for each thing that is wrong with the volume.", 1, "kind", p.Kind, "reason", p.Reason)
+	}
+	if v.IO == nil {
+		return
+	}
+	counter("reads_total", "Reads that its loop device has completed since csi-loop was started.", float64(v.IO.Reads))
+	counter("read_bytes_total", "Bytes that they read.", float64(v.IO.ReadBytes))
+	counter("read_seconds_total", "How long they took, all together.", v.IO.ReadSeconds)
+	counter("writes_total", "Writes that its loop device has completed since csi-loop was started.", float64(v.IO.Writes))
+	counter("written_bytes_total", "Bytes that they wrote.", float64(v.IO.WriteBytes))
+	counter("write_seconds_total", "How long they took, all together.", v.IO.WriteSeconds)
+	counter("busy_seconds_total", "How long there was a read or a write under way.", v.IO.BusySeconds)
 }
 
 // links shows the node's links.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"maps"
 	"os"
 	"regexp"
@@ -15,6 +16,7 @@ import (
 	"github.com/csi-loop/csi-loop/internal/roottest"
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/report"
 	"github.com/csi-loop/csi-loop/pkg/router"
 )
 
@@ -51,6 +53,11 @@ func TestMetrics(t *testing.T) {
 	m := newMetrics(build{Version: "v1"})
 	m.observe("CreateVolume", "OK", time.Second)
 	m.node(store, loops)
+	used := int64(1)
+	m.volumes(machineOf{{
+		ID: "a.b", Pool: "default", Name: "pvc-1", Allocated: 2, Device: "/dev/loop0", Used: &used, IO: &report.IO{Reads: 1},
+		Problems: []report.Problem{{Kind: report.Degraded, Reason: "NotFullyAllocated"}},
+	}, {ID: "a.small", Pool: "default", Allocated: 1}}, 1)
 	m.links(func() (int, int) { return 1, 2 })
 	m.router(r)
 
@@ -89,9 +96,21 @@ func TestMetrics(t *testing.T) {
 	if !maps.Equal(shown, listed) {
 		t.Errorf("shown: %q\nin docs/operations.md: %q", shown, listed)
 	}
+	// The one with most blocks has metrics, and the other is counted.
+	if _, body := get(t, m.handler(), "/metrics"); !strings.Contains(body, "csi_loop_volumes_not_shown 1\n") ||
+		!strings.Contains(body, `csi_loop_volume_allocated_bytes{name="pvc-1",pool="default",volume="a.b"} 2`) || strings.Contains(body, "a.small") {
+		t.Error(body)
+	}
 	if _, body := get(t, m.handler(), "/metrics"); !strings.Contains(body, `csi_loop_pool_absent{pool="gone"} 1`) || !strings.Contains(body, `csi_loop_pool_absent{pool="default"} 0`) {
 		t.Error(body)
 	}
+}
+
+// machineOf is a node with these volumes.
+type machineOf []report.Volume
+
+func (m machineOf) Report(context.Context) (report.Machine, error) {
+	return report.Machine{Volumes: m}, nil
 }
 
 func kind(f *dto.MetricFamily) string { return strings.ToLower(f.GetType().String()) }

@@ -4,6 +4,7 @@ import (
 	"net"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"k8s.io/apimachinery/pkg/util/validation"
@@ -71,6 +72,7 @@ func (c *config) settings() []setting {
 		{"pool", pools, machine},
 		{"node-id", c.NodeID, machine},
 		{"image-dir", strings.Join(c.ImageDirs, ","), machine},
+		{"volume-metrics", said(strconv.Itoa(c.VolumeMetrics), strconv.Itoa(defaultVolumeMetrics)), machine},
 		{"registration-dir", c.RegistrationDir, node},
 		{"kubelet-endpoint", c.KubeletEndpoint, node},
 		{"controller-address", strings.Join(c.ControllerAddress, ","), node},

@@ -84,6 +84,7 @@ func serveMachine(ctx context.Context, p plan, m *metrics) (err error) {
 		return err
 	}
 	m.node(images, loops)
+	m.volumes(d, p.volumeMetrics)
 	m.ready(func() error { return d.Ready(ctx) })
 	return listenAndServe(ctx, d, images, p, m)
 }

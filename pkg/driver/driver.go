@@ -74,6 +74,7 @@ type loopTable interface {
 	FindAll(ctx context.Context) ([]loop.Info, error)
 	Status(ctx context.Context, ref loop.Ref) (loop.Info, error)
 	Sync(ctx context.Context, ref loop.Ref) error
+	Counters(ref loop.Ref) (loop.Counters, error)
 	Limit() int
 }
 
@@ -108,6 +109,8 @@ type Driver struct {
 
 	freezer freezer
 	jobs    *jobs
+	reports reporter
+	counts  counting
 
 	locks volumeLocks
 	state *nodeState
@@ -164,7 +167,7 @@ func newDriver(cfg Config, images *image.Store, dirs *image.Dirs, loops loopDevi
 	}
 	return &Driver{
 		cfg: cfg, images: images, dirs: dirs, loops: loops, table: table, mounts: mounts, mtab: mtab,
-		freezer: freezer, jobs: newJobs(), state: state, stateLock: lock,
+		freezer: freezer, jobs: newJobs(), reports: newReporter(), state: state, stateLock: lock,
 		held: make(map[loop.Ref]attached), up: make(chan struct{}),
 	}, nil
 }
@@ -231,10 +234,15 @@ func (d *Driver) topologyKey() string { return "topology." + d.cfg.Name + topolo
 // to, so that CreateVolume (which knows a name) and the others (which know an
 // ID) exclude each other.
 func (d *Driver) lockVolume(id, method string) (func(), error) {
+	return d.locks.lock(lockKey(id), method)
+}
+
+// lockKey is what the lock of a volume ID goes by.
+func lockKey(id string) string {
 	if _, dir, ok := image.ParseID(id); ok { // not Lookup: pools come and go
-		id = dir
+		return dir
 	}
-	return d.locks.lock(id, method)
+	return id
 }
 
 // loopAdapter narrows the concrete device of package loop to the interface.

@@ -29,11 +29,12 @@ type fakeKernel struct {
 	mounts  []mount.Mount       // guarded by mu; later ones cover earlier ones
 	// fail makes the named step ("attach", "mount", "bind", "unmount", ...) fail
 	// once with the error.
-	fail          map[string]error // guarded by mu
-	frozen        map[string]bool  // paths; guarded by mu
-	thawAnywhere  bool             // what is frozen is thawed by any path; guarded by mu
-	froze, synced int              // how often; guarded by mu
-	small         bool             // the filesystems are smaller than their devices; guarded by mu
+	fail          map[string]error      // guarded by mu
+	frozen        map[string]bool       // paths; guarded by mu
+	thawAnywhere  bool                  // what is frozen is thawed by any path; guarded by mu
+	froze, synced int                   // how often; guarded by mu
+	small         bool                  // the filesystems are smaller than their devices; guarded by mu
+	counted       map[int]loop.Counters // by number; guarded by mu
 }
 
 type fakeDevice struct {
@@ -252,6 +253,16 @@ func (k *fakeKernel) Status(_ context.Context, ref loop.Ref) (loop.Info, error) 
 		return loop.Info{}, loop.ErrNotBound
 	}
 	return d.info, nil
+}
+
+// Counters are those of the number: they go on over a bind.
+func (k *fakeKernel) Counters(ref loop.Ref) (loop.Counters, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if d, ok := k.devices[ref.Number]; !ok || d.info.Ref != ref {
+		return loop.Counters{}, loop.ErrNotBound
+	}
+	return k.counted[ref.Number], nil
 }
 
 func (k *fakeKernel) Sync(_ context.Context, ref loop.Ref) error {

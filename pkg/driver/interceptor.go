@@ -54,7 +54,7 @@ func (r *running) intercept(logger klog.Logger, observe func(method, code string
 		}
 		switch {
 		case err != nil:
-			report(log, err, took)
+			logFailure(log, err, took)
 			return nil, err
 		case quiet[method]:
 			log.V(4).Info("Done", "took", took.String())
@@ -65,9 +65,9 @@ func (r *running) intercept(logger klog.Logger, observe func(method, code string
 	}
 }
 
-// report logs a failed call: as an error when it points at this driver or the
+// logFailure logs a failed call: as an error when it points at this driver or the
 // machine, as information when it answers the request.
-func report(log klog.Logger, err error, took time.Duration) {
+func logFailure(log klog.Logger, err error, took time.Duration) {
 	switch code := status.Code(err); code {
 	case codes.Internal, codes.Unknown, codes.DataLoss, codes.Unavailable:
 		log.Error(err, "Call failed", "code", code.String(), "took", took.String())

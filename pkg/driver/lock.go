@@ -40,3 +40,11 @@ func (l *volumeLocks) lock(key, method string) (unlock func(), err error) {
 		delete(l.held, key)
 	}, nil
 }
+
+// busy says whether a call holds the lock of key. It takes nothing.
+func (l *volumeLocks) busy(key string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_, held := l.held[key]
+	return held
+}

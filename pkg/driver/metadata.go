@@ -145,7 +145,7 @@ func (d *Driver) streamed(ctx context.Context, method string, work func(ctx cont
 		d.cfg.Observe(method, status.Code(err).String(), took)
 	}
 	if err != nil {
-		report(log, err, took)
+		logFailure(log, err, took)
 		return err
 	}
 	log.V(4).Info("Done", "took", took.String())

@@ -219,6 +219,7 @@ func (d *Driver) stageFilesystem(ctx context.Context, src source, want stageReco
 		return errors.Join(err, restore())
 	}
 	info := dev.Info()
+	d.counts.begin(d.table, want.VolumeID, info.Ref)
 	want.FSType = or(want.FSType, sb.Type)
 	if want.Device, err = d.bindingOf(info); err != nil {
 		return undone(err, errors.Join(dev.Close(), restore())) // it clears itself
@@ -364,6 +365,7 @@ func (d *Driver) stageBlock(ctx context.Context, src source, want stageRecord) (
 	if err != nil {
 		return errors.Join(err, restore())
 	}
+	d.counts.begin(d.table, want.VolumeID, dev.Info().Ref)
 	if want.Device, err = d.bindingOf(dev.Info()); err == nil {
 		if err = d.state.put(want); err == nil {
 			d.hold(dev)

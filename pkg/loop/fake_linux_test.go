@@ -31,6 +31,9 @@ var generations = []generation{
 
 const fakeDiscardLimit = "4294966784"
 
+// fakeStat is as Linux 6.18 prints it.
+const fakeStat = "     101        2     3456       17      204        5     6144       40        0       33       57        0        0        0        0        7        0"
+
 // fake is a kernel in memory. It is behaviour, not expectation: the contract suite
 // holds it to the facts. Files, leases and locks are real, they need no root.
 type fake struct {
@@ -240,6 +243,8 @@ func (k *fake) Attr(number int, name string) (string, error) {
 		return fakeID(number), nil
 	case attrDiskSeq:
 		return strconv.FormatUint(l.seq, 10), nil
+	case attrStat:
+		return fakeStat, nil
 	case attrBackingFile: // still there during rundown (fact 27)
 		if l.state == fakeUnbound {
 			return "", syscall.ENOENT

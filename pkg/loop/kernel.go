@@ -145,6 +145,7 @@ var errNotNode = errors.New("not the node of the device")
 const (
 	attrDev          = "dev"                        // "major:minor"
 	attrDiskSeq      = "diskseq"                    // decimal
+	attrStat         = "stat"                       // counters, one line
 	attrBackingFile  = "loop/backing_file"          // exists only while bound (fact 23)
 	attrDiscard      = "queue/discard_max_bytes"    // writing 0 masks discard (fact 63)
 	attrDiscardLimit = "queue/discard_max_hw_bytes" // what the file below can do

@@ -26,8 +26,13 @@ func exported(t *testing.T) []string {
 	for _, m := range regexp.MustCompile(`"(csi_loop_[a-z_]+[a-z])"`).FindAllStringSubmatch(string(source), -1) {
 		names = append(names, m[1])
 	}
-	for _, m := range regexp.MustCompile(`gauge\("([a-z_]+)"`).FindAllStringSubmatch(string(source), -1) {
-		names = append(names, "csi_loop_"+m[1])
+	volumes := strings.Index(string(source), "func volumeMetrics(")
+	for _, m := range regexp.MustCompile(`(?:gauge|counter)\("([a-z_]+)"`).FindAllStringSubmatchIndex(string(source), -1) {
+		prefix := "csi_loop_"
+		if end := strings.Index(string(source)[volumes:], "\n}\n"); m[0] > volumes && m[0] < volumes+end {
+			prefix = "csi_loop_volume_"
+		}
+		names = append(names, prefix+string(source)[m[2]:m[3]])
 	}
 	if len(names) < 10 {
 		t.Fatalf("only %q", names)

@@ -120,6 +120,7 @@ stopTimeout: {{ $v.node.stopTimeoutSeconds }}s
 loggingFormat: {{ $v.log.format }}
 verbosity: {{ $v.log.level }}
 httpEndpoint: ":{{ $v.node.httpPort }}"
+volumeMetrics: {{ $v.metrics.volumes }}
 controllerAddress:
   - {{ include "csi-loop.name" .root }}-controller.{{ .root.Release.Namespace }}.svc:{{ $v.controller.linkPort }}
 controllerName: {{ include "csi-loop.serverName" .root }}

@@ -1,0 +1,167 @@
+package driver
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/report"
+)
+
+// fresh is a report that nobody had before.
+func (n *node) fresh() report.Machine {
+	n.t.Helper()
+	n.d.reports.last.Time = time.Time{}
+	m, err := n.d.Report(n.t.Context())
+	n.must(err)
+	return m
+}
+
+// reported is one volume of a report; it must be there.
+func (n *node) reported(id string) report.Volume {
+	n.t.Helper()
+	for _, v := range n.fresh().Volumes {
+		if v.ID == id {
+			return v
+		}
+	}
+	n.t.Fatalf("volume %q is not in the report", id)
+	return report.Volume{}
+}
+
+func (k *fakeKernel) count(number int, c loop.Counters) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.counted == nil {
+		k.counted = map[int]loop.Counters{}
+	}
+	k.counted[number] = c
+}
+
+func TestReportOfAVolumesLife(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, mountCap("ext4", oneWriter), nil)
+	want := report.Volume{ID: v.id, Name: "pvc-1", Pool: "default", Size: 16 * mib, Allocation: "thick", Filesystem: "ext4", State: report.Available}
+	same := func(what string) {
+		t.Helper()
+		got := n.reported(v.id)
+		if diff := cmp.Diff(want, got, cmpopts.IgnoreFields(report.Volume{}, "Created", "Used", "Allocated")); diff != "" {
+			t.Errorf("%s: %s", what, diff)
+		}
+		if got.Allocated < got.Size || got.Allocated > got.Size+mib { // the map of its extents counts
+			t.Errorf("%s: %d bytes allocated", what, got.Allocated)
+		}
+	}
+	same("made")
+	// The number was another volume's before.
+	n.fake.count(0, loop.Counters{Reads: 1000, ReadBytes: 1 << 40, Busy: time.Hour})
+	n.must(v.stage())
+	want.State, want.Device, want.IO = report.Staged, "/dev/loop0", &report.IO{}
+	same("staged")
+	n.must(v.publish("pod", false))
+	n.fake.count(0, loop.Counters{Reads: 1003, ReadBytes: 1<<40 + 4096, Writes: 2, WriteBytes: 8192, WriteTime: time.Second, Busy: time.Hour + time.Second})
+	want.State, want.IO = report.Published, &report.IO{Reads: 3, ReadBytes: 4096, Writes: 2, WriteBytes: 8192, WriteSeconds: 1, BusySeconds: 1}
+	same("published")
+	if n.reported(v.id).Used == nil {
+		t.Error("how much is used is not told")
+	}
+	n.must(v.unpublish("pod"))
+	n.must(v.unstage())
+	want.State, want.Device, want.IO = report.Available, "", nil
+	same("unstaged")
+	// Another volume takes the number, and nothing of the first one's I/O.
+	other := n.create("pvc-2", 16*mib, blockCap(oneWriter), nil)
+	n.must(other.stage())
+	if got := n.reported(other.id); got.IO == nil || *got.IO != (report.IO{}) || got.Used != nil || got.Filesystem != "" {
+		t.Errorf("%+v", got)
+	}
+	n.must(other.unstage())
+	n.must(other.delete())
+	n.must(v.delete())
+	if m := n.fresh(); len(m.Volumes) != 0 || len(m.Pools) != 1 || m.Pools[0].Name != "default" || m.Pools[0].Size == 0 {
+		t.Errorf("%+v", m)
+	}
+}
+
+// The image of an inline ephemeral volume is found by the name that the kubelet gave it.
+func TestReportOfAnEphemeralVolume(t *testing.T) {
+	n := newFake(t)
+	v := volume{n: n, id: "csi-4711", cap: mountCap("ext4", oneWriter), context: map[string]string{"csi.storage.k8s.io/ephemeral": "true"}}
+	n.must(v.publish("pod", false))
+	m := n.fresh()
+	if len(m.Volumes) != 1 || !m.Volumes[0].Ephemeral || m.Volumes[0].State != report.Published || m.Volumes[0].Device == "" || m.Volumes[0].Pool != "default" || len(m.Volumes[0].Problems) > 0 {
+		t.Errorf("%+v", m.Volumes)
+	}
+	n.must(v.unpublish("pod"))
+}
+
+// What is wrong is told, and what a call works on is not judged.
+func TestReportOfProblems(t *testing.T) {
+	n := newFake(t)
+	lost := n.create("pvc-lost", 16*mib, blockCap(oneWriter), nil)
+	gone := n.create("pvc-gone", 16*mib, mountCap("ext4", oneWriter), nil)
+	n.must(gone.stage())
+	n.must(n.fake.Unmount(t.Context(), gone.staging())) // by hand
+	n.must(os.Remove(filepath.Join(n.pool[0].Path, "volumes", "pvc-lost", "disk.img")))
+	reasons := func(id string) (all []string) {
+		for _, p := range n.reported(id).Problems {
+			all = append(all, p.Kind+" "+p.Reason)
+		}
+		return all
+	}
+	if diff := cmp.Diff([]string{"DataLoss ImageMissing"}, reasons(lost.id)); diff != "" {
+		t.Error(diff)
+	}
+	if diff := cmp.Diff([]string{"Inaccessible " + reasonDetached}, reasons(gone.id)); diff != "" {
+		t.Error(diff)
+	}
+	unlock, err := n.d.lockVolume(gone.id, "Test")
+	n.must(err)
+	if got := reasons(gone.id); len(got) > 0 {
+		t.Errorf("a call works on it, and the report says %q", got)
+	}
+	unlock()
+	n.must(gone.unstage())
+}
+
+// A pool that is absent, and a record that is damaged, are in the report.
+func TestReportOfWhatCannotBeUsed(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, blockCap(oneWriter), nil)
+	n.halt()
+	n.must(os.WriteFile(filepath.Join(n.pool[0].Path, "volumes", "pvc-1", "volume.json"), []byte("{"), 0o600))
+	n.pool = append(n.pool, image.Config{Name: "away", Path: filepath.Join(n.dir, "nowhere"), Overcommit: 1})
+	n.start()
+	if got := n.reported(v.id); got.State != report.Refused || len(got.Problems) != 1 || got.Problems[0].Reason != "RecordUnreadable" {
+		t.Errorf("%+v", got)
+	}
+	m := n.fresh()
+	if len(m.Pools) != 2 || m.Pools[0].Name != "away" || m.Pools[0].ID != "" || len(m.Pools[0].Problems) != 1 || m.Pools[0].Problems[0].Reason != "PoolAbsent" {
+		t.Errorf("%+v", m.Pools)
+	}
+}
+
+// Who asks while another's look hangs is not held up beyond its own time, and a
+// report that is young is not made anew.
+func TestReportsAreShared(t *testing.T) {
+	n := newFake(t)
+	first, err := n.d.Report(t.Context())
+	n.must(err)
+	if second, err := n.d.Report(t.Context()); err != nil || !second.Time.Equal(first.Time) {
+		t.Error("made anew", err)
+	}
+	n.d.reports.busy <- struct{}{}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if _, err := n.d.Report(ctx); err == nil {
+		t.Error("two at a time")
+	}
+	<-n.d.reports.busy
+}
