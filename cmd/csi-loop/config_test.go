@@ -49,7 +49,7 @@ func minimal(more ...string) []string {
 func TestConfiguration(t *testing.T) {
 	base := plan{
 		volumeMetrics: defaultVolumeMetrics,
-		mode: modeAll, link: defaultLinkConfig(),
+		mode:          modeAll, link: defaultLinkConfig(),
 		driver:   driver.Config{Name: "csi-loop.io", Version: "v1", NodeID: "n", StateDir: "/run/csi-loop", DefaultPool: "p", EphemeralMaxVolumes: 32},
 		endpoint: "unix:///e/csi.sock",
 		pools:    []image.Config{{Name: "p", Path: "/p", Overcommit: 1}},

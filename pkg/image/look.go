@@ -19,8 +19,7 @@ func (p *Pool) LookAt(id string) (look Look, ok bool) {
 		return Look{}, false
 	}
 	defer p.store.leave()
-	r, err := p.get(dir)
-	if err != nil {
+	if _, err := p.get(dir); err != nil {
 		return Look{}, false
 	}
 	unlock, free := p.locks.tryLock(dir)
@@ -28,7 +27,8 @@ func (p *Pool) LookAt(id string) (look Look, ok bool) {
 		return Look{Allocated: p.account.allocatedOf(dir)}, true
 	}
 	defer unlock()
-	if r, err = p.get(dir); err != nil { // it may have grown, or be gone
+	r, err := p.get(dir)
+	if err != nil { // it may have grown, or be gone
 		return Look{}, false
 	}
 	look.Problems = p.imageHealth(dir, r)

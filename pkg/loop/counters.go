@@ -69,7 +69,7 @@ func parseCounters(text string) (Counters, error) {
 		}
 	}
 	const sector = 512
-	ms := func(n uint64) time.Duration { return time.Duration(n) * time.Millisecond } //nolint:gosec // 290 million years
+	ms := func(n uint64) time.Duration { return time.Duration(n) * time.Millisecond }
 	return Counters{
 		Reads: n[0], ReadBytes: n[2] * sector, ReadTime: ms(n[3]),
 		Writes: n[4], WriteBytes: n[6] * sector, WriteTime: ms(n[7]), Busy: ms(n[9]),

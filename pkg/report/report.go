@@ -164,7 +164,7 @@ const (
 // Page cuts out the page that a Next asks for; "" is the first, which alone has the
 // pools. Without ok it is no Next. What comes and goes between two pages neither
 // repeats nor hides others.
-func (m Machine) Page(next string) (p Page, ok bool) {
+func (m *Machine) Page(next string) (p Page, ok bool) {
 	p.Time = m.Time
 	after, snapshots := strings.CutPrefix(next, snapshotsAfter)
 	if !snapshots {

@@ -108,6 +108,7 @@ func TestDashboard(t *testing.T) {
 	var dashboard struct {
 		Panels []struct {
 			ID      int    `json:"id"`
+			Type    string `json:"type"`
 			Title   string `json:"title"`
 			Targets []struct {
 				Expr string `json:"expr"`
@@ -121,7 +122,7 @@ func TestDashboard(t *testing.T) {
 	alone := []string{"csi_loop_link_refused_total", "csi_loop_pool_reserved_bytes", "csi_loop_orphan_look_timestamp_seconds"}
 	ids := map[int]bool{}
 	for _, p := range dashboard.Panels {
-		if ids[p.ID] || p.Title == "" || len(p.Targets) == 0 {
+		if ids[p.ID] || p.Title == "" || (len(p.Targets) == 0) != (p.Type == "row") {
 			t.Errorf("panel %+v", p)
 		}
 		ids[p.ID] = true

@@ -1,0 +1,161 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+
+	"github.com/csi-loop/csi-loop/internal/roottest"
+	"github.com/csi-loop/csi-loop/pkg/router"
+)
+
+// scrapesEnv names a directory where TestScrapes leaves what it was shown: the chart's
+// tests hold the dashboard and the alerts against that.
+const scrapesEnv = "CSI_LOOP_TEST_SCRAPES"
+
+// twoNodes has a node that should have a link and has none.
+type twoNodes struct{ noRoster }
+
+func (twoNodes) Registered() ([]string, bool) { return []string{"n1", "n2"}, true }
+
+// A driver that does something shows what it did.
+func TestScrapes(t *testing.T) {
+	roottest.Require(t)
+	p := newPlace(t)
+	address := freeAddress(t)
+	s := spawn(t, nil, append(p.args(), "--pool=gone="+p.dir+"/nowhere", "--default-pool=default", "--http-endpoint="+address)...)
+	s.waitFor("Serving")
+	v, hurt := p.create(t, "pvc-files", false), p.create(t, "pvc-hurt", true)
+	p.up(t, v)
+	defer func() {
+		p.down(t, v)
+		for _, id := range []string{v.id, hurt.id} {
+			if _, err := csi.NewControllerClient(dial(t, p.socket)).DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: id}); err != nil {
+				t.Error(err)
+			}
+		}
+		s.stop()
+	}()
+	if err := os.Truncate(filepath.Join(p.pool, "volumes", "pvc-hurt", "disk.img"), 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	scrape := func(n int) string {
+		text := fetch(t, "http://"+address+"/metrics")
+		keep(t, fmt.Sprintf("node-%d.txt", n), text)
+		return text
+	}
+	before := scrape(0)
+	f, err := os.Create(filepath.Join(v.target, "file"))
+	if err == nil {
+		_, err = f.Write(bytes.Repeat([]byte("x"), 4<<20))
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = f.Close()
+	if _, err := csi.NewControllerClient(dial(t, p.socket)).DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: v.id}); err == nil {
+		t.Error("it is in use, and was deleted")
+	}
+	written := `csi_loop_volume_written_bytes_total{name="pvc-files",pool="default",volume="` + v.id + `"} `
+	var after string
+	eventually(t, "what was written is counted", func() error {
+		after = scrape(1)
+		if n := number(t, after, written) - number(t, before, written); n < 4<<20 || n > 6<<20 {
+			return fmt.Errorf("%v bytes", n)
+		}
+		return nil
+	})
+	for _, want := range []string{
+		`csi_loop_volume_problem{kind="DataLoss",name="pvc-hurt",pool="default",reason="ImageTruncated",volume="` + hurt.id + `"} 1`,
+		`csi_loop_volume_staged{name="pvc-files",pool="default",volume="` + v.id + `"} 1`,
+		`csi_loop_pool_absent{pool="gone"} 1`,
+	} {
+		if !strings.Contains(after, want) {
+			t.Errorf("%s is not in\n%s", want, after)
+		}
+	}
+	if err := os.Truncate(filepath.Join(p.pool, "volumes", "pvc-hurt", "disk.img"), 16<<20); err != nil {
+		t.Fatal(err)
+	}
+	controllerScrapes(t)
+}
+
+// controllerScrapes has a controller with an orphan, refused links and a node that is away.
+func controllerScrapes(t *testing.T) {
+	m := newMetrics(build{Version: "v1"})
+	r := router.New(router.Config{Self: "a", Roster: twoNodes{}, Claims: noClaims{}})
+	if _, err := r.Orphans(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	m.router(r)
+	m.links(func() (int, int) { return 1, 2 })
+	for n := range 2 {
+		m.observe("CreateVolume", "OK", time.Second)
+		m.observe("CreateVolume", "Unavailable", time.Millisecond)
+		_, body := get(t, m.handler(), "/metrics")
+		keep(t, fmt.Sprintf("controller-%d.txt", n), body)
+	}
+}
+
+// keep leaves a scrape for the chart's tests.
+func keep(t *testing.T, name, text string) {
+	t.Helper()
+	if dir := os.Getenv(scrapesEnv); dir != "" {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// number is the value behind a series of a scrape.
+func number(t *testing.T, scrape, series string) float64 {
+	t.Helper()
+	_, rest, ok := strings.Cut(scrape, "\n"+series)
+	var n float64
+	if _, err := fmt.Sscan(rest, &n); !ok || err != nil {
+		t.Fatalf("%s: %v in\n%s", series, err, scrape)
+	}
+	return n
+}
+
+// freeAddress is where nobody listens.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// fetch gets a page.
+func fetch(t *testing.T, url string) string {
+	t.Helper()
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, http.NoBody)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err != nil || response.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %s, %v\n%s", url, response.Status, err, body)
+	}
+	return string(body)
+}
