@@ -8,12 +8,12 @@ import (
 	"path"
 	"path/filepath"
 	"runtime"
-	"sync"
 
 	"helm.sh/helm/v4/pkg/chart/common"
 	commonutil "helm.sh/helm/v4/pkg/chart/common/util"
 	v2 "helm.sh/helm/v4/pkg/chart/v2"
 	"helm.sh/helm/v4/pkg/chart/v2/loader"
+	chartutil "helm.sh/helm/v4/pkg/chart/v2/util"
 	"helm.sh/helm/v4/pkg/engine"
 )
 
@@ -32,8 +32,14 @@ func Root() string {
 // Dir is the chart.
 func Dir() string { return filepath.Join(Root(), "charts", "csi-loop") }
 
-// load reads the chart, once.
-var load = sync.OnceValues(func() (*v2.Chart, error) { return loader.Load(Dir()) })
+// load reads the chart, and leaves out what the values do not ask for.
+func load(values map[string]any) (*v2.Chart, error) {
+	c, err := loader.Load(Dir())
+	if err != nil {
+		return nil, err
+	}
+	return c, chartutil.ProcessDependencies(c, values)
+}
 
 // release is what a rendering is called.
 func release() common.ReleaseOptions {
@@ -41,10 +47,11 @@ func release() common.ReleaseOptions {
 }
 
 // Render renders the chart with values over its own, as "helm install" does. The
-// result is by the names of the templates, such as "node.yaml". service is what the
+// result is by the names of the templates, such as "node.yaml"; what Helm installs
+// before them is "crds.yaml". service is what the
 // objects say they are managed by.
 func Render(values map[string]any, service string) (map[string]string, error) {
-	c, err := load()
+	c, err := load(values)
 	if err != nil {
 		return nil, err
 	}
@@ -63,7 +70,11 @@ func Render(values map[string]any, service string) (map[string]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	return byName(rendered), nil
+	out := byName(rendered)
+	for _, crd := range c.CRDObjects() {
+		out["crds.yaml"] += "---\n" + string(crd.File.Data)
+	}
+	return out, nil
 }
 
 // byName takes the chart's name out of the templates'.

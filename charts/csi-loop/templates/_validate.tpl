@@ -98,6 +98,9 @@
 {{- define "csi-loop.validate" -}}
 {{- $v := .Values -}}
 {{- $root := . -}}
+{{- if and .Release.IsUpgrade $v.snapshotController.installCRDs (not (.Capabilities.APIVersions.Has "snapshot.storage.k8s.io/v1")) -}}
+{{- fail "snapshotController.installCRDs: Helm installs CRDs at an install only, not at an upgrade: first kubectl apply -f charts/csi-loop/charts/snapshot-crds/crds" -}}
+{{- end -}}
 {{- include "csi-loop.checkPath" (dict "at" "kubeletDir" "path" $v.kubeletDir) -}}
 {{- $socket := printf "%s/plugins/csi-loop.io/csi.sock" $v.kubeletDir -}}
 {{- if gt (len $socket) 107 -}}
