@@ -41,6 +41,7 @@ func scenario() []step {
 		{"remove", Spec{Name: "proves"}},
 		{"grow", Spec{Name: "thick", Size: 7 * MiB}},
 		{"grow", Spec{Name: "thin", Size: 64 * MiB}},
+		{"tune", Spec{Name: "thin", Tuning: Tuning{ReadIOPS: new(int64(1000)), ReadAhead: new(int64(0))}}},
 		{"snapshot", Spec{Name: "thick"}},
 		{"snapshot", Spec{Name: "thin"}},
 		{"group", Spec{Name: "all"}},
@@ -95,6 +96,9 @@ func (s step) run(p *Pool) error {
 		return err
 	case "ungroup":
 		return p.store.RemoveGroup(ctx, VolumeID(p.ID(), DirName(s.spec.Name)))
+	case "tune":
+		_, err := p.Tune(ctx, id, s.spec.Tuning)
+		return err
 	case "grow":
 		_, err := p.Grow(ctx, id, s.spec.Size)
 		return err
@@ -112,6 +116,7 @@ func after(steps []step, n int) map[string]int64 {
 		switch name := s.spec.Name; s.verb {
 		case "remove":
 			delete(state, name)
+			delete(state, "tuning of "+name)
 		case "snapshot":
 			state["snapshot of "+name] = state[name]
 		case "unsnapshot":
@@ -120,6 +125,8 @@ func after(steps []step, n int) map[string]int64 {
 			state["group "+name] = state["thick"] + state["thin"]
 		case "ungroup":
 			delete(state, "group "+name)
+		case "tune":
+			state["tuning of "+name] = *s.spec.Tuning.ReadIOPS
 		default:
 			state[name] = s.spec.Size
 		}
@@ -142,6 +149,9 @@ func verifyCrash(t *testing.T, dir string, steps []step, done int) {
 	got := map[string]int64{}
 	for _, v := range s.List() {
 		got[v.Name] = v.Size
+		if v.Tuning.ReadIOPS != nil {
+			got["tuning of "+v.Name] = *v.Tuning.ReadIOPS
+		}
 	}
 	for _, v := range s.ListSnapshots() {
 		if v.Group != "" {
@@ -159,7 +169,7 @@ func verifyCrash(t *testing.T, dir string, steps []step, done int) {
 		t.Fatalf("after %d steps the pool has %v, neither %v nor %v", done, got, before, next)
 	}
 	for name := range before {
-		if next[name] == 0 || strings.HasPrefix(name, "snapshot ") || strings.HasPrefix(name, "group ") {
+		if next[name] == 0 || strings.HasPrefix(name, "snapshot ") || strings.HasPrefix(name, "group ") || strings.HasPrefix(name, "tuning ") {
 			continue // being removed, or looked at above
 		}
 		wantPattern(t, p, name)

@@ -58,6 +58,8 @@ type Spec struct {
 	Ephemeral *Ephemeral
 	// Source is nil for volumes that begin empty.
 	Source *Source
+	// Tuning may change later, by Tune. No two specs differ by it.
+	Tuning Tuning
 }
 
 // Volume is a volume that exists.
@@ -80,6 +82,7 @@ type record struct {
 	MkfsOptions   []string   `json:"mkfsOptions,omitempty"`
 	Ephemeral     *Ephemeral `json:"ephemeral,omitempty"`
 	Source        *Source    `json:"source,omitempty"`
+	Tuning        *Tuning    `json:"tuning,omitempty"`
 	Created       time.Time  `json:"created"`
 }
 
@@ -95,6 +98,7 @@ func newRecord(s Spec, now time.Time) record {
 		MkfsOptions:   slices.Clone(s.MkfsOptions),
 		Ephemeral:     cloneEphemeral(s.Ephemeral),
 		Source:        cloneSource(s.Source),
+		Tuning:        s.Tuning.recorded(),
 		Created:       now.UTC().Truncate(time.Second),
 	}
 }
@@ -118,7 +122,15 @@ func (r record) spec() Spec {
 		MkfsOptions: slices.Clone(r.MkfsOptions),
 		Ephemeral:   cloneEphemeral(r.Ephemeral),
 		Source:      cloneSource(r.Source),
+		Tuning:      r.tuning(),
 	}
+}
+
+func (r record) tuning() Tuning {
+	if r.Tuning == nil {
+		return Tuning{}
+	}
+	return *r.Tuning
 }
 
 func (r record) encode() ([]byte, error) {
@@ -181,7 +193,7 @@ func (s Spec) normalise() (Spec, error) {
 	case s.Ephemeral != nil && s.Ephemeral.Target == "":
 		return s, &SpecError{"Ephemeral", "has no target"}
 	}
-	if err := s.Source.check(); err != nil {
+	if err := errors.Join(s.Source.check(), s.Tuning.check()); err != nil {
 		return s, err
 	}
 	options, err := ParseMkfsOptions(s.Filesystem, s.MkfsOptions)
