@@ -1,6 +1,7 @@
 package loop
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"maps"
@@ -29,7 +30,10 @@ var generations = []generation{
 	{name: "6.1", clearAtOnce: true, maskResets: true, maskRevocable: true},
 }
 
-const fakeDiscardLimit = "4294966784"
+const (
+	fakeDiscardLimit = "4294966784"
+	fakeReadAhead    = "128"
+)
 
 // fakeStat is as Linux 6.18 prints it.
 const fakeStat = "     101        2     3456       17      204        5     6144       40        0       33       57        0        0        0        0        7        0"
@@ -68,16 +72,17 @@ const (
 
 // fakeLoop is a device; guarded by fake.mu.
 type fakeLoop struct {
-	number  int
-	state   fakeState
-	openers int
-	claimed bool
-	file    *os.File // a descriptor of the very open file that was handed in
-	status  status
-	block   int
-	size    int64
-	seq     uint64
-	masked  bool
+	number    int
+	state     fakeState
+	openers   int
+	claimed   bool
+	file      *os.File // a descriptor of the very open file that was handed in
+	status    status
+	block     int
+	size      int64
+	seq       uint64
+	masked    bool
+	readAhead string // \"\" as it was made
 }
 
 type fakeHandle struct {
@@ -260,6 +265,8 @@ func (k *fake) Attr(number int, name string) (string, error) {
 			return "0", nil
 		}
 		return fakeDiscardLimit, nil
+	case attrReadAhead:
+		return cmp.Or(l.readAhead, fakeReadAhead), nil
 	}
 	return "", syscall.ENOENT
 }
@@ -273,6 +280,10 @@ func (k *fake) SetAttr(number int, name, value string) error {
 	l := k.loops[number]
 	if l == nil {
 		return syscall.ENOENT
+	}
+	if name == attrReadAhead {
+		l.readAhead = value // also for the next binding, as on older kernels
+		return nil
 	}
 	if name != attrDiscard {
 		return syscall.EACCES

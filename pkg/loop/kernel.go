@@ -149,4 +149,5 @@ const (
 	attrBackingFile  = "loop/backing_file"          // exists only while bound (fact 23)
 	attrDiscard      = "queue/discard_max_bytes"    // writing 0 masks discard (fact 63)
 	attrDiscardLimit = "queue/discard_max_hw_bytes" // what the file below can do
+	attrReadAhead    = "queue/read_ahead_kb"        // KiB; may stick to the number (fact 96)
 )

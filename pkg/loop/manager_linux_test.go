@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"testing"
 
@@ -440,6 +441,31 @@ func TestGrow(t *testing.T) {
 		}
 		check(t, again.Close())
 		m.detach(t, manager, d)
+	})
+}
+
+func TestReadAhead(t *testing.T) {
+	onEveryMachine(t, func(t *testing.T, m *machine) {
+		manager := m.manager(t)
+		d := m.attach(t, manager, "a", whole)
+		before := must(manager.ReadAhead(t.Context(), d.Ref()))(t)
+		if before <= 0 {
+			t.Errorf("%d bytes before", before)
+		}
+		for _, want := range []int64{0, 64 << 10, 1 << 20, 1 << 20, before} {
+			check(t, manager.SetReadAhead(t.Context(), d.Ref(), want))
+			if got := must(manager.ReadAhead(t.Context(), d.Ref()))(t); got != want {
+				t.Errorf("set %d, got %d", want, got)
+			}
+			if got := must(m.Attr(d.Ref().Number, attrReadAhead))(t); got != strconv.FormatInt(want>>10, 10) {
+				t.Errorf("the kernel says %s KiB, want %d bytes", got, want)
+			}
+		}
+		gone := d.Ref()
+		m.detach(t, manager, d)
+		wantErr(t, "set of a binding that is gone", manager.SetReadAhead(t.Context(), gone, 0), ErrNotBound)
+		_, err := manager.ReadAhead(t.Context(), gone)
+		wantErr(t, "get of a binding that is gone", err, ErrNotBound)
 	})
 }
 
