@@ -10,7 +10,7 @@ PKGS     ?= ./...
 TESTARGS ?=
 # What runs in the virtual machines; see test/vm.
 VM_KERNELS ?= 6.1,6.12
-VM_PKGS    ?= ./test/vm/guest ./pkg/loop ./pkg/mount ./pkg/image ./pkg/driver ./test/sanity
+VM_PKGS    ?= ./test/vm/guest ./pkg/cgroup ./pkg/loop ./pkg/mount ./pkg/image ./pkg/driver ./test/sanity
 VM_ARGS    ?=
 
 COMMIT   ?= $(shell git rev-parse HEAD 2>/dev/null)
