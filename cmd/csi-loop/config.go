@@ -16,6 +16,7 @@ import (
 	kjson "sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 
+	"github.com/csi-loop/csi-loop/pkg/cgroup"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/kubelet"
@@ -41,6 +42,7 @@ type config struct {
 	DefaultPool         string       `json:"defaultPool"`
 	ImageDirs           []string     `json:"imageDirs"`
 	StateDir            string       `json:"stateDir"`
+	CgroupRoot          string       `json:"cgroupRoot"`
 	LoopDevicesWarm     int          `json:"loopDevicesWarm"`
 	LoopDevicesMax      int          `json:"loopDevicesMax"`
 	MkfsAlways          bool         `json:"mkfsAlways"`
@@ -97,7 +99,7 @@ const defaultVolumeMetrics = 256
 func defaultConfig() config {
 	return config{
 		linkConfig: defaultLinkConfig(), Mode: modeAll,
-		DriverName: driver.DefaultName, StateDir: "/run/csi-loop",
+		DriverName: driver.DefaultName, StateDir: "/run/csi-loop", CgroupRoot: cgroup.DefaultRoot,
 		LoopDevicesWarm: 8, LoopDevicesMax: 256,
 		EphemeralMaxSize: "0", EphemeralMaxVolumes: driver.DefaultEphemeralMaxVolumes, StopTimeout: "30s",
 		LoggingFormat: "text", VolumeMetrics: defaultVolumeMetrics,
@@ -195,6 +197,9 @@ func (c *config) resolve(version string) (plan, error) {
 	if err := absolute("--state-dir", c.StateDir); err != nil {
 		return p, err
 	}
+	if err := absolute("--cgroup-root", c.CgroupRoot); err != nil {
+		return p, err
+	}
 	for _, dir := range c.ImageDirs {
 		if err := absolute("--image-dir", dir); err != nil {
 			return p, err
@@ -212,7 +217,7 @@ func (c *config) resolve(version string) (plan, error) {
 	if p.pools, err = c.resolvePools(); err != nil {
 		return p, err
 	}
-	p.driver = driver.Config{Name: c.DriverName, Version: version, NodeID: c.NodeID, StateDir: c.StateDir}
+	p.driver = driver.Config{Name: c.DriverName, Version: version, NodeID: c.NodeID, StateDir: c.StateDir, CgroupRoot: c.CgroupRoot}
 	if err := p.driver.Validate(); err != nil {
 		return p, usagef("%w", err)
 	}

@@ -50,7 +50,7 @@ func TestConfiguration(t *testing.T) {
 	base := plan{
 		volumeMetrics: defaultVolumeMetrics,
 		mode:          modeAll, link: defaultLinkConfig(),
-		driver:   driver.Config{Name: "csi-loop.io", Version: "v1", NodeID: "n", StateDir: "/run/csi-loop", DefaultPool: "p", EphemeralMaxVolumes: 32},
+		driver:   driver.Config{Name: "csi-loop.io", Version: "v1", NodeID: "n", StateDir: "/run/csi-loop", CgroupRoot: "/sys/fs/cgroup", DefaultPool: "p", EphemeralMaxVolumes: 32},
 		endpoint: "unix:///e/csi.sock",
 		pools:    []image.Config{{Name: "p", Path: "/p", Overcommit: 1}},
 		warm:     8, max: 256, stopTimeout: 30 * time.Second,
@@ -76,12 +76,12 @@ func TestConfiguration(t *testing.T) {
 			want: base,
 		},
 		"every flag": {
-			args: minimal("--pool=q=/q", "--default-pool=q", "--image-dir=/i", "--image-dir=/j,k", "--state-dir=/s", "--loop-devices-warm=1",
+			args: minimal("--pool=q=/q", "--default-pool=q", "--image-dir=/i", "--image-dir=/j,k", "--state-dir=/s", "--cgroup-root=/c", "--loop-devices-warm=1",
 				"--loop-devices-max=2", "--ephemeral-max-size=10Gi", "--mkfs-always",
 				"--ephemeral-max-volumes=3", "--ephemeral-pool=q", "--driver-name=d.io", "--stop-timeout=1m", "--logging-format=json", "-v=4"),
 			want: with(func(p *plan) {
 				p.driver = driver.Config{
-					Name: "d.io", Version: "v1", NodeID: "n", StateDir: "/s", DefaultPool: "q", EphemeralMaxSize: 10 << 30,
+					Name: "d.io", Version: "v1", NodeID: "n", StateDir: "/s", CgroupRoot: "/c", DefaultPool: "q", EphemeralMaxSize: 10 << 30,
 					EphemeralMaxVolumes: 3, EphemeralPools: []string{"q"},
 				}
 				p.pools = append(p.pools[:1:1], image.Config{Name: "q", Path: "/q", Overcommit: 1})

@@ -62,6 +62,7 @@ func newServeFlags(fs *pflag.FlagSet) *serveFlags {
 	fs.StringVar(&f.DefaultPool, "default-pool", "", `pool of requests that name none (default: the only pool, or the one called "default")`)
 	fs.StringArrayVar(&f.ImageDirs, "image-dir", nil, "directory whose images mapped volumes may show; can be repeated (default none)")
 	fs.StringVar(&f.StateDir, "state-dir", f.StateDir, "where the node keeps what it knows of staged volumes; best on a tmpfs")
+	fs.StringVar(&f.CgroupRoot, "cgroup-root", f.CgroupRoot, "where the node's cgroups (version 2) are seen, for limits of pods' I/O")
 	fs.IntVar(&f.LoopDevicesWarm, "loop-devices-warm", f.LoopDevicesWarm, "loop devices to register ahead of time")
 	fs.IntVar(&f.LoopDevicesMax, "loop-devices-max", f.LoopDevicesMax, "loop devices to attach at most; also the number of volumes a CO puts on the node")
 	fs.BoolVar(&f.MkfsAlways, "mkfs-always", false, "run mkfs for each new filesystem, instead of copying what it wrote for equal ones")
@@ -195,6 +196,7 @@ func (f *serveFlags) load(fs *pflag.FlagSet, lookup func(string) (string, bool))
 		"default-pool":          func() { c.DefaultPool = f.DefaultPool },
 		"image-dir":             func() { c.ImageDirs = f.ImageDirs },
 		"state-dir":             func() { c.StateDir = f.StateDir },
+		"cgroup-root":           func() { c.CgroupRoot = f.CgroupRoot },
 		"loop-devices-warm":     func() { c.LoopDevicesWarm = f.LoopDevicesWarm },
 		"mkfs-always":           func() { c.MkfsAlways = f.MkfsAlways },
 		"loop-devices-max":      func() { c.LoopDevicesMax = f.LoopDevicesMax },

@@ -33,6 +33,7 @@ var controllerRPCs = []csi.ControllerServiceCapability_RPC_Type{
 	csi.ControllerServiceCapability_RPC_GET_SNAPSHOT,
 	csi.ControllerServiceCapability_RPC_CLONE_VOLUME,
 	csi.ControllerServiceCapability_RPC_GET_VOLUME,
+	csi.ControllerServiceCapability_RPC_MODIFY_VOLUME,
 	csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
 	csi.ControllerServiceCapability_RPC_GET_VOLUME_HEALTH,
 	csi.ControllerServiceCapability_RPC_LIST_VOLUME_HEALTH,
@@ -70,7 +71,7 @@ func (s *controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolu
 	defer unlock()
 
 	if have, ok := d.images.Find(want.Name); ok {
-		return d.existing(req, have, want, size)
+		return d.existing(ctx, req, have, want, size)
 	}
 	if err := d.reachable(req.GetAccessibilityRequirements()); err != nil {
 		return nil, err
@@ -87,22 +88,38 @@ func (s *controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolu
 	return &csi.CreateVolumeResponse{Volume: d.csiVolume(v)}, nil
 }
 
-// existing answers with the volume that exists, if it is the one that is wanted.
-func (d *Driver) existing(req *csi.CreateVolumeRequest, have image.Volume, want wanted, size capacity) (*csi.CreateVolumeResponse, error) {
-	if err := compatible(have, want, size, d.poolName(want.Pool)); err != nil {
+// existing answers with the volume that exists, if it is the one that is wanted. Its
+// mutable parameters are not compared, as they may have changed since: those of the
+// request are set. A CO that repeats a call has not seen the volume yet.
+// Precondition: the caller holds the lock of the volume.
+func (d *Driver) existing(ctx context.Context, req *csi.CreateVolumeRequest, have image.Volume, want wanted, size capacity) (*csi.CreateVolumeResponse, error) {
+	if err := d.same(req, have, want, size); err != nil {
 		return nil, err
 	}
-	if err := d.reachable(req.GetAccessibilityRequirements()); err != nil {
-		return nil, existsf("volume %q exists as %q, but: %v", want.Name, have.ID, err)
+	have, err := d.tune(ctx, have, want.Mutable)
+	if err != nil {
+		return nil, err
 	}
 	return &csi.CreateVolumeResponse{Volume: d.csiVolume(have)}, nil
+}
+
+// same refuses a volume that exists if it is not the one that is wanted.
+func (d *Driver) same(req *csi.CreateVolumeRequest, have image.Volume, want wanted, size capacity) error {
+	if err := compatible(have, want, size, d.poolName(want.Pool)); err != nil {
+		return err
+	}
+	if err := d.reachable(req.GetAccessibilityRequirements()); err != nil {
+		return existsf("volume %q exists as %q, but: %v", want.Name, have.ID, err)
+	}
+	return nil
 }
 
 // wanted is a CreateVolume request after validation.
 type wanted struct {
 	image.Spec
-	Pool   string // as named by the request; "" is the default pool
-	freeze snapshotParams
+	Pool    string       // as named by the request; "" is the default pool
+	Mutable image.Tuning // of mutable_parameters, which win over those of the class
+	freeze  snapshotParams
 }
 
 // parseCreate checks a CreateVolume request and says what to make.
@@ -115,15 +132,18 @@ func (d *Driver) parseCreate(req *csi.CreateVolumeRequest) (wanted, capacity, er
 	if err != nil {
 		return none, capacity{}, err
 	}
-	if len(req.GetMutableParameters()) > 0 {
-		return none, capacity{}, invalidf("mutable_parameters are not supported")
+	mutable, err := parseMutable(req.GetMutableParameters())
+	if err != nil {
+		return none, capacity{}, err
 	}
+	p.tuning = p.tuning.Merge(mutable)
 	c, err := parseCapacity(req.GetCapacityRange())
 	if err != nil {
 		return none, c, err
 	}
 	if req.GetVolumeContentSource() != nil {
 		want, err := d.parseCopy(req, p, c)
+		want.Mutable = mutable
 		return want, c, err
 	}
 	acc, err := parseAccesses(req.GetVolumeCapabilities(), p.fsType)
@@ -138,9 +158,9 @@ func (d *Driver) parseCreate(req *csi.CreateVolumeRequest) (wanted, capacity, er
 	if err != nil {
 		return none, c, err
 	}
-	return wanted{Pool: p.pool, Spec: image.Spec{
+	return wanted{Pool: p.pool, Mutable: mutable, Spec: image.Spec{
 		Name: req.GetName(), Size: size, Allocation: p.allocation, Filesystem: acc.fsType,
-		BlockSize: p.blockSize, DirectIO: p.directIO, MkfsOptions: mkfsOptions,
+		BlockSize: p.blockSize, DirectIO: p.directIO, MkfsOptions: mkfsOptions, Tuning: p.tuning,
 	}}, c, nil
 }
 
@@ -394,6 +414,7 @@ func (s *controllerServer) ValidateVolumeCapabilities(_ context.Context, req *cs
 		VolumeContext:      req.GetVolumeContext(),
 		VolumeCapabilities: req.GetVolumeCapabilities(),
 		Parameters:         req.GetParameters(),
+		MutableParameters:  req.GetMutableParameters(),
 	}}, nil
 }
 
@@ -408,8 +429,11 @@ func (d *Driver) confirm(src source, req *csi.ValidateVolumeCapabilitiesRequest)
 			return err
 		}
 	}
-	if len(req.GetMutableParameters()) > 0 {
-		return invalidf("mutable_parameters are not supported")
+	if _, err := parseMutable(req.GetMutableParameters()); err != nil {
+		return err
+	}
+	if len(req.GetMutableParameters()) > 0 && src.fixed {
+		return invalidf("a mapped volume has no mutable parameters")
 	}
 	if len(req.GetParameters()) == 0 {
 		return nil

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/csi-loop/csi-loop/pkg/cgroup"
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
@@ -46,6 +47,9 @@ type Config struct {
 	EphemeralMaxVolumes int
 	// EphemeralPools are the pools that they may name; none means DefaultPool.
 	EphemeralPools []string
+	// CgroupRoot is where the cgroups of pods are, for limits of their I/O;
+	// cgroup.DefaultRoot if empty.
+	CgroupRoot string
 }
 
 // DefaultEphemeralMaxVolumes is how many inline ephemeral volumes a node takes.
@@ -97,6 +101,17 @@ type mountTable interface {
 	Stats(path string) (mount.Stats, error)
 }
 
+// tuner changes how a bound device is served; *loop.Manager does.
+type tuner interface {
+	ReadAhead(ctx context.Context, ref loop.Ref) (int64, error)
+	SetReadAhead(ctx context.Context, ref loop.Ref, bytes int64) error
+}
+
+// podLimiter limits what pods do on a device; *cgroup.Pods does.
+type podLimiter interface {
+	Limit(podUID string, d cgroup.Device, l cgroup.Limits) error
+}
+
 // Driver is the CSI driver of one node: all services, over one set of pools.
 type Driver struct {
 	cfg    Config
@@ -111,6 +126,10 @@ type Driver struct {
 	jobs    *jobs
 	reports reporter
 	counts  counting
+
+	tuner  tuner
+	pods   podLimiter
+	tuning *tuningState
 
 	locks volumeLocks
 	state *nodeState
@@ -143,7 +162,12 @@ func (c Config) Validate() error {
 
 // New makes the driver. It changes nothing yet; call Reconcile before serving.
 func New(cfg Config, images *image.Store, dirs *image.Dirs, loops *loop.Manager, mounts *mount.Mounter) (*Driver, error) {
-	return newDriver(cfg, images, dirs, loopAdapter{loops}, loops, mounts, mounts, freezeAdapter{mounts})
+	d, err := newDriver(cfg, images, dirs, loopAdapter{loops}, loops, mounts, mounts, freezeAdapter{mounts})
+	if err != nil {
+		return nil, err
+	}
+	d.tuner, d.pods = loops, cgroup.NewPods(cfg.CgroupRoot)
+	return d, nil
 }
 
 func newDriver(cfg Config, images *image.Store, dirs *image.Dirs, loops loopDevices, table loopTable, mounts mounter, mtab mountTable, freezer freezer) (*Driver, error) {
@@ -168,7 +192,7 @@ func newDriver(cfg Config, images *image.Store, dirs *image.Dirs, loops loopDevi
 	return &Driver{
 		cfg: cfg, images: images, dirs: dirs, loops: loops, table: table, mounts: mounts, mtab: mtab,
 		freezer: freezer, jobs: newJobs(), reports: newReporter(), state: state, stateLock: lock,
-		held: make(map[loop.Ref]attached), up: make(chan struct{}),
+		held: make(map[loop.Ref]attached), up: make(chan struct{}), tuning: newTuningState(),
 	}, nil
 }
 
@@ -186,6 +210,7 @@ func (c Config) HasRecords() bool {
 // are closed.
 func (d *Driver) Close() error {
 	d.jobs.stop()
+	d.tuning.end()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var errs []error

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/csi-loop/csi-loop/pkg/cgroup"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
 )
@@ -35,6 +36,7 @@ type fakeKernel struct {
 	froze, synced int                   // how often; guarded by mu
 	small         bool                  // the filesystems are smaller than their devices; guarded by mu
 	counted       map[int]loop.Counters // by number; guarded by mu
+	readAhead     map[int]int64         // by number, also of what is not bound; guarded by mu
 }
 
 type fakeDevice struct {
@@ -58,7 +60,7 @@ func nodeMinor(path string) uint32 {
 }
 
 func newFakeKernel() *fakeKernel {
-	return &fakeKernel{devices: make(map[int]*fakeDevice), fail: make(map[string]error), frozen: make(map[string]bool)}
+	return &fakeKernel{devices: make(map[int]*fakeDevice), fail: make(map[string]error), frozen: make(map[string]bool), readAhead: make(map[int]int64)}
 }
 
 func (k *fakeKernel) failOnce(step string, err error) {
@@ -326,6 +328,93 @@ func (k *fakeKernel) Thaw(path string) error {
 }
 
 func (k *fakeKernel) Limit() int { return 16 }
+
+const fakeReadAhead = 128 << 10
+
+func (k *fakeKernel) ReadAhead(_ context.Context, ref loop.Ref) (int64, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if d, ok := k.devices[ref.Number]; !ok || d.info.Ref != ref {
+		return 0, loop.ErrNotBound
+	}
+	return k.readsAhead(ref.Number), nil
+}
+
+// readsAhead of a number. Precondition: k.mu is held.
+func (k *fakeKernel) readsAhead(number int) int64 {
+	if n, ok := k.readAhead[number]; ok {
+		return n
+	}
+	return fakeReadAhead
+}
+
+// SetReadAhead sticks to the number, as on older kernels.
+func (k *fakeKernel) SetReadAhead(_ context.Context, ref loop.Ref, bytes int64) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if d, ok := k.devices[ref.Number]; !ok || d.info.Ref != ref {
+		return loop.ErrNotBound
+	}
+	if err := k.failing("readahead"); err != nil {
+		return err
+	}
+	k.readAhead[ref.Number] = bytes
+	return nil
+}
+
+// fakePods are the cgroups of pods: of all but those that are absent.
+type fakePods struct {
+	mu     sync.Mutex
+	absent map[string]bool              // guarded by mu
+	broken error                        // what Limit answers; guarded by mu
+	limits map[string]map[string]string // by UID and device; guarded by mu
+}
+
+func newFakePods() *fakePods {
+	return &fakePods{absent: make(map[string]bool), limits: make(map[string]map[string]string)}
+}
+
+func (p *fakePods) Limit(uid string, d cgroup.Device, l cgroup.Limits) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.broken != nil {
+		return p.broken
+	}
+	if p.absent[uid] {
+		return cgroup.ErrNoPod
+	}
+	key := uid + " " + d.String()
+	if p.limits[key] == nil {
+		p.limits[key] = make(map[string]string)
+	}
+	for name, value := range map[string]*int64{"riops": l.ReadIOPS, "wiops": l.WriteIOPS, "rbps": l.ReadBandwidth, "wbps": l.WriteBandwidth} {
+		switch {
+		case value == nil:
+		case *value == 0:
+			delete(p.limits[key], name)
+		default:
+			p.limits[key][name] = strconv.FormatInt(*value, 10)
+		}
+	}
+	return nil
+}
+
+// of lists what holds for a pod on a device.
+func (p *fakePods) of(uid string, d cgroup.Device) map[string]string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return maps.Clone(p.limits[uid+" "+d.String()])
+}
+
+func (p *fakePods) set(broken error, absent ...string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.broken = broken
+	clear(p.absent)
+	for _, uid := range absent {
+		p.absent[uid] = true
+	}
+}
 
 // top finds the uppermost mount at a path. Precondition: k.mu is held.
 func (k *fakeKernel) top(path string) (mount.Mount, bool) {

@@ -39,6 +39,7 @@ type node struct {
 	dirs []string
 
 	fake *fakeKernel
+	pods *fakePods
 
 	socket string
 	d      *Driver
@@ -53,7 +54,7 @@ type node struct {
 // newFake makes a node over fake loop devices and mounts, and a real pool.
 func newFake(t *testing.T) *node {
 	dir := t.TempDir()
-	n := &node{t: t, dir: dir, fake: newFakeKernel()}
+	n := &node{t: t, dir: dir, fake: newFakeKernel(), pods: newFakePods()}
 	n.defaults(filepath.Join(dir, "pool"))
 	n.start()
 	t.Cleanup(func() { n.fake.clean(t) })
@@ -87,6 +88,7 @@ func (n *node) start() {
 	n.must(err)
 	d, err := newDriver(n.cfg, store, dirs, n.fake, n.fake, fakeMounts{n.fake}, n.fake, n.fake)
 	n.must(err)
+	d.tuner, d.pods = n.fake, n.pods
 	n.must(d.Reconcile(ctx))
 	n.socket = filepath.Join(socketDir(n.t), "csi.sock")
 	l, err := Listen(ctx, "unix://"+n.socket)

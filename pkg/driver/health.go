@@ -21,6 +21,7 @@ const (
 	reasonNotGrown      = "FilesystemSmallerThanVolume"
 	reasonDeviceSmaller = "LoopDeviceSmallerThanVolume"
 	reasonUnknown       = "HealthCheckFailed"
+	reasonNotTuned      = "TuningNotInForce"
 )
 
 // problems are health findings without repetition of (status, reason), which
@@ -130,6 +131,9 @@ func (s *nodeServer) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVo
 	}
 	if staged {
 		d.stagingProblems(ctx, r, v, &p)
+	}
+	if text := d.tuning.problem(id); text != "" {
+		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonNotTuned, "mutable parameters are recorded, and not in force: %s", text)
 	}
 	return &csi.NodeGetVolumeHealthResponse{VolumeHealth: &csi.VolumeHealth{VolumeId: id, HealthStatuses: p}}, nil
 }

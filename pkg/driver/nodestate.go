@@ -48,6 +48,9 @@ type stageRecord struct {
 	ReadDevice  binding                 `json:"readOnlyDevice"`            // second, read-only device of a raw block volume, or none
 	ReadPending bool                    `json:"readOnlyPending,omitempty"` // ReadDevice is about to be bound
 	Targets     map[string]targetRecord `json:"targets,omitempty"`
+	// ReadAhead is what the devices read ahead before the volume's parameter was
+	// set on them, in bytes, by number; it is set back before they go.
+	ReadAhead map[int]int64 `json:"readAheadBefore,omitempty"`
 }
 
 // targetRecord is one publication.
@@ -55,6 +58,7 @@ type targetRecord struct {
 	ReadOnly bool    `json:"readOnly,omitempty"`
 	Mode     string  `json:"mode,omitempty"` // "" when recovered
 	Device   binding `json:"device"`         // what it shows
+	PodUID   string  `json:"podUID,omitempty"`
 }
 
 // sameAs says whether a repeated publication asks for the same.
@@ -78,6 +82,7 @@ func (r stageRecord) devices() []binding {
 func (r stageRecord) clone() stageRecord {
 	r.Flags = slices.Clone(r.Flags)
 	r.Targets = maps.Clone(r.Targets)
+	r.ReadAhead = maps.Clone(r.ReadAhead)
 	if r.Mapped != nil {
 		m := *r.Mapped
 		r.Mapped = &m

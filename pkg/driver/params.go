@@ -37,6 +37,8 @@ type params struct {
 	fsType       string // "" when not named
 	// freeze is for clones of volumes in use; its keys are those of snapshot classes.
 	freeze snapshotParams
+	// tuning may be changed later, by mutable parameters of the same keys.
+	tuning image.Tuning
 }
 
 // parseParams checks StorageClass parameters. Keys that Kubernetes adds itself
@@ -92,9 +94,11 @@ func (p *params) set(key, value string) error {
 		p.mkfsOptions = strings.Fields(value)
 	case paramFreezeTimeout, paramCopyInUse:
 		return p.freeze.set(key, value)
+	case paramReadIOPS, paramWriteIOPS, paramReadBandwidth, paramWriteBandwidth, paramReadAhead:
+		return setMutable(&p.tuning, key, value)
 	default:
-		return invalidf("parameter %q is not known; known are %s, %s, %s, %s, %s, %s and %s", key,
-			paramPool, paramAllocation, paramDirectIO, paramBlockSize, paramMkfsOptions, paramFreezeTimeout, paramCopyInUse)
+		return invalidf("parameter %q is not known; known are %s, %s, %s, %s, %s, %s, %s and the mutable ones: %s", key,
+			paramPool, paramAllocation, paramDirectIO, paramBlockSize, paramMkfsOptions, paramFreezeTimeout, paramCopyInUse, mutableKeys)
 	}
 	return nil
 }

@@ -76,6 +76,7 @@ func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest,
 	}
 	p := publication{path: path, flags: a.flags, target: targetRecord{
 		ReadOnly: req.GetReadonly() || a.readOnly() || r.ReadOnly, Mode: a.mode.String(),
+		PodUID: podUIDOf(req.GetVolumeContext(), path),
 	}}
 	done, err := d.admit(ctx, &r, &p, a)
 	if err != nil || done {
@@ -88,6 +89,9 @@ func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest,
 	}
 	if codeOf(err) != codes.Aborted && errors.As(err, new(*mount.ForeignError)) {
 		return existsf("%v", err) // published, but incompatible
+	}
+	if err == nil {
+		d.applyTuning(ctx, r.VolumeID)
 	}
 	return err
 }
@@ -334,9 +338,11 @@ func (d *Driver) dropReadDevice(ctx context.Context, r *stageRecord) error {
 	if r.ReadDevice.none() {
 		return nil
 	}
+	d.resetReadAhead(ctx, *r, r.ReadDevice)
 	if err := errors.Join(d.letGo(r.ReadDevice.ref()), d.loops.Detach(ctx, r.ReadDevice.ref())); err != nil {
 		return err
 	}
+	delete(r.ReadAhead, r.ReadDevice.Number)
 	r.ReadDevice = binding{}
 	return nil
 }

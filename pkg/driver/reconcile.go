@@ -45,7 +45,10 @@ func (d *Driver) Reconcile(ctx context.Context) error {
 	if err := errors.Join(errs...); err != nil {
 		klog.FromContext(ctx).Error(err, "Some volumes could not be reconciled")
 	}
-	d.ready.Do(func() { close(d.up) })
+	d.ready.Do(func() {
+		d.startTuning(ctx)
+		close(d.up)
+	})
 	return nil
 }
 
@@ -72,7 +75,9 @@ func (d *Driver) reconcileRecord(ctx context.Context, r stageRecord, all []loop.
 	}
 	if live {
 		klog.FromContext(ctx).Info("Adopted", "volume", r.VolumeID, "device", r.Device.Number, "path", r.StagingPath)
-		return d.adopt(ctx, r)
+		err := d.adopt(ctx, r)
+		d.applyTuning(ctx, r.VolumeID)
+		return err
 	}
 	return d.forget(ctx, r)
 }

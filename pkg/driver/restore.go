@@ -82,7 +82,7 @@ func (d *Driver) parseCopy(req *csi.CreateVolumeRequest, p params, c capacity) (
 	}
 	return wanted{Pool: p.pool, freeze: p.freeze, Spec: image.Spec{
 		Name: req.GetName(), Size: size, Allocation: p.allocation, Filesystem: acc.fsType,
-		BlockSize: p.blockSize, DirectIO: p.directIO, MkfsOptions: from.MkfsOptions, Source: src,
+		BlockSize: p.blockSize, DirectIO: p.directIO, MkfsOptions: from.MkfsOptions, Source: src, Tuning: p.tuning,
 	}}, nil
 }
 
@@ -106,15 +106,15 @@ func (d *Driver) createCopy(ctx context.Context, req *csi.CreateVolumeRequest, w
 	key := image.DirName(want.Name)
 	wish, err := proto.MarshalOptions{Deterministic: true}.Marshal(&csi.CreateVolumeRequest{
 		CapacityRange: req.GetCapacityRange(), VolumeCapabilities: req.GetVolumeCapabilities(),
-		Parameters: req.GetParameters(), VolumeContentSource: req.GetVolumeContentSource(),
+		Parameters: req.GetParameters(), MutableParameters: req.GetMutableParameters(), VolumeContentSource: req.GetVolumeContentSource(),
 	})
 	if err != nil {
 		return nil, err
 	}
 	err = d.jobs.do(ctx, key, "CreateVolume", string(wish), func() (func(context.Context) error, error) {
 		if have, ok := d.images.Find(want.Name); ok {
-			_, err := d.existing(req, have, want, size)
-			return func(context.Context) error { return nil }, err
+			// The tuning follows when the job is done, under the volume's lock.
+			return func(context.Context) error { return nil }, d.same(req, have, want, size)
 		}
 		if err := d.reachable(req.GetAccessibilityRequirements()); err != nil {
 			return nil, err
@@ -128,7 +128,15 @@ func (d *Driver) createCopy(ctx context.Context, req *csi.CreateVolumeRequest, w
 	if !ok {
 		return nil, abortedf("volume %q was removed meanwhile", want.Name)
 	}
-	return &csi.CreateVolumeResponse{Volume: d.csiVolume(have)}, nil
+	if have.Tuning.Merge(want.Mutable).Equal(have.Tuning) {
+		return &csi.CreateVolumeResponse{Volume: d.csiVolume(have)}, nil
+	}
+	unlock, err := d.locks.lock(key, "CreateVolume")
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	return d.existing(ctx, req, have, want, size)
 }
 
 // prepareCopy takes the locks for a copy and returns what makes it. That of a source

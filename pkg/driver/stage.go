@@ -55,6 +55,7 @@ func (s *nodeServer) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolu
 	if err != nil {
 		return nil, fmt.Errorf("stage volume %q: %w", id, err)
 	}
+	d.applyTuning(ctx, id)
 	return &csi.NodeStageVolumeResponse{}, nil
 }
 

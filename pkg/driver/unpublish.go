@@ -45,6 +45,7 @@ func (d *Driver) unpublish(ctx context.Context, id, target string) error {
 	case !known || r.Ephemeral:
 		return d.removeEphemeral(ctx, id, target, device)
 	}
+	d.unlimit(ctx, r, target)
 	before := len(r.Targets)
 	delete(r.Targets, target)
 	delete(r.Targets, shown) // as recovered

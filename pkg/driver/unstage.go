@@ -66,6 +66,7 @@ func (d *Driver) unmountStaging(ctx context.Context, r stageRecord) error {
 	case err != nil:
 		return err
 	case mounted && r.Device.shownBy(m):
+		d.resetReadAhead(ctx, r, r.Device)
 		if err := d.mounts.Unmount(ctx, r.StagingPath); err != nil {
 			return err
 		}
@@ -81,6 +82,7 @@ func (d *Driver) unmountStaging(ctx context.Context, r stageRecord) error {
 // detachBlock lets go of the devices of a raw block volume and clears them.
 func (d *Driver) detachBlock(ctx context.Context, r stageRecord) error {
 	for _, b := range r.devices() {
+		d.resetReadAhead(ctx, r, b)
 		if err := errors.Join(d.letGo(b.ref()), d.loops.Detach(ctx, b.ref())); err != nil {
 			return err
 		}

@@ -27,8 +27,9 @@ imageDirs: [/srv/images, /srv/more]
 ephemeral: {maxSize: 10Gi, maxVolumes: 5, pools: [default]}
 loopDevices: {warm: 0, max: 1024}
 storageClasses:
-  - {name: a, default: true, fsType: xfs, parameters: {pool: fast, allocation: thin, directIO: "on", blockSize: 512, mkfsOptions: -K}, mountOptions: [noatime]}
+  - {name: a, default: true, fsType: xfs, parameters: {pool: fast, allocation: thin, directIO: "on", blockSize: 512, mkfsOptions: -K, readBandwidth: 104857600}, mountOptions: [noatime]}
   - {name: b, reclaimPolicy: Retain, volumeBindingMode: Immediate, allowVolumeExpansion: false, labels: {tier: slow}, annotations: {n: "1"}}
+volumeAttributesClasses: [{name: slow, parameters: {readIOPS: 500, writeBandwidth: 10Mi, readAhead: 0}, labels: {tier: slow}, annotations: {n: "1"}}]
 snapshots: {enabled: true}
 volumeSnapshotClasses: [{name: s, default: true, deletionPolicy: Retain, parameters: {p: v}}]
 volumeGroupSnapshotClasses: [{name: g}]
@@ -83,7 +84,7 @@ func TestObjectsAreValid(t *testing.T) {
 				}
 				seen[id] = true
 				cluster := slices.Contains([]string{
-					"ClusterRole", "ClusterRoleBinding", "CSIDriver", "StorageClass", "VolumeSnapshotClass", "VolumeGroupSnapshotClass", "CustomResourceDefinition",
+					"ClusterRole", "ClusterRoleBinding", "CSIDriver", "StorageClass", "VolumeAttributesClass", "VolumeSnapshotClass", "VolumeGroupSnapshotClass", "CustomResourceDefinition",
 				}, kind.Kind)
 				want := Namespace
 				if cluster {

@@ -90,6 +90,7 @@ func TestNodePod(t *testing.T) {
 		{"/var/lib/kubelet", "/var/lib/kubelet", "Bidirectional", core.HostPathDirectory},
 		{"/dev", "/dev", "", core.HostPathDirectory},
 		{"/run/csi-loop", "/run/csi-loop", "", core.HostPathDirectoryOrCreate},
+		{"/host/cgroup", "/sys/fs/cgroup", "", core.HostPathDirectory},
 		{"/var/lib/csi-loop", "/var/lib/csi-loop", "HostToContainer", core.HostPathDirectoryOrCreate},
 	}, got); diff != "" {
 		t.Error(diff)
@@ -238,7 +239,7 @@ func TestClasses(t *testing.T) {
 	all := render(t, everything)
 	a, b := find[*storage.StorageClass](t, all, "a"), find[*storage.StorageClass](t, all, "b")
 	if diff := cmp.Diff(map[string]string{
-		"csi.storage.k8s.io/fstype": "xfs", "pool": "fast", "allocation": "thin", "directIO": "on", "blockSize": "512", "mkfsOptions": "-K",
+		"csi.storage.k8s.io/fstype": "xfs", "pool": "fast", "allocation": "thin", "directIO": "on", "blockSize": "512", "mkfsOptions": "-K", "readBandwidth": "104857600",
 	}, a.Parameters); diff != "" {
 		t.Error(diff)
 	}
@@ -247,6 +248,10 @@ func TestClasses(t *testing.T) {
 	}
 	if *b.VolumeBindingMode != storage.VolumeBindingImmediate || *b.AllowVolumeExpansion || *b.ReclaimPolicy != core.PersistentVolumeReclaimRetain || b.Parameters != nil {
 		t.Errorf("%+v", b)
+	}
+	slow := find[*storage.VolumeAttributesClass](t, all, "slow")
+	if diff := cmp.Diff(map[string]string{"readIOPS": "500", "writeBandwidth": "10Mi", "readAhead": "0"}, slow.Parameters); diff != "" || slow.DriverName != "csi-loop.io" || slow.Labels["tier"] != "slow" {
+		t.Error(slow, diff)
 	}
 	s := find[*snapshot.VolumeSnapshotClass](t, all, "s")
 	if s.Driver != "csi-loop.io" || s.DeletionPolicy != snapshot.VolumeSnapshotContentRetain || s.Parameters["p"] != "v" || s.Annotations["snapshot.storage.kubernetes.io/is-default-class"] != "true" {
@@ -264,6 +269,7 @@ func TestOptionalObjects(t *testing.T) {
 		for what, got := range map[string]bool{
 			"PodMonitor": has[*monitoring.PodMonitor](all), "PrometheusRule": has[*monitoring.PrometheusRule](all), "NetworkPolicy": has[*networking.NetworkPolicy](all),
 			"CRD": has[*apiextensions.CustomResourceDefinition](all), "VolumeSnapshotClass": has[*snapshot.VolumeSnapshotClass](all),
+			"VolumeAttributesClass": has[*storage.VolumeAttributesClass](all),
 		} {
 			if got != c.want {
 				t.Errorf("%s: %s is %v", name, what, got)

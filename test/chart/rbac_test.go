@@ -22,7 +22,7 @@ var clusterRights = map[string]string{
 	"/persistentvolumeclaims: list watch update":             "csi-provisioner: selected node and the finalizer of a clone's source; csi-resizer: watches",
 	"/persistentvolumeclaims/status: patch":                  "csi-resizer: the new size and conditions",
 	"storage.k8s.io/storageclasses: list watch":              "csi-provisioner: parameters, capacity of each class",
-	"storage.k8s.io/volumeattributesclasses: get":            "csi-provisioner: that of a new claim; csi-resizer watches them only for a driver that can change volumes",
+	"storage.k8s.io/volumeattributesclasses: get list watch": "csi-provisioner: that of a new claim; csi-resizer: that of a claim to be changed",
 	"/events: create patch":                                  "csi-provisioner and csi-resizer: what a person must know; leader elections",
 }
 

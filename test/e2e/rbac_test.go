@@ -28,7 +28,6 @@ func (r right) String() string {
 var rare = map[string]string{
 	"events patch":                  "an event that comes again",
 	"persistentvolumes get":         "a volume that the cache has late",
-	"volumeattributesclasses get":   "claims with a VolumeAttributesClass, which the driver does not serve yet",
 	"persistentvolumeclaims update": "the node of a claim is taken back when a pool is full",
 	"leases delete":                 "a replica's lease at its stop",
 	"secrets update":                "the certificate of the links is renewed after months",

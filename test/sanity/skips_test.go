@@ -6,7 +6,5 @@ var skips = []struct{ text, reason string }{
 	{"ControllerPublishVolume", "nothing is attached over a network: attachRequired is false"},
 	{"ControllerUnpublishVolume", "as ControllerPublishVolume"},
 	{"creating a snapshot with accessibility requirements", "snapshots are not bound to a topology"},
-	{"ModifyVolume", "changes of a volume's parameters come later"},
-	{"volume attribute class", "changes of a volume's parameters come later"},
 	{"Controller Server] volume lifecycle", "it is the life over ControllerPublishVolume; the node service's is run"},
 }

@@ -108,6 +108,7 @@ imageDirs:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 stateDir: /run/csi-loop
+cgroupRoot: /host/cgroup
 loopDevicesWarm: {{ $v.loopDevices.warm }}
 loopDevicesMax: {{ $v.loopDevices.max }}
 ephemeralMaxSize: {{ $v.ephemeral.maxSize | quote }}

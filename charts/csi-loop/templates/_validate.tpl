@@ -14,7 +14,7 @@
 {{- define "csi-loop.checkDirectory" -}}
 {{- include "csi-loop.checkPath" . -}}
 {{- $path := .path -}}
-{{- range list "/bin" "/boot" "/dev" "/etc" "/lib" "/lib64" "/proc" "/run/csi-loop" "/sbin" "/sys" "/usr" "/var/run/secrets" .kubeletDir -}}
+{{- range list "/bin" "/boot" "/dev" "/etc" "/host" "/lib" "/lib64" "/proc" "/run/csi-loop" "/sbin" "/sys" "/usr" "/var/run/secrets" .kubeletDir -}}
 {{- if or (eq $path .) (hasPrefix (printf "%s/" .) $path) (hasPrefix (printf "%s/" $path) .) -}}
 {{- fail (printf "%s: %s is no place for it, because csi-loop's container or the system needs %s" $.at $path .) -}}
 {{- end -}}
@@ -168,6 +168,13 @@
 {{- fail (printf "%s.parameters.pool: no node has a pool %q; there are: %s" $at . (join ", " (uniq $pools))) -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+{{- $attributes := list -}}
+{{- range $i, $c := $v.volumeAttributesClasses -}}
+{{- if has $c.name $attributes -}}
+{{- fail (printf "volumeAttributesClasses[%d].name: there are two classes with the name %s" $i $c.name) -}}
+{{- end -}}
+{{- $attributes = append $attributes $c.name -}}
 {{- end -}}
 {{- if and (or $v.volumeSnapshotClasses $v.volumeGroupSnapshotClasses) (not $v.snapshots.enabled) -}}
 {{- fail "volumeSnapshotClasses: set snapshots.enabled too, or nothing makes the snapshots" -}}

@@ -1,0 +1,330 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"k8s.io/klog/v2"
+
+	"github.com/csi-loop/csi-loop/pkg/cgroup"
+	"github.com/csi-loop/csi-loop/pkg/image"
+)
+
+const (
+	// podUIDKey is set by Kubernetes in the context of a publication.
+	podUIDKey = kubernetesPrefix + "pod.uid"
+	// limitsEvery is how often the limits of pods are looked at: the kubelet and
+	// systemd may make a cgroup anew.
+	limitsEvery = 10 * time.Second
+	// limitsSoon is when to look again for the cgroup of a pod that is starting.
+	limitsSoon = 200 * time.Millisecond
+)
+
+// tuningState is what the driver knows of tuning that is not in force, and the
+// worker that sees to it.
+type tuningState struct {
+	// applying is held from reading what a volume's tuning is to the end of making
+	// it so, so that an older word never comes last. Lock order: the volume lock,
+	// then this one, then nodeState.mu.
+	applying sync.Mutex
+	kick     chan struct{} // a pod's cgroup is awaited
+	stop     context.CancelFunc
+	done     chan struct{}
+
+	mu       sync.Mutex
+	problems map[string]string // by volume ID; guarded by mu
+}
+
+func newTuningState() *tuningState {
+	return &tuningState{kick: make(chan struct{}, 1), problems: make(map[string]string)}
+}
+
+// ControllerModifyVolume changes mutable parameters of a volume, in use or not. The
+// change is durable when the call succeeds, and in force where the kernel can: what
+// is not is in the volume's health.
+func (s *controllerServer) ControllerModifyVolume(ctx context.Context, req *csi.ControllerModifyVolumeRequest) (*csi.ControllerModifyVolumeResponse, error) {
+	d, id := s.d, req.GetVolumeId()
+	if id == "" {
+		return nil, invalidf("volume_id is missing")
+	}
+	change, err := parseMutable(req.GetMutableParameters())
+	if err != nil {
+		return nil, err
+	}
+	unlock, err := d.lockVolume(id, "ControllerModifyVolume")
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	v, err := d.volume(id)
+	if err != nil {
+		return nil, err
+	}
+	if v.Ephemeral != nil {
+		return nil, preconditionf("volume %q is the inline ephemeral volume of a pod and cannot be modified", id)
+	}
+	if _, err := d.tune(ctx, v, change); err != nil {
+		return nil, err
+	}
+	return &csi.ControllerModifyVolumeResponse{}, nil
+}
+
+// tune sets what is set in change, durably, and makes it so where the volume is used.
+// Precondition: the caller holds the volume's lock.
+func (d *Driver) tune(ctx context.Context, v image.Volume, change image.Tuning) (image.Volume, error) {
+	if change.IsZero() {
+		return v, nil
+	}
+	pool, err := d.pool(v.Pool)
+	if err != nil {
+		return v, err
+	}
+	before := v.Tuning
+	if v, err = pool.Tune(ctx, v.ID, change); err != nil {
+		return v, fmt.Errorf("modify volume %q: %w", v.ID, err)
+	}
+	if !v.Tuning.Equal(before) {
+		klog.FromContext(ctx).Info("Modified volume", "volume", v.ID, "tuning", v.Tuning.String())
+	}
+	d.applyTuning(ctx, v.ID)
+	return v, nil
+}
+
+// applyTuning makes a volume's tuning so on its devices and for its pods. What cannot
+// be done is noted, and fails no call: the volume is usable without.
+// Precondition: the caller holds the volume's lock, or no call is served yet.
+func (d *Driver) applyTuning(ctx context.Context, id string) {
+	v, err := d.images.Get(id)
+	if err != nil || v.Tuning.IsZero() {
+		return
+	}
+	if err := d.setReadAhead(ctx, id, v.Tuning.ReadAhead); err != nil {
+		d.tuning.note(ctx, id, fmt.Errorf("read-ahead: %w", err))
+		return
+	}
+	if d.applyLimits(ctx, id) {
+		d.tuning.hurry()
+	}
+}
+
+// applyLimits makes the limits of a volume hold for the pods that it is published to.
+// It says whether the cgroup of one of them is still awaited.
+func (d *Driver) applyLimits(ctx context.Context, id string) (awaited bool) {
+	d.tuning.applying.Lock()
+	defer d.tuning.applying.Unlock()
+	v, err := d.images.Get(id)
+	r, ok := d.state.get(id)
+	if err != nil || !ok {
+		d.tuning.note(ctx, id, nil)
+		return false
+	}
+	err = d.limitPods(r, limitsOf(v.Tuning))
+	d.tuning.note(ctx, id, err)
+	return errors.Is(err, cgroup.ErrNoPod)
+}
+
+// limitPods limits each pod at whose target the volume is.
+func (d *Driver) limitPods(r stageRecord, l cgroup.Limits) error {
+	if l.None() {
+		return nil
+	}
+	var errs []error
+	for _, path := range slices.Sorted(maps.Keys(r.Targets)) {
+		t := r.Targets[path]
+		uid := or(t.PodUID, podUIDOf(nil, path))
+		if uid == "" {
+			errs = append(errs, fmt.Errorf("limits: nothing says which pod has the volume at %q (context key %s)", path, podUIDKey))
+			continue
+		}
+		if err := d.pods.Limit(uid, deviceNumbers(t.Device), l); err != nil {
+			errs = append(errs, fmt.Errorf("limits: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// unlimit takes the limits off a pod that loses the volume, since the number of its
+// device may show another volume while the pod ends. A pod that is gone needs none of it.
+func (d *Driver) unlimit(ctx context.Context, r stageRecord, path string) {
+	v, err := d.images.Get(r.VolumeID)
+	t, ok := r.Targets[path]
+	if err != nil || !ok || limitsOf(v.Tuning).None() {
+		return
+	}
+	uid := or(t.PodUID, podUIDOf(nil, path))
+	for other, o := range r.Targets {
+		if other != path && or(o.PodUID, podUIDOf(nil, other)) == uid && o.Device == t.Device {
+			return // it has the volume at another place as well
+		}
+	}
+	d.tuning.applying.Lock()
+	defer d.tuning.applying.Unlock()
+	off := cgroup.Limits{ReadIOPS: new(int64(0)), WriteIOPS: new(int64(0)), ReadBandwidth: new(int64(0)), WriteBandwidth: new(int64(0))}
+	if err := d.pods.Limit(uid, deviceNumbers(t.Device), off); err != nil && !errors.Is(err, cgroup.ErrNoPod) {
+		klog.FromContext(ctx).V(2).Info("Limits stay with a pod that lost the volume", "volume", r.VolumeID, "pod", uid, "err", err.Error())
+	}
+}
+
+func limitsOf(t image.Tuning) cgroup.Limits {
+	return cgroup.Limits{ReadIOPS: t.ReadIOPS, WriteIOPS: t.WriteIOPS, ReadBandwidth: t.ReadBandwidth, WriteBandwidth: t.WriteBandwidth}
+}
+
+func deviceNumbers(b binding) cgroup.Device {
+	return cgroup.Device{Major: b.Major, Minor: b.Minor}
+}
+
+// podUIDOf is the pod that a publication is for: as Kubernetes says, or as the
+// kubelet's paths have it (a filesystem's target is below pods/UID, that of a raw
+// block device ends in UID).
+func podUIDOf(context map[string]string, target string) string {
+	if uid := context[podUIDKey]; uid != "" {
+		return uid
+	}
+	if _, rest, ok := strings.Cut(target, "/pods/"); ok {
+		uid, _, _ := strings.Cut(rest, "/")
+		return uid
+	}
+	if _, rest, ok := strings.Cut(target, "/volumeDevices/publish/"); ok {
+		if _, uid, ok := strings.Cut(rest, "/"); ok {
+			return uid
+		}
+	}
+	return ""
+}
+
+// setReadAhead sets what the devices of a staged volume read ahead, and remembers
+// what it was before. nil leaves it.
+// Precondition: the caller holds the volume's lock.
+func (d *Driver) setReadAhead(ctx context.Context, id string, want *int64) error {
+	r, ok := d.state.get(id)
+	if want == nil || !ok {
+		return nil
+	}
+	for _, b := range r.devices() {
+		have, err := d.tuner.ReadAhead(ctx, b.ref())
+		if err != nil {
+			return err
+		}
+		if have == *want {
+			continue
+		}
+		if _, known := r.ReadAhead[b.Number]; !known {
+			if r.ReadAhead == nil {
+				r.ReadAhead = make(map[int]int64)
+			}
+			r.ReadAhead[b.Number] = have
+			if err := d.state.put(r); err != nil {
+				return err
+			}
+		}
+		if err := d.tuner.SetReadAhead(ctx, b.ref(), *want); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// resetReadAhead sets a device that is about to go back to what it read ahead before:
+// on older kernels the value stays with its number (fact 96). That it fails costs the
+// number's next user some speed, and nothing else.
+func (d *Driver) resetReadAhead(ctx context.Context, r stageRecord, b binding) {
+	before, ok := r.ReadAhead[b.Number]
+	if !ok || b.none() {
+		return
+	}
+	if err := d.tuner.SetReadAhead(ctx, b.ref(), before); err != nil {
+		klog.FromContext(ctx).V(2).Info("Read-ahead stays with the number of a device", "device", b.Number, "err", err.Error())
+	}
+}
+
+// startTuning begins the work that keeps limits in force. The kubelet mounts a
+// volume while it makes the pod's cgroup, so that may come later than the
+// publication, and may be made anew.
+func (d *Driver) startTuning(ctx context.Context) {
+	ctx, d.tuning.stop = context.WithCancel(context.WithoutCancel(ctx))
+	d.tuning.done = make(chan struct{})
+	go func() {
+		defer close(d.tuning.done)
+		d.keepTuned(ctx)
+	}()
+}
+
+// end stops the worker, if it was started.
+func (s *tuningState) end() {
+	if s.stop != nil {
+		s.stop()
+		<-s.done
+	}
+}
+
+// hurry makes the worker look soon.
+func (s *tuningState) hurry() {
+	select {
+	case s.kick <- struct{}{}:
+	default:
+	}
+}
+
+func (d *Driver) keepTuned(ctx context.Context) {
+	wait := limitsEvery
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-d.tuning.kick:
+			wait = limitsSoon
+		case <-timer.C:
+			if d.limitAll(ctx) {
+				wait = min(2*wait, limitsEvery)
+			} else {
+				wait = limitsEvery
+			}
+		}
+		timer.Reset(wait)
+	}
+}
+
+// limitAll looks at all volumes that have limits, and says whether a pod's cgroup is
+// still awaited.
+func (d *Driver) limitAll(ctx context.Context) (awaited bool) {
+	for _, r := range d.state.list() {
+		v, err := d.images.Get(r.VolumeID)
+		if err != nil || limitsOf(v.Tuning).None() || len(r.Targets) == 0 {
+			continue
+		}
+		awaited = d.applyLimits(ctx, r.VolumeID) || awaited
+	}
+	return awaited
+}
+
+// note remembers what is wrong with the tuning of a volume, and logs what is new. A
+// pod without a cgroup is mostly one that is starting.
+func (s *tuningState) note(ctx context.Context, id string, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before := s.problems[id]
+	if err == nil {
+		delete(s.problems, id)
+		return
+	}
+	s.problems[id] = err.Error()
+	if before != err.Error() && !errors.Is(err, cgroup.ErrNoPod) {
+		klog.FromContext(ctx).Info("Mutable parameters of a volume are not in force", "volume", id, "err", err.Error())
+	}
+}
+
+// problem is what is wrong with the tuning of a volume, or "".
+func (s *tuningState) problem(id string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.problems[id]
+}

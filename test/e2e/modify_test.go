@@ -1,0 +1,58 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	storagev1 "k8s.io/api/storage/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// TestVolumeAttributesClass: a claim has the parameters of its class from the start,
+// those of another class while its pod runs, and keeps them over its next pod. What
+// the kernel reads ahead is seen in the pod's own sysfs.
+func TestVolumeAttributesClass(t *testing.T) {
+	e := volumes(t)
+	classes := e.client.StorageV1().VolumeAttributesClasses()
+	class := func(readAhead string) string {
+		made := must[*storagev1.VolumeAttributesClass](e)(classes.Create(e.Context(), &storagev1.VolumeAttributesClass{
+			ObjectMeta: metav1.ObjectMeta{GenerateName: "csi-loop-e2e-", Labels: map[string]string{mark: ""}}, DriverName: driver,
+			Parameters: map[string]string{"readAhead": readAhead, "readIOPS": "5000"},
+		}, metav1.CreateOptions{}))
+		e.Cleanup(func() {
+			if err := classes.Delete(context.Background(), made.Name, metav1.DeleteOptions{}); err != nil {
+				e.Error(err)
+			}
+		})
+		return made.Name
+	}
+	first, second := class("64Ki"), class("1Mi")
+	c := claim("tuned", e.class(nil), "64Mi")
+	c.Spec.VolumeAttributesClassName = &first
+	e.createClaim(c)
+	e.run(e.shell("pod", "", "tuned"), corev1.PodRunning)
+	const readAhead = `cat /sys/dev/block/$(awk '$5 == "/data/tuned" {print $3}' /proc/self/mountinfo)/queue/read_ahead_kb`
+	if got := e.sh("pod", readAhead); got != "64" {
+		t.Errorf("made with class %s it reads %s KiB ahead", first, got)
+	}
+	patch := fmt.Sprintf(`{"spec":{"volumeAttributesClassName":%q}}`, second)
+	must[*corev1.PersistentVolumeClaim](e)(e.client.CoreV1().PersistentVolumeClaims(e.namespace).Patch(e.Context(), "tuned", types.MergePatchType, []byte(patch), metav1.PatchOptions{}))
+	e.eventually("the claim has its new class", patience, func(ctx context.Context) error {
+		c, err := e.client.CoreV1().PersistentVolumeClaims(e.namespace).Get(ctx, "tuned", metav1.GetOptions{})
+		if err == nil && (c.Status.CurrentVolumeAttributesClassName == nil || *c.Status.CurrentVolumeAttributesClassName != second) {
+			err = fmt.Errorf("status %+v", c.Status)
+		}
+		return err
+	})
+	if got := e.sh("pod", readAhead); got != "1024" {
+		t.Errorf("changed to class %s it reads %s KiB ahead", second, got)
+	}
+	e.stop("pod")
+	e.run(e.shell("next", "", "tuned"), corev1.PodRunning)
+	if got := e.sh("next", readAhead); got != "1024" {
+		t.Errorf("the next pod reads %s KiB ahead", got)
+	}
+}
