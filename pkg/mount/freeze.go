@@ -74,11 +74,15 @@ func (m *Mounter) Freeze(ctx context.Context, s FreezeSpec) (_ *Frozen, err erro
 	if err := f.start(s); err != nil { //nolint:contextcheck // the helper outlives the call
 		return nil, fmt.Errorf("start the helper that thaws: %w", err)
 	}
-	// So that little is left to be written while writers wait.
+	// So that little is left to be written while writers wait. The helper, which takes
+	// some milliseconds to come up, does so meanwhile.
 	for _, dir := range f.dirs {
 		if err := syncFilesystem(dir); err != nil {
 			return nil, &OpError{Op: "sync", Path: dir.Name(), Err: err}
 		}
+	}
+	if err := f.ready(s.Limit); err != nil {
+		return nil, fmt.Errorf("start the helper that thaws: %w", err)
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -118,7 +122,7 @@ func (f *Frozen) open(s FreezeSpec) error {
 	return nil
 }
 
-// start runs the helper, and waits until it is up.
+// start runs the helper.
 func (f *Frozen) start(s FreezeSpec) error {
 	control, ours, err := os.Pipe()
 	if err != nil {
@@ -141,7 +145,12 @@ func (f *Frozen) start(s FreezeSpec) error {
 		return err
 	}
 	f.helper = cmd
-	answer, err := f.answer(s.Limit)
+	return nil
+}
+
+// ready waits until the helper is up.
+func (f *Frozen) ready(limit time.Duration) error {
+	answer, err := f.answer(limit)
 	if err == nil && answer != "ready" {
 		err = fmt.Errorf("it says %q", answer)
 	}
