@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"k8s.io/klog/v2"
+
 	"github.com/csi-loop/csi-loop/pkg/cgroup"
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
@@ -278,7 +280,18 @@ func (a loopAdapter) Attach(ctx context.Context, backing *os.File, m loop.Mappin
 	if err != nil {
 		return nil, err // not a nil *loop.Device inside the interface
 	}
+	sayAttached(ctx, m, dev.Info())
 	return dev, nil
+}
+
+// sayAttached tells what became of a wish that left the choice to the kernel.
+func sayAttached(ctx context.Context, m loop.Mapping, got loop.Info) {
+	log := klog.FromContext(ctx).WithValues("device", got.Path, "directIO", got.DirectIO, "blockSize", got.BlockSize)
+	if m.DirectIO == loop.DirectIOAuto && !got.DirectIO {
+		log.Info("Attached without direct I/O, which the kernel does not grant for this image and block size: what is read is cached twice")
+		return
+	}
+	log.V(2).Info("Attached")
 }
 
 func (a loopAdapter) Hold(ctx context.Context, ref loop.Ref) (attached, error) {
