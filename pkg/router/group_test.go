@@ -4,13 +4,16 @@ import (
 	"context"
 	"errors"
 	"io"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"k8s.io/klog/v2"
 )
 
 // groupNode answers group and metadata calls.
@@ -162,5 +165,33 @@ func TestForeignGroups(t *testing.T) {
 		if err := get(); status.Code(err) != c2.get {
 			t.Errorf("%s: get: %v, want %v", c2.name, err, c2.get)
 		}
+	}
+}
+
+// silentStream is a stream with a context and nothing else.
+type silentStream struct {
+	grpc.ServerStream
+	ctx context.Context //nolint:containedctx // that is what a stream has
+}
+
+func (s silentStream) Context() context.Context { return s.ctx }
+
+// Streams are counted as other calls are, and a panic in one does not end the others.
+func TestStreamsAreCounted(t *testing.T) {
+	var seen []string
+	r := New(Config{Observe: func(method, code string, _ time.Duration) { seen = append(seen, method+" "+code) }})
+	around := r.interceptStream(klog.Background())
+	for _, handle := range []func() error{
+		func() error { return nil },
+		func() error { return unavailablef("away") },
+		func() error { panic("on purpose") },
+		func() error { return context.Canceled },
+	} {
+		_ = around(nil, silentStream{ctx: t.Context()}, &grpc.StreamServerInfo{FullMethod: metadataService + "GetMetadataDelta"},
+			func(any, grpc.ServerStream) error { return handle() })
+	}
+	want := []string{"GetMetadataDelta OK", "GetMetadataDelta Unavailable", "GetMetadataDelta Internal", "GetMetadataDelta Canceled"}
+	if !slices.Equal(seen, want) {
+		t.Errorf("%q, want %q", seen, want)
 	}
 }

@@ -21,7 +21,7 @@ import (
 // ServeCSI answers the sidecars on l until ctx ends, then lets running calls finish
 // for at most grace. It returns nil after an orderly stop.
 func (r *Router) ServeCSI(ctx context.Context, l net.Listener, grace time.Duration) error {
-	srv := grpc.NewServer(grpc.UnaryInterceptor(r.intercept(klog.FromContext(ctx))), grpc.WaitForHandlers(true))
+	srv := grpc.NewServer(grpc.UnaryInterceptor(r.intercept(klog.FromContext(ctx))), grpc.StreamInterceptor(r.interceptStream(klog.FromContext(ctx))), grpc.WaitForHandlers(true))
 	csi.RegisterIdentityServer(srv, &identityServer{r: r})
 	csi.RegisterControllerServer(srv, &controllerServer{r: r})
 	csi.RegisterGroupControllerServer(srv, &groupServer{r: r})
@@ -64,20 +64,36 @@ func (r *Router) intercept(logger klog.Logger) grpc.UnaryServerInterceptor {
 		if err == nil {
 			resp, err = guarded(klog.NewContext(ctx, log), req, handler, log)
 		}
-		took := time.Since(start)
-		code := status.Code(err)
-		switch code { //nolint:exhaustive // the rest answers the request
-		case codes.OK:
-			log.V(4).Info("Done", "took", took.String())
-		case codes.Internal, codes.Unknown, codes.DataLoss:
-			log.Error(err, "Call failed", "code", code.String(), "took", took.String())
-		default:
-			log.Info("Call refused", "code", code.String(), "err", err.Error(), "took", took.String())
-		}
-		if r.cfg.Observe != nil && strings.HasPrefix(info.FullMethod, "/csi.") {
-			r.cfg.Observe(method, code.String(), took)
-		}
+		r.answered(log, info.FullMethod, err, time.Since(start))
 		return resp, err
+	}
+}
+
+// interceptStream does for streams what intercept does for other calls.
+func (r *Router) interceptStream(logger klog.Logger) grpc.StreamServerInterceptor {
+	return func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+		log := logger.WithValues("method", path.Base(info.FullMethod))
+		log.V(4).Info("Call")
+		start := time.Now()
+		_, err := guarded(klog.NewContext(stream.Context(), log), nil, func(context.Context, any) (any, error) { return nil, handler(srv, stream) }, log)
+		r.answered(log, info.FullMethod, err, time.Since(start))
+		return err
+	}
+}
+
+// answered logs and counts the outcome of a call.
+func (r *Router) answered(log klog.Logger, fullMethod string, err error, took time.Duration) {
+	code := status.Code(err)
+	switch code { //nolint:exhaustive // the rest answers the request
+	case codes.OK:
+		log.V(4).Info("Done", "took", took.String())
+	case codes.Internal, codes.Unknown, codes.DataLoss:
+		log.Error(err, "Call failed", "code", code.String(), "took", took.String())
+	default:
+		log.Info("Call refused", "code", code.String(), "err", err.Error(), "took", took.String())
+	}
+	if r.cfg.Observe != nil && strings.HasPrefix(fullMethod, "/csi.") {
+		r.cfg.Observe(path.Base(fullMethod), code.String(), took)
 	}
 }
 
