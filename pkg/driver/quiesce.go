@@ -164,8 +164,8 @@ func (d *Driver) freeze(ctx context.Context, all []writers, spec mount.FreezeSpe
 	return func() error {
 		err := f.Thaw()
 		klog.FromContext(ctx).V(1).Info("Thawed", "paths", spec.Paths, "frozenFor", time.Since(began).String(), "freezing", began.Sub(start).String())
-		if err != nil && !errors.Is(err, mount.ErrThawed) || errors.Is(err, mount.ErrNotThawed) {
-			return errors.Join(err, record.keep()) // it may be frozen still
+		if errors.Is(err, mount.ErrNotThawed) {
+			return errors.Join(err, record.keep())
 		}
 		return errors.Join(err, record.drop())
 	}, nil

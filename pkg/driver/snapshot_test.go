@@ -202,10 +202,9 @@ func TestStartThaws(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			n := newFake(t)
 			v := n.create("v", 16*mib, mountCap("ext4", oneWriter), nil).up("pod")
-			stuck := errors.New("stuck")
-			n.fake.failOnce("thaw", stuck)
+			n.fake.failOnce("thaw", mount.ErrNotThawed)
 			_, err := v.snapshot("s", "copyInUse", "true")
-			code(t, err, codes.Internal)
+			code(t, err, codes.Aborted)
 			if len(n.freezeRecords()) != 1 || len(n.fake.frozen) != 1 {
 				t.Fatalf("records %v, frozen %v", n.freezeRecords(), n.fake.frozen)
 			}
@@ -232,9 +231,9 @@ func TestStartThaws(t *testing.T) {
 func TestStartEndsAThawThatWasCutShort(t *testing.T) {
 	n := newFake(t)
 	v := n.create("v", 16*mib, mountCap("ext4", oneWriter), nil).up("pod")
-	n.fake.failOnce("thaw", errors.New("stuck"))
+	n.fake.failOnce("thaw", mount.ErrNotThawed)
 	_, err := v.snapshot("s", "copyInUse", "true")
-	code(t, err, codes.Internal)
+	code(t, err, codes.Aborted)
 	keep, err := n.d.loops.Hold(t.Context(), n.fake.devices[0].info.Ref)
 	n.must(err)
 	n.must(v.unpublish("pod"))

@@ -136,6 +136,7 @@ func (s *site) leftovers() []string {
 			}
 		}
 	}
+	snapshots, groups := s.copies()
 	bound := s.bound()
 	haveDirs := base(s.pool + "/volumes/*")
 	if ephemerals > 0 {
@@ -144,6 +145,8 @@ func (s *site) leftovers() []string {
 	}
 	found := slices.Concat(
 		difference("volume's directory", haveDirs, dirs),
+		difference("snapshot's directory", base(s.pool+"/snapshots/*"), names(snapshots)),
+		difference("group's directory", base(s.pool+"/groups/*"), names(groups)),
 		difference("file of the pool", base(s.pool+"/.*"), nil),
 		difference("loop device over", bound, loops),
 		difference("mount", mountsBelow(s.dir), mounts),
@@ -262,6 +265,16 @@ func (s *site) unaccounted() []string {
 		}
 	}
 	found := difference("listed volume", have, want)
+	snapshots, err := s.controller().ListSnapshots(ctx, &csi.ListSnapshotsRequest{})
+	if err != nil {
+		return []string{"ListSnapshots: " + explain(err)}
+	}
+	have = nil
+	for _, e := range snapshots.GetEntries() {
+		have = append(have, e.GetSnapshot().GetSnapshotId())
+	}
+	want, _ = s.copies()
+	found = append(found, difference("listed snapshot", have, want)...)
 	return append(found, s.capacity(ctx)...)
 }
 
@@ -276,32 +289,46 @@ func (s *site) capacity(ctx context.Context) []string {
 	if err := syscall.Statfs(s.pool, &fs); err != nil {
 		return []string{err.Error()}
 	}
-	free, thin := int64(fs.Bavail)*fs.Bsize, int64(0)
+	// It may be less than what is free by as much: how many blocks a thin volume has,
+	// and how many a volume shares, is looked at now and then only.
+	free, late := int64(fs.Bavail)*fs.Bsize, int64(0)
 	for _, record := range glob(s.pool + "/volumes/*/volume.json") {
-		var v struct {
-			Size       int64  `json:"size"`
-			Allocation string `json:"allocation"`
-		}
-		b, err := os.ReadFile(record)
-		if err == nil {
-			err = json.Unmarshal(b, &v)
-		}
-		var st syscall.Stat_t
-		if err == nil {
-			err = syscall.Stat(filepath.Join(filepath.Dir(record), "disk.img"), &st)
-		}
+		least, most, err := s.claim(record)
 		if err != nil {
 			return []string{"record: " + err.Error()}
 		}
-		free -= max(0, v.Size-st.Blocks*512)
-		if v.Allocation == "thin" {
-			// How many blocks a thin one has is looked at now and then only.
-			thin += min(v.Size, st.Blocks*512)
-		}
+		free -= least
+		late += most - least
 	}
 	most := max(0, free-mib) / mib * mib
-	if got := r.GetAvailableCapacity(); got > most || got < most-thin-mib {
-		return []string{fmt.Sprintf("GetCapacity says %d, the pool %d to %d", got, most-thin-mib, most)}
+	if got := r.GetAvailableCapacity(); got > most || got < most-late-mib {
+		return []string{fmt.Sprintf("GetCapacity says %d, the pool %d to %d", got, most-late-mib, most)}
 	}
 	return nil
+}
+
+// claim is what the volume of a record may still take, at least and at most.
+func (s *site) claim(record string) (least, most int64, err error) {
+	var v struct {
+		Size       int64  `json:"size"`
+		Allocation string `json:"allocation"`
+	}
+	b, err := os.ReadFile(record)
+	if err == nil {
+		err = json.Unmarshal(b, &v)
+	}
+	var st syscall.Stat_t
+	if err == nil {
+		err = syscall.Stat(filepath.Join(filepath.Dir(record), "disk.img"), &st)
+	}
+	if err != nil {
+		return 0, 0, err
+	}
+	sharedLeast, sharedMost, err := s.shared(filepath.Base(filepath.Dir(record)))
+	missing := max(0, v.Size-st.Blocks*512)
+	least, most = min(v.Size, missing+sharedLeast), min(v.Size, missing+sharedMost)
+	if v.Allocation == "thin" {
+		most = v.Size
+	}
+	return least, most, err
 }

@@ -11,7 +11,7 @@ import (
 // driver may find it first, which fails the step.
 func TestChecksSeeLies(t *testing.T) {
 	t.Parallel()
-	only := map[string]kind{"ext4": ext4, "block": block}
+	only := map[string]kind{"ext4": ext4, "block": block, "copied": copied}
 	for _, c := range []struct {
 		kind, step, call string
 		// noticed: the driver itself finds out.
@@ -25,11 +25,20 @@ func TestChecksSeeLies(t *testing.T) {
 		{"ext4", "delete", "unlinkat", true},        // its files
 		{"block", "create", "fallocate", true},      // a thick volume without blocks
 		{"block", "unstage", "ioctl LOOP_CLR_FD in /dev", true},
+		{"copied", "snapshot", "renameat2", false},              // a snapshot that is acknowledged and not there
+		{"copied", "snapshot", "ioctl FICLONE", true},           // without the data
+		{"copied", "group snapshot", "renameat2", false},        // a group of which nothing is there
+		{"copied", "delete group snapshot", "renameat2", false}, // one that stays
+		{"copied", "delete snapshot", "renameat2", false},
 	} {
 		t.Run(c.step+"/"+c.call, func(t *testing.T) {
 			t.Parallel()
 			k := only[c.kind]
-			s := newSite(t, "ext4")
+			pool := "ext4"
+			if k.copied {
+				pool = "xfs"
+			}
+			s := newSite(t, pool)
 			s.bystanders()
 			s.ok("before")
 			v := s.volume(k, "lie")

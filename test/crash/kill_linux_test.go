@@ -26,15 +26,35 @@ func kinds(t *testing.T, test func(t *testing.T, s *site, k kind)) {
 	}
 	for _, fs := range pools {
 		for _, k := range all {
-			t.Run(fs+"/"+k.name, func(t *testing.T) {
-				t.Parallel()
-				s := newSite(t, fs)
-				s.bystanders()
-				test(t, s, k)
-				s.noBystanders()
-			})
+			onSite(t, fs, k, test)
 		}
 	}
+}
+
+// copies is kinds for the copies of a volume in use.
+func copies(t *testing.T, test func(t *testing.T, s *site, k kind)) {
+	t.Helper()
+	roottest.Require(t)
+	shortenLeases(t)
+	pools := []string{"xfs"}
+	if long() {
+		pools = []string{"ext4", "xfs", "btrfs"}
+	}
+	for _, fs := range pools {
+		onSite(t, fs, copied, test)
+	}
+}
+
+// onSite runs a test on a site of its own, beside volumes that are in use.
+func onSite(t *testing.T, fs string, k kind, test func(t *testing.T, s *site, k kind)) {
+	t.Helper()
+	t.Run(fs+"/"+k.name, func(t *testing.T) {
+		t.Parallel()
+		s := newSite(t, fs)
+		s.bystanders()
+		test(t, s, k)
+		s.noBystanders()
+	})
 }
 
 // bystanders are volumes in use that nobody touches: they must come to no harm.
@@ -177,27 +197,36 @@ func (y *tally) check(t *testing.T) {
 // TestKill ends the driver at every call of every RPC, and after the last one.
 func TestKill(t *testing.T) {
 	t.Parallel()
-	kinds(t, func(t *testing.T, s *site, k kind) {
-		targets := s.count(k)
-		var y tally
-		for life := 0; ; life++ {
-			v := s.volume(k, fmt.Sprint("kill-", life))
-			killed := false
-			for _, st := range k.life() {
-				if life >= len(targets[st.name]) {
-					must(t, insist(func() error { return st.do(v) }))
-					continue
-				}
-				killed = true
-				v.killed(st, targets[st.name][life], &y)
+	kinds(t, killEverywhere)
+}
+
+// TestKillWhileCopying does so in snapshots, restores, clones and group snapshots.
+func TestKillWhileCopying(t *testing.T) {
+	t.Parallel()
+	copies(t, killEverywhere)
+}
+
+func killEverywhere(t *testing.T, s *site, k kind) {
+	t.Helper()
+	targets := s.count(k)
+	var y tally
+	for life := 0; ; life++ {
+		v := s.volume(k, fmt.Sprint("kill-", life))
+		killed := false
+		for _, st := range k.life() {
+			if life >= len(targets[st.name]) {
+				must(t, insist(func() error { return st.do(v) }))
+				continue
 			}
-			s.gone(v)
-			if !killed {
-				break
-			}
+			killed = true
+			v.killed(st, targets[st.name][life], &y)
 		}
-		y.check(t)
-	})
+		s.gone(v)
+		if !killed {
+			break
+		}
+	}
+	y.check(t)
 }
 
 // killed does a step, in which the driver is killed; starts it again, and repeats

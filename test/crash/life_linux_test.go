@@ -30,6 +30,9 @@ func (k kind) life() []step {
 	if k.ephemeral { // its data goes with its one publication
 		return []step{rpc("publish", publish), free("write", (*volume).write), end("unpublish", unpublish)}
 	}
+	if k.copied {
+		return copiedLife()
+	}
 	var life []step
 	if k.mapped {
 		life = append(life, free("make image", (*volume).makeImage))

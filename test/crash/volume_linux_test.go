@@ -29,6 +29,7 @@ type kind struct {
 	mapped    bool // the whole of a file in the site's images directory
 	ephemeral bool
 	grown     int64 // 0: it cannot be expanded
+	copied    bool  // its life is that of its copies
 }
 
 var (
@@ -43,6 +44,7 @@ var (
 	mapped    = kind{name: "mapped", fs: "ext4", size: 16 * mib, mapped: true}
 	mappedRaw = kind{name: "mapped-block", size: 4 * mib, mapped: true}
 	ephemeral = kind{name: "ephemeral", fs: "ext4", size: 16 * mib, ephemeral: true}
+	copied    = kind{name: "copied", fs: "ext4", size: 16 * mib, copied: true}
 )
 
 // volume is one volume, and what should be true of it.
@@ -54,6 +56,11 @@ type volume struct {
 	id      string
 	context map[string]string // volume_context
 	seed    uint64            // of its data
+	source  *csi.VolumeContentSource
+
+	// IDs of its snapshot, of its group snapshot and of that one's members.
+	snapshot, group string
+	members         []string
 
 	// The staging path is the CO's own.
 	stagingPath bool
@@ -64,6 +71,8 @@ type volume struct {
 	published [2]bool // read-write, read-only
 	size      int64
 	written   bool
+
+	hasSnapshot, hasGroup bool
 }
 
 // volume describes a volume that does not exist yet.
@@ -112,12 +121,15 @@ func (v *volume) create() error {
 	ctx, cancel := call()
 	defer cancel()
 	parameters := map[string]string{}
+	if v.source != nil {
+		parameters["copyInUse"] = "true"
+	}
 	if v.thin {
 		parameters["allocation"] = "thin"
 	}
 	r, err := v.controller().CreateVolume(ctx, &csi.CreateVolumeRequest{
 		Name: v.name, CapacityRange: &csi.CapacityRange{RequiredBytes: v.size},
-		VolumeCapabilities: []*csi.VolumeCapability{v.capability()}, Parameters: parameters,
+		VolumeCapabilities: []*csi.VolumeCapability{v.capability()}, Parameters: parameters, VolumeContentSource: v.source,
 	})
 	if err != nil {
 		return err
