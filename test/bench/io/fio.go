@@ -73,6 +73,9 @@ func (b *bench) fio(ctx context.Context, r *report) (err error) {
 	}
 	for i := range b.o.rounds {
 		for _, j := range jobs {
+			if !b.o.jobs.MatchString(j.name) {
+				continue
+			}
 			for k := range all {
 				c := all[(i+k)%len(all)]
 				if err := ctx.Err(); err != nil {
@@ -209,6 +212,9 @@ func (b *bench) knobs(ctx context.Context, r *report) (err error) {
 	}
 	for range b.o.rounds {
 		for _, j := range jobs[:6] {
+			if !b.o.jobs.MatchString(j.name) {
+				continue
+			}
 			for _, c := range all {
 				t, err := c.make(ctx, image.path)
 				if err != nil {

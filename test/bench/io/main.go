@@ -22,6 +22,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -33,6 +34,7 @@ import (
 type options struct {
 	driver, dir, out string
 	pieces           []string
+	jobs             *regexp.Regexp
 	rounds           int
 	runtime          time.Duration
 	size             int64
@@ -53,10 +55,16 @@ func main() {
 	flag.DurationVar(&o.runtime, "runtime", time.Second, "how long a run takes, whole seconds")
 	size := flag.Int64("size", 512, "size of what is read and written, MiB")
 	pieces := flag.String("pieces", strings.Join(allPieces, ","), "which pieces, of these")
+	only := flag.String("jobs", "", "only those of fio's jobs whose name this regular expression matches")
 	flag.Parse()
+	var err error
+	if o.jobs, err = regexp.Compile(*only); err != nil {
+		fmt.Fprintln(os.Stderr, "io: -jobs:", err)
+		os.Exit(2)
+	}
 	o.size, o.pieces = *size*lab.MiB, strings.Split(*pieces, ",")
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := run(ctx, o)
+	err = run(ctx, o)
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "io:", err)
