@@ -108,7 +108,7 @@ bench-io: ## measure I/O of volumes beside a file, losetup and a buffered loop d
 	$(ROOT) bin/bench-io $(if $(BENCH_OUT),-out $(BENCH_OUT)) $(BENCH_ARGS)
 
 bench-io-smoke: BENCH_OUT =
-bench-io-smoke: BENCH_ARGS = -pieces ext4-block -rounds 1 -size 64
+bench-io-smoke: BENCH_ARGS = -pieces ext4-block -rounds 1 -size 64 -jobs '4k-1$$|-1M'
 bench-io-smoke: bench-io ## one short piece of it: does it still run
 
 # How long each fuzz target runs.
