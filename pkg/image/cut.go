@@ -292,7 +292,7 @@ func (c *cutting) commit() error {
 
 // undo removes what is there of the snapshot. Nobody was told of it.
 func (c *cutting) undo() error {
-	if c.made || c.to == nil {
+	if c.made || c.work == "" && c.to == nil {
 		return nil
 	}
 	if c.work == "" {

@@ -121,7 +121,7 @@ func (v *volume) copy(what string, size int64, source *csi.VolumeContentSource) 
 	if i := slices.IndexFunc(v.volumes, func(o *volume) bool { return o.name == name }); i >= 0 {
 		return v.volumes[i]
 	}
-	c := v.site.volume(ext4, name)
+	c := v.volume(ext4, name)
 	c.size, c.source, c.seed, c.written = size, source, v.seed, true
 	return c
 }

@@ -105,19 +105,22 @@ func TestErrorsFoundBefore(t *testing.T) {
 	t.Parallel()
 	roottest.Require(t)
 	for _, c := range []struct {
-		pool, step string
-		at         target
-		errno      syscall.Errno
+		pool  string
+		k     kind
+		step  string
+		at    target
+		errno syscall.Errno
 	}{
-		{"ext4", "expand image", target{"fsync", 3}, unix.EIO},              // was final, and the new size stayed
-		{"btrfs", "create", target{"ioctl FS_IOC_SETFLAGS", 1}, unix.EBUSY}, // was called an invalid request
+		{"ext4", block, "expand image", target{"fsync", 3}, unix.EIO},              // was final, and the new size stayed
+		{"btrfs", block, "create", target{"ioctl FS_IOC_SETFLAGS", 1}, unix.EBUSY}, // was called an invalid request
+		{"xfs", copied, "group snapshot", target{"openat2", 1}, unix.ENOSPC},       // left a directory
 	} {
 		t.Run(c.pool+"/"+c.step, func(t *testing.T) {
 			t.Parallel()
 			s := newSite(t, c.pool)
-			v := s.volume(block, "found")
+			v := s.volume(c.k, "found")
 			var y tally
-			for _, st := range block.life() {
+			for _, st := range c.k.life() {
 				if st.name == c.step {
 					v.failing(st, c.at, c.errno, &y)
 					continue
