@@ -138,7 +138,7 @@ func readSteps(t *testing.T, page string) []step {
 	return steps
 }
 
-func TestWhatIsShownIsCompared(t *testing.T) {
+func TestWhatTutorialsShowIsCompared(t *testing.T) {
 	for _, c := range []struct {
 		shown, printed string
 		same           bool
