@@ -330,8 +330,13 @@ func (s *Store) removeMembers(ctx context.Context, r groupRecord) error {
 		if !ok {
 			continue // the opening of its pool removes it
 		}
-		if member, err := p.getSnapshot(dir); err == nil {
-			errs = append(errs, p.removeSnapshot(ctx, dir, member))
+		member, err := p.getSnapshot(dir)
+		if err != nil {
+			continue
+		}
+		if err := p.removeSnapshot(ctx, dir, member); err != nil {
+			p.unsettle(dir, member)
+			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)
@@ -404,6 +409,15 @@ func (p *Pool) settleCut(dir string, r snapshotRecord) {
 	defer p.mu.Unlock()
 	delete(p.unsettled, dir)
 	p.cuts[dir] = r
+}
+
+// unsettle is for a snapshot whose group is gone and that could not be removed: it does
+// not exist any more, and settleGroups removes it.
+func (p *Pool) unsettle(dir string, r snapshotRecord) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.cuts, dir)
+	p.unsettled[dir] = r
 }
 
 // dropCut removes a snapshot that never came to be.
