@@ -31,6 +31,11 @@ func (p *Pool) Create(ctx context.Context, spec Spec) (Volume, error) {
 // CreateFrom is Create for a copy of a volume that is in use: quiesce makes those who
 // write to it hold still, as for Snapshot.
 func (p *Pool) CreateFrom(ctx context.Context, spec Spec, quiesce Quiesce) (Volume, error) {
+	return p.createFrom(ctx, spec, building{quiesce: quiesce})
+}
+
+// createFrom makes what spec and b say, or finds it made.
+func (p *Pool) createFrom(ctx context.Context, spec Spec, b building) (Volume, error) {
 	s, err := spec.normalise()
 	if err != nil {
 		return Volume{}, err
@@ -51,7 +56,7 @@ func (p *Pool) CreateFrom(ctx context.Context, spec Spec, quiesce Quiesce) (Volu
 	case !errors.Is(err, ErrNotFound):
 		return Volume{}, err
 	}
-	r, err = p.create(ctx, dir, s, quiesce)
+	r, err = p.create(ctx, dir, s, b)
 	if err != nil {
 		return Volume{}, fmt.Errorf("create %s: %w", VolumeID(p.ID(), dir), err)
 	}
@@ -60,21 +65,23 @@ func (p *Pool) CreateFrom(ctx context.Context, spec Spec, quiesce Quiesce) (Volu
 
 // create takes the space, and gives it back when the volume does not come to be.
 // Precondition: the lock of dir is held and it has no volume.
-func (p *Pool) create(ctx context.Context, dir string, s Spec, quiesce Quiesce) (record, error) {
+func (p *Pool) create(ctx context.Context, dir string, s Spec, b building) (record, error) {
 	if err := p.admit(ctx, s); err != nil {
 		return record{}, err
 	}
-	b := building{r: newRecord(s, p.store.now()), quiesce: quiesce}
-	if s.Source != nil {
+	b.r = newRecord(s, p.store.now())
+	if s.Source != nil && b.inflow == nil {
 		o, err := p.store.origin(ctx, s.Source)
 		if err != nil {
 			return record{}, err
 		}
 		defer o.close()
-		if err := o.fits(s); err != nil {
+		b.origin, b.of = o, o.spec
+	}
+	if s.Source != nil {
+		if err := fits(s, b.of); err != nil {
 			return record{}, err
 		}
-		b.origin = o
 	}
 	space, err := p.account.take(ctx, s.Allocation, s.Size)
 	if err != nil {
@@ -95,8 +102,10 @@ func (p *Pool) create(ctx context.Context, dir string, s Spec, quiesce Quiesce) 
 type building struct {
 	r       record
 	space   *reservation
-	origin  *origin // nil for one that begins empty
+	origin  *origin // nil for one that begins empty, or is a copy from elsewhere
 	quiesce Quiesce
+	inflow  Inflow // nil unless it is a copy from elsewhere
+	of      Spec   // what the source of a copy is
 }
 
 // admit refuses what cannot work before anything is touched.
@@ -161,25 +170,11 @@ func (p *Pool) build(ctx context.Context, dir string, b building) (c charge, err
 // the pool. Neither is of use before the rename, so their order is free, and they are
 // made and synced at the same time.
 func (p *Pool) fill(ctx context.Context, d *os.File, b building) (c charge, err error) {
-	if p.noCow {
-		if err := setNoCow(d); err != nil && b.r.Allocation == Thick {
-			err = opError("chattr +C", d.Name(), err)
-			if errors.Is(err, errors.ErrUnsupported) || errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.EPERM) {
-				err = fmt.Errorf("%w: thick volumes on btrfs must be NOCOW: %w", ErrUnsupported, err)
-			}
-			return c, err
-		}
-	}
-	f, err := createAt(d, imageFile)
+	f, err := p.newImage(d, b.r)
 	if err != nil {
-		return c, opError("make", imageFile, err)
+		return c, err
 	}
 	defer f.Close()
-	if p.noCow && b.r.Allocation == Thick {
-		if on, err := isNoCow(f); err != nil || !on {
-			return c, errors.Join(fmt.Errorf("%w: btrfs did not make the image NOCOW, so it cannot be thick", ErrUnsupported), err)
-		}
-	}
 	p.store.kill("create: made")
 	shared := false
 	if b.origin != nil {
@@ -193,6 +188,11 @@ func (p *Pool) fill(ctx context.Context, d *os.File, b building) (c charge, err 
 	p.store.kill("create: allocated")
 	if b.r.Allocation == Thick && p.fsType != "btrfs" { // which does not show it before the commit
 		b.space.release()
+	}
+	if b.inflow != nil {
+		if err := p.receive(ctx, f, b); err != nil {
+			return c, err
+		}
 	}
 	noted, err := note(d, b.r)
 	if err != nil {
@@ -214,6 +214,29 @@ func (p *Pool) fill(ctx context.Context, d *os.File, b building) (c charge, err 
 	return c, opError("look at", imageFile, err)
 }
 
+// newImage makes the file of a volume in d, empty. On btrfs it is one that can be thick.
+func (p *Pool) newImage(d *os.File, r record) (*os.File, error) {
+	if p.noCow {
+		if err := setNoCow(d); err != nil && r.Allocation == Thick {
+			err = opError("chattr +C", d.Name(), err)
+			if errors.Is(err, errors.ErrUnsupported) || errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.EPERM) {
+				err = fmt.Errorf("%w: thick volumes on btrfs must be NOCOW: %w", ErrUnsupported, err)
+			}
+			return nil, err
+		}
+	}
+	f, err := createAt(d, imageFile)
+	if err != nil {
+		return nil, opError("make", imageFile, err)
+	}
+	if p.noCow && r.Allocation == Thick {
+		if on, err := isNoCow(f); err != nil || !on {
+			return nil, errors.Join(fmt.Errorf("%w: btrfs did not make the image NOCOW, so it cannot be thick", ErrUnsupported), err, f.Close())
+		}
+	}
+	return f, nil
+}
+
 // note begins to write and sync the record. The function that it returns waits for
 // that, and may be called again.
 func note(d *os.File, r record) (wait func() error, err error) {
@@ -233,8 +256,8 @@ func (p *Pool) furnish(ctx context.Context, d, f *os.File, b building) error {
 	made := func() {}
 	switch {
 	case b.r.Filesystem == "":
-	case b.origin != nil:
-		err = p.store.tools.renew(ctx, d, b.r.spec(), b.origin.spec.Size)
+	case b.r.Source != nil:
+		err = p.store.tools.renew(ctx, d, b.r.spec(), b.of.Size)
 	default:
 		made, err = p.format(ctx, d, f, b.r)
 	}

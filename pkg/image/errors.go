@@ -23,6 +23,8 @@ var (
 	ErrDamaged = errors.New("damaged")
 	// ErrSource: the volume asked for would be no copy of its source.
 	ErrSource = errors.New("not possible from this source")
+	// ErrInflow: what came in from elsewhere cannot be the content of the source.
+	ErrInflow = errors.New("not the content of the source")
 	// ErrInGroup: the snapshot exists and goes only with its group.
 	ErrInGroup = errors.New("part of a group")
 	// ErrNotAllowed: a mapped file is outside the allowed directories, or is not

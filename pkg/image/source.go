@@ -94,8 +94,8 @@ func (s *Store) origin(ctx context.Context, src *Source) (_ *origin, err error) 
 	return o, d.Close()
 }
 
-// fits refuses to make what is not a copy of the source.
-func (o *origin) fits(s Spec) error {
+// fits refuses to make what is not a copy of the source, which is what of says.
+func fits(s, of Spec) error {
 	kind := func(filesystem string) string {
 		if filesystem == "" {
 			return "a raw block volume"
@@ -103,12 +103,12 @@ func (o *origin) fits(s Spec) error {
 		return filesystem
 	}
 	switch {
-	case s.Filesystem != o.spec.Filesystem:
-		return fmt.Errorf("%w: the source is %s, asked for %s", ErrSource, kind(o.spec.Filesystem), kind(s.Filesystem))
-	case s.BlockSize != o.spec.BlockSize:
-		return fmt.Errorf("%w: the source has blocks of %d bytes, asked for %d", ErrSource, o.spec.BlockSize, s.BlockSize)
-	case s.Size < o.spec.Size:
-		return fmt.Errorf("%w: the source has %d bytes, asked for %d", ErrSize, o.spec.Size, s.Size)
+	case s.Filesystem != of.Filesystem:
+		return fmt.Errorf("%w: the source is %s, asked for %s", ErrSource, kind(of.Filesystem), kind(s.Filesystem))
+	case s.BlockSize != of.BlockSize:
+		return fmt.Errorf("%w: the source has blocks of %d bytes, asked for %d", ErrSource, of.BlockSize, s.BlockSize)
+	case s.Size < of.Size:
+		return fmt.Errorf("%w: the source has %d bytes, asked for %d", ErrSize, of.Size, s.Size)
 	}
 	return nil
 }
