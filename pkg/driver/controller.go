@@ -9,11 +9,13 @@ import (
 	"unicode/utf8"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 	"k8s.io/klog/v2"
 
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/transfer"
 )
 
 // controllerServer is the CSI Controller service over the pools of this node.
@@ -57,9 +59,16 @@ func (s *controllerServer) ControllerGetCapabilities(context.Context, *csi.Contr
 // an earlier call of the same name made.
 func (s *controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
 	d := s.d
-	want, size, err := d.parseCreate(req)
+	want, size, err := d.parseCreate(req, transfer.OfferOf(ctx))
 	if err != nil {
-		return nil, err
+		if req.GetVolumeContentSource() == nil || codeOf(err) != codes.Unavailable {
+			return nil, err
+		}
+		// The source may be on another node, and its offer have come with an earlier call.
+		if err := d.copyJob(ctx, req, func(string) (func(context.Context) error, error) { return nil, err }); err != nil {
+			return nil, err
+		}
+		return s.CreateVolume(ctx, req) // now there is the volume
 	}
 	if want.Source != nil {
 		return d.createCopy(ctx, req, want, size)
@@ -123,7 +132,7 @@ type wanted struct {
 }
 
 // parseCreate checks a CreateVolume request and says what to make.
-func (d *Driver) parseCreate(req *csi.CreateVolumeRequest) (wanted, capacity, error) {
+func (d *Driver) parseCreate(req *csi.CreateVolumeRequest, offer *transfer.Offer) (wanted, capacity, error) {
 	var none wanted
 	if err := checkName(req.GetName()); err != nil {
 		return none, capacity{}, err
@@ -142,7 +151,7 @@ func (d *Driver) parseCreate(req *csi.CreateVolumeRequest) (wanted, capacity, er
 		return none, c, err
 	}
 	if req.GetVolumeContentSource() != nil {
-		want, err := d.parseCopy(req, p, c)
+		want, err := d.parseCopy(req, p, c, offer)
 		want.Mutable = mutable
 		return want, c, err
 	}

@@ -128,6 +128,8 @@ type Driver struct {
 	jobs    *jobs
 	reports reporter
 	counts  counting
+	// Copies to and from other nodes.
+	sending, receiving flows
 
 	tuner  tuner
 	pods   podLimiter

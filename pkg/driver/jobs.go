@@ -27,6 +27,9 @@ type jobs struct {
 	all    map[string]*job // guarded by mu
 	closed bool            // guarded by mu
 	wg     sync.WaitGroup  // Add is guarded by mu
+	// observers are told of each job that begins and ends; guarded by mu
+	observers map[int]func(key, method string, running bool)
+	next      int // guarded by mu
 }
 
 type job struct {
@@ -92,12 +95,48 @@ func (j *jobs) join(ctx context.Context, key, method, wish string, prepare func(
 	started.bored = time.AfterFunc(j.interest, func() { j.bored(key, started) })
 	started.bored.Stop()
 	j.all[key] = started
+	j.tell(key, method, true)
 	j.wg.Go(func() {
 		defer cancel()
 		defer close(started.done)
+		defer func() {
+			j.mu.Lock()
+			defer j.mu.Unlock()
+			j.tell(key, method, false)
+		}()
 		started.err = guardedWork(ctx, work)
 	})
 	return started, nil
+}
+
+// tell tells the observers. Precondition: j.mu is held.
+func (j *jobs) tell(key, method string, running bool) {
+	for _, f := range j.observers {
+		f(key, method, running)
+	}
+}
+
+// observe has f told of the jobs that run, and of each that begins and ends, in order
+// for each key, until stop. f must not ask for jobs.
+func (j *jobs) observe(f func(key, method string, running bool)) (stop func()) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.observers == nil {
+		j.observers = map[int]func(key, method string, running bool){}
+	}
+	n := j.next
+	j.next++
+	j.observers[n] = f
+	for key, job := range j.all {
+		if !job.ended() {
+			f(key, job.method, true)
+		}
+	}
+	return func() {
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		delete(j.observers, n)
+	}
 }
 
 // guardedWork turns a panic into an error, as the calls do.

@@ -17,6 +17,7 @@ const (
 	paramDirectIO     = "directIO"    // auto (default), on or off; also ephemeral
 	paramBlockSize    = "blockSize"   // logical block size of the device in bytes
 	paramMkfsOptions  = "mkfsOptions" // extra words for mkfs, separated by blanks
+	paramSourceNode   = "sourceNode"  // preferred (default) or required; of copies, for the controller
 	paramSize         = "size"        // ephemeral only: a Kubernetes quantity
 	kubernetesPrefix  = "csi.storage.k8s.io/"
 	provisionerPrefix = "storage.kubernetes.io/"
@@ -92,13 +93,17 @@ func (p *params) set(key, value string) error {
 		p.fsType = value
 	case paramMkfsOptions:
 		p.mkfsOptions = strings.Fields(value)
+	case paramSourceNode:
+		if value != "preferred" && value != "required" {
+			return invalidf("parameter %q: %q is neither preferred nor required", key, value)
+		}
 	case paramFreezeTimeout, paramCopyInUse:
 		return p.freeze.set(key, value)
 	case paramReadIOPS, paramWriteIOPS, paramReadBandwidth, paramWriteBandwidth, paramReadAhead:
 		return setMutable(&p.tuning, key, value)
 	default:
-		return invalidf("parameter %q is not known; known are %s, %s, %s, %s, %s, %s, %s and the mutable ones: %s", key,
-			paramPool, paramAllocation, paramDirectIO, paramBlockSize, paramMkfsOptions, paramFreezeTimeout, paramCopyInUse, mutableKeys)
+		return invalidf("parameter %q is not known; known are %s, %s, %s, %s, %s, %s, %s, %s and the mutable ones: %s", key,
+			paramPool, paramAllocation, paramDirectIO, paramBlockSize, paramMkfsOptions, paramFreezeTimeout, paramCopyInUse, paramSourceNode, mutableKeys)
 	}
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/transfer"
 )
 
 // parseSource takes the source of a new volume out of a request.
@@ -46,13 +47,13 @@ func csiSource(s *image.Source) *csi.VolumeContentSource {
 
 // parseCopy says what to make of a request for a copy. What it does not name is that
 // of the source: size, filesystem, block size and mkfs options.
-func (d *Driver) parseCopy(req *csi.CreateVolumeRequest, p params, c capacity) (wanted, error) {
+func (d *Driver) parseCopy(req *csi.CreateVolumeRequest, p params, c capacity, offer *transfer.Offer) (wanted, error) {
 	var none wanted
 	src, err := parseSource(req.GetVolumeContentSource())
 	if err != nil {
 		return none, err
 	}
-	from, err := d.sourceSpec(req.GetName(), src)
+	from, err := d.sourceSpec(req.GetName(), src, offer)
 	if err != nil {
 		return none, err
 	}
@@ -87,10 +88,14 @@ func (d *Driver) parseCopy(req *csi.CreateVolumeRequest, p params, c capacity) (
 }
 
 // sourceSpec describes the source of a copy: by the copy itself, if it exists, as the
-// source may be gone by then.
-func (d *Driver) sourceSpec(name string, src *image.Source) (image.Spec, error) {
+// source may be gone by then. What is in a pool of another node is described by the
+// offer that came with the call.
+func (d *Driver) sourceSpec(name string, src *image.Source, offer *transfer.Offer) (image.Spec, error) {
 	if have, ok := d.images.Find(name); ok && have.Source != nil && *have.Source == *src {
 		return have.Spec, nil
+	}
+	if offer != nil && !d.local(src) {
+		return offered(offer)
 	}
 	if src.Snapshot != "" {
 		s, err := d.oneSnapshot(src.Snapshot)
@@ -100,24 +105,25 @@ func (d *Driver) sourceSpec(name string, src *image.Source) (image.Spec, error) 
 	return v.Spec, err
 }
 
+// local says whether the source is in a pool that is open here.
+func (d *Driver) local(src *image.Source) bool {
+	_, _, known := d.images.Lookup(src.Snapshot + src.Volume)
+	return known
+}
+
 // createCopy makes a volume from a snapshot or a volume, or finds the one that an
 // earlier call of the same name made.
 func (d *Driver) createCopy(ctx context.Context, req *csi.CreateVolumeRequest, want wanted, size capacity) (*csi.CreateVolumeResponse, error) {
-	key := image.DirName(want.Name)
-	wish, err := proto.MarshalOptions{Deterministic: true}.Marshal(&csi.CreateVolumeRequest{
-		CapacityRange: req.GetCapacityRange(), VolumeCapabilities: req.GetVolumeCapabilities(),
-		Parameters: req.GetParameters(), MutableParameters: req.GetMutableParameters(), VolumeContentSource: req.GetVolumeContentSource(),
-	})
-	if err != nil {
-		return nil, err
-	}
-	err = d.jobs.do(ctx, key, "CreateVolume", string(wish), func() (func(context.Context) error, error) {
+	err := d.copyJob(ctx, req, func(key string) (func(context.Context) error, error) {
 		if have, ok := d.images.Find(want.Name); ok {
 			// The tuning follows when the job is done, under the volume's lock.
 			return func(context.Context) error { return nil }, d.same(req, have, want, size)
 		}
 		if err := d.reachable(req.GetAccessibilityRequirements()); err != nil {
 			return nil, err
+		}
+		if offer := transfer.OfferOf(ctx); offer != nil && !d.local(want.Source) {
+			return d.prepareFetch(want, key, offer)
 		}
 		return d.prepareCopy(want, key)
 	})
@@ -131,12 +137,25 @@ func (d *Driver) createCopy(ctx context.Context, req *csi.CreateVolumeRequest, w
 	if have.Tuning.Merge(want.Mutable).Equal(have.Tuning) {
 		return &csi.CreateVolumeResponse{Volume: d.csiVolume(have)}, nil
 	}
-	unlock, err := d.locks.lock(key, "CreateVolume")
+	unlock, err := d.locks.lock(image.DirName(want.Name), "CreateVolume")
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
 	return d.existing(ctx, req, have, want, size)
+}
+
+// copyJob joins the job that an earlier call for the same copy started, or starts one.
+func (d *Driver) copyJob(ctx context.Context, req *csi.CreateVolumeRequest, prepare func(key string) (func(context.Context) error, error)) error {
+	key := image.DirName(req.GetName())
+	wish, err := proto.MarshalOptions{Deterministic: true}.Marshal(&csi.CreateVolumeRequest{
+		CapacityRange: req.GetCapacityRange(), VolumeCapabilities: req.GetVolumeCapabilities(),
+		Parameters: req.GetParameters(), MutableParameters: req.GetMutableParameters(), VolumeContentSource: req.GetVolumeContentSource(),
+	})
+	if err != nil {
+		return err
+	}
+	return d.jobs.do(ctx, key, "CreateVolume", string(wish), func() (func(context.Context) error, error) { return prepare(key) })
 }
 
 // prepareCopy takes the locks for a copy and returns what makes it. That of a source

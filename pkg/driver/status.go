@@ -14,6 +14,7 @@ import (
 	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
 	"github.com/csi-loop/csi-loop/pkg/partition"
+	"github.com/csi-loop/csi-loop/pkg/transfer"
 )
 
 // codeError is an error of this package that already knows its gRPC code:
@@ -72,6 +73,10 @@ var sentinelCodes = []struct {
 	{image.ErrSize, codes.OutOfRange},
 	{image.ErrSource, codes.InvalidArgument},
 	{image.ErrInGroup, codes.InvalidArgument},
+	// A copy from another node that did not come whole. It is begun anew.
+	{image.ErrInflow, codes.Unavailable},
+	{transfer.ErrCut, codes.Unavailable},
+	{transfer.ErrCorrupt, codes.Unavailable},
 	{image.ErrNotAllowed, codes.InvalidArgument},
 	{image.ErrUnsupported, codes.InvalidArgument},
 	// The bytes are not what the record says. A person has to look; nothing a
