@@ -8,17 +8,28 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/router/link"
+	"github.com/csi-loop/csi-loop/pkg/transfer"
 )
 
 // The StorageClass parameters that matter to routing.
 const (
 	paramPool       = "pool"       // name of a pool
 	paramAllocation = "allocation" // thick or thin
+	paramSourceNode = "sourceNode" // preferred or required
+	// Of a source that is a volume in use; a node with the source judges them.
+	paramFreezeTimeout = "freezeTimeout"
+	paramCopyInUse     = "copyInUse"
 )
+
+// sourceNodeRequired is the value of paramSourceNode for copies that stay on the
+// source's node.
+const sourceNodeRequired = "required"
 
 // CreateVolume goes where the volume is, or may be, already; else where its source
 // is; else where the topology points; else to the node with most room.
@@ -41,8 +52,8 @@ func (s *controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolu
 	if resp, done, err := c.again(ctx); done {
 		return resp, err
 	}
-	if src := req.GetVolumeContentSource(); src != nil {
-		return c.fromSource(ctx, src)
+	if req.GetVolumeContentSource() != nil {
+		return c.fromSource(ctx)
 	}
 	if c.bound {
 		return c.among(ctx, c.wanted)
@@ -55,6 +66,7 @@ type creation struct {
 	r      *Router
 	req    *csi.CreateVolumeRequest
 	dir    string
+	insist bool     // without an offer of its source a node cannot make the volume
 	bound  bool     // the request names topologies
 	wanted []string // the nodes they mean, preferred ones first
 }
@@ -62,6 +74,10 @@ type creation struct {
 // at sends the request to a node, and remembers that it did until the answer
 // settles whether there is a volume.
 func (c *creation) at(ctx context.Context, s *session) (*csi.CreateVolumeResponse, error) {
+	ctx, without := c.offer(ctx, s)
+	if without != nil && (c.insist || ctx.Err() != nil) {
+		return nil, without
+	}
 	c.r.table.sent(c.dir, s.id.Node)
 	resp, err := call(ctx, s, "CreateVolume", c.req, csi.ControllerClient.CreateVolume)
 	if err == nil {
@@ -73,7 +89,10 @@ func (c *creation) at(ctx context.Context, s *session) (*csi.CreateVolumeRespons
 	if !uncertain(err) {
 		c.r.table.answered(c.dir)
 	}
-	if err != nil {
+	switch {
+	case status.Code(err) == codes.Unavailable && without != nil:
+		return nil, unavailablef("%s; %s", status.Convert(without).Message(), status.Convert(err).Message())
+	case err != nil:
 		return nil, err
 	}
 	return resp, nil
@@ -151,24 +170,80 @@ func (c *creation) away(p place, why string) error {
 	return unavailablef("volume %q: node %q is not linked (for %s), and the volume %s", c.req.GetName(), p.node, p.away.Round(time.Second), why)
 }
 
-// fromSource goes to the node that has the source.
-func (c *creation) fromSource(ctx context.Context, src *csi.VolumeContentSource) (*csi.CreateVolumeResponse, error) {
-	kind, id := "volume", src.GetVolume().GetVolumeId()
+// source is what the volume is to be a copy of.
+func (c *creation) source() (kind string, r transfer.Request) {
+	src := c.req.GetVolumeContentSource()
 	if src.GetSnapshot() != nil {
-		kind, id = "snapshot", src.GetSnapshot().GetSnapshotId()
+		return "snapshot", transfer.Request{Snapshot: src.GetSnapshot().GetSnapshotId()}
 	}
-	s, ok, err := c.r.owner(kind, id)
+	r = transfer.Request{Volume: src.GetVolume().GetVolumeId()}
+	for _, key := range []string{paramFreezeTimeout, paramCopyInUse} {
+		if value, ok := c.req.GetParameters()[key]; ok {
+			if r.Parameters == nil {
+				r.Parameters = map[string]string{}
+			}
+			r.Parameters[key] = value
+		}
+	}
+	return "volume", r
+}
+
+// offer adds to a call what lets the node read a source that is on another one. A node
+// that may have the volume already, or is making it, needs none.
+func (c *creation) offer(ctx context.Context, to *session) (context.Context, error) {
+	kind, request := c.source()
+	from, ok, err := c.r.owner(kind, request.ID())
 	switch {
-	case id == "":
+	case c.req.GetVolumeContentSource() == nil || !ok || from == to:
+		return ctx, nil
+	case err != nil:
+		return ctx, err
+	case !to.transfers():
+		return ctx, to.cannotTransfer()
+	}
+	var source transfer.Description
+	if err := askTransfer(ctx, from, func(ctx context.Context, opts ...grpc.CallOption) (err error) {
+		source, err = link.Describe(ctx, from.grpc, request, opts...)
+		return err
+	}); err != nil {
+		return ctx, err
+	}
+	ticket, err := c.r.transfers.offer(c.dir, to, request)
+	if err != nil {
+		return ctx, err
+	}
+	return link.WithOffer(ctx, link.Offer{Source: source, Ticket: ticket, Address: c.r.cfg.Self})
+}
+
+// fromSource goes to the node that has the source, unless the request points elsewhere
+// and the class does not insist on it. Among several nodes that of the source comes
+// first.
+func (c *creation) fromSource(ctx context.Context) (*csi.CreateVolumeResponse, error) {
+	kind, request := c.source()
+	s, ok, err := c.r.owner(kind, request.ID())
+	here := ok && err == nil && slices.Contains(c.wanted, s.id.Node)
+	switch {
+	case request.ID() == "":
 		return nil, invalidf("volume_content_source: %s_id is missing", kind)
 	case err != nil:
 		return nil, err
 	case !ok:
-		return nil, status.Errorf(codes.NotFound, "there is no %s %q: csi-loop does not make such IDs", kind, id)
-	case c.bound && !slices.Contains(c.wanted, s.id.Node):
-		return nil, status.Errorf(codes.ResourceExhausted, "volume %q: its source is on node %q, where the request does not point", c.req.GetName(), s.id.Node)
+		return nil, status.Errorf(codes.NotFound, "there is no %s %q: csi-loop does not make such IDs", kind, request.ID())
+	case !c.bound:
+		return c.at(ctx, s)
+	case c.req.GetParameters()[paramSourceNode] != sourceNodeRequired:
+	case !here:
+		return nil, status.Errorf(codes.ResourceExhausted, "volume %q: its source is on node %q, where the request does not point, and parameter %q is %q",
+			c.req.GetName(), s.id.Node, paramSourceNode, sourceNodeRequired)
+	default:
+		return c.at(ctx, s)
 	}
-	return c.at(ctx, s)
+	names := c.wanted
+	if here {
+		names = append([]string{s.id.Node}, slices.DeleteFunc(slices.Clone(names), func(n string) bool { return n == s.id.Node })...)
+	}
+	c.insist = true
+	return c.among(ctx, names)
 }
 
 // among tries the nodes in order. A node that is full, or has no such pool, leaves

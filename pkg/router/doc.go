@@ -5,7 +5,8 @@
 // It owns the controller's end of the links (server.go; the protocol is package
 // link), the table of nodes and pools (table.go), and the rules by which a call
 // finds its node and what is answered while that node is away (route.go,
-// create.go, list.go, capacity.go). It keeps no data: everything it knows, nodes
+// create.go, list.go, capacity.go), and passes on the content of volumes that are
+// copied from one node to another (transfer.go). It keeps no data: everything it knows, nodes
 // tell it again when it is started anew. Kubernetes is behind three small
 // interfaces (Authenticator, Roster, and a certificate); package kube has them.
 //
@@ -21,6 +22,8 @@
 //     on this very connection, and a pool is on one node: the first.
 //   - The code of an answer is the node's word only if the answer carries
 //     link.AnswerKey. Whatever the link itself made becomes UNAVAILABLE.
+//   - A connection with a ticket is good for one transfer: that for which the ticket
+//     was made, between the nodes whose links are those of then.
 //   - No lock is held during a call, and no call waits for another node's.
 //
 // Lock order: session.mu is never held together with table.mu.

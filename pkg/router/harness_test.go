@@ -390,6 +390,8 @@ type fakeNode struct {
 	// slow makes the pauses between attempts those of a real node.
 	slow     bool
 	register func(grpc.ServiceRegistrar)
+	handler  csi.ControllerServer // of calls, unless it is the node itself
+	sources  link.Sources         // nil: a node that knows no copies between nodes
 	proofs   func(p *link.Pool)
 
 	mu    sync.Mutex
@@ -405,7 +407,8 @@ type fakeNode struct {
 func (c *cluster) node(name string, pools ...*fakePool) *fakeNode {
 	n := &fakeNode{c: c, name: name, pools: pools, address: c.address, token: c.auth.issue(name, "pod-"+name, time.Hour)}
 	n.ca = func() (*x509.CertPool, error) { return c.ca.pool(), nil }
-	n.register = func(r grpc.ServiceRegistrar) { csi.RegisterControllerServer(r, n) }
+	n.handler = n
+	n.register = func(r grpc.ServiceRegistrar) { csi.RegisterControllerServer(r, n.handler) }
 	c.roster.set(name, true)
 	return n
 }
@@ -437,7 +440,7 @@ func (n *fakeNode) up() *fakeNode {
 			n.obs = []func(string, string, bool){f}
 			return func() {}
 		},
-		Register: n.register,
+		Register: n.register, Sources: n.sources,
 		RetryMin: 2 * time.Millisecond, RetryMax: 20 * time.Millisecond, Refresh: 5 * time.Millisecond, StopTime: 100 * time.Millisecond,
 	}
 	if n.slow {

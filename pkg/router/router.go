@@ -61,6 +61,9 @@ type Config struct {
 	Self string
 	// Observe is told of each CSI call that was answered; it may be nil.
 	Observe func(method, code string, took time.Duration)
+	// TransferRate bounds what is passed on from node to node, in bytes a second; 0 is
+	// no bound.
+	TransferRate int64
 	// Now is the clock; default time.Now.
 	Now func() time.Time
 }
@@ -72,6 +75,8 @@ type Router struct {
 	started time.Time
 	names   nameLocks
 	orphans orphans
+
+	transfers *transfers
 
 	mu       sync.Mutex
 	replicas []string              // guarded by mu
@@ -86,7 +91,7 @@ func New(cfg Config) *Router {
 		cfg.Now = time.Now
 	}
 	return &Router{
-		cfg: cfg, table: newTable(cfg.Now), started: cfg.Now(),
+		cfg: cfg, table: newTable(cfg.Now), started: cfg.Now(), transfers: newTransfers(cfg.Now, cfg.TransferRate),
 		replicas: []string{cfg.Self}, sessions: map[*session]struct{}{}, refused: map[string]uint64{},
 	}
 }
@@ -113,12 +118,14 @@ type Stats struct {
 	DuplicatePools int
 	Refused        map[string]uint64 // links, by reason
 	Orphans        OrphanReport      // the last one, without the youngest
+	Transfers      TransferStats
 }
 
 // Stats counts.
 func (r *Router) Stats() Stats {
 	s := r.table.stats()
 	s.Away, s.Orphans = len(r.missing()), r.orphans.known()
+	s.Transfers = r.transfers.count()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s.Refused = make(map[string]uint64, len(reasons))
@@ -162,6 +169,7 @@ const (
 	reasonSecond    = "second"    // the node has a link already
 	reasonInventory = "inventory" // the node did not say what it has
 	reasonCrowd     = "crowd"     // too many connections that say nothing
+	reasonTicket    = "ticket"    // a transfer's connection whose ticket is not good
 )
 
-var reasons = []string{reasonCrowd, reasonHello, reasonToken, reasonReview, reasonIdentity, reasonSecond, reasonInventory}
+var reasons = []string{reasonCrowd, reasonHello, reasonToken, reasonReview, reasonIdentity, reasonSecond, reasonInventory, reasonTicket}

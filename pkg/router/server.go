@@ -136,7 +136,7 @@ func (r *Router) forget() {
 func (r *Router) accept(ctx context.Context, conn *tls.Conn, known func()) {
 	defer func() { _ = conn.Close() }()
 	logger := klog.FromContext(ctx).WithValues("remote", conn.RemoteAddr().String())
-	s, reason, err := r.greet(ctx, conn)
+	g, reason, err := r.greet(ctx, conn)
 	known()
 	if err != nil {
 		r.refuse(reason)
@@ -145,13 +145,21 @@ func (r *Router) accept(ctx context.Context, conn *tls.Conn, known func()) {
 		}
 		return
 	}
-	logger = logger.WithValues("node", s.id.Node, "pod", s.id.Pod)
-	err = s.run(klog.NewContext(ctx, logger))
-	logger.Info("Link ended", "err", fmt.Sprint(err))
+	logger = logger.WithValues(g.about()...)
+	err = g.run(klog.NewContext(ctx, logger))
+	logger.Info("Connection ended", "err", fmt.Sprint(err))
+}
+
+// guest is a connection that was let in: a link, or one of a transfer.
+type guest interface {
+	// run is its life; it returns why it ended.
+	run(ctx context.Context) error
+	// about is for the log.
+	about() []any
 }
 
 // greet exchanges hellos and admits the node, or says why not.
-func (r *Router) greet(ctx context.Context, conn *tls.Conn) (*session, string, error) {
+func (r *Router) greet(ctx context.Context, conn *tls.Conn) (guest, string, error) {
 	ctx, cancel := context.WithTimeout(ctx, link.HelloTime)
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
@@ -159,6 +167,9 @@ func (r *Router) greet(ctx context.Context, conn *tls.Conn) (*session, string, e
 	hello, binding, nonce, err := r.exchange(ctx, conn)
 	if err != nil {
 		return nil, reasonHello, err
+	}
+	if len(hello.Ticket) > 0 {
+		return r.greetBulk(conn, hello, stop)
 	}
 	s, reason, err := r.admit(ctx, hello, nonce, binding)
 	verdict := link.Verdict{Welcome: err == nil}
@@ -172,6 +183,21 @@ func (r *Router) greet(ctx context.Context, conn *tls.Conn) (*session, string, e
 	}
 	r.table.leave(s)
 	return nil, reasonHello, errors.New("the node went away during the hellos")
+}
+
+// greetBulk is greet for the connection of a transfer. stop keeps the end of the
+// hellos' time from closing it.
+func (r *Router) greetBulk(conn *tls.Conn, hello link.NodeHello, stop func() bool) (guest, string, error) {
+	b, err := r.redeem(conn, hello)
+	verdict := link.Verdict{Welcome: err == nil}
+	if err != nil {
+		verdict.Message = err.Error()
+		return nil, reasonTicket, errors.Join(fmt.Errorf("node %.253q: %w", hello.NodeID, err), link.WriteFrame(conn, verdict))
+	}
+	if err := link.WriteFrame(conn, verdict); err != nil || !stop() {
+		return nil, reasonHello, errors.New("the node went away during the hellos")
+	}
+	return b, "", nil
 }
 
 func (r *Router) exchange(ctx context.Context, conn *tls.Conn) (hello link.NodeHello, binding, nonce []byte, err error) {

@@ -31,6 +31,7 @@ type session struct {
 	client   csi.ControllerClient
 	group    csi.GroupControllerClient
 	metadata csi.SnapshotMetadataClient
+	grpc     *grpc.ClientConn
 
 	calls sync.WaitGroup // Add only while draining is false
 	wake  chan struct{}  // capacity 1; there is an order to send
@@ -69,6 +70,8 @@ const (
 	messageCost = 1 << 10
 )
 
+func (s *session) about() []any { return []any{"node", s.id.Node, "pod", s.id.Pod} }
+
 // drainTime is how long calls may go on after the node began to stop.
 const drainTime = time.Minute
 
@@ -85,6 +88,7 @@ func (s *session) run(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = conn.Close() }()
+	s.grpc = conn
 	s.client, s.group, s.metadata = csi.NewControllerClient(conn), csi.NewGroupControllerClient(conn), csi.NewSnapshotMetadataClient(conn)
 	stream, err := link.OpenStream(s.ended, conn) //nolint:contextcheck // ended follows ctx, and other reasons to end
 	if err != nil {

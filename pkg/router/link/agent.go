@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"k8s.io/klog/v2"
 
@@ -42,6 +43,14 @@ type Config struct {
 	Register func(grpc.ServiceRegistrar)
 	// Intercept is called around each of their calls; it may be nil.
 	Intercept grpc.UnaryServerInterceptor
+	// Sources is what this node can send to others. Without it, it neither sends nor
+	// receives.
+	Sources Sources
+	// Making tells of volumes that are being made also when no call waits for them,
+	// until stop; it may be nil.
+	Making func(f func(volume string, making bool)) (stop func())
+	// SendRate bounds what is sent to other nodes, in bytes a second; 0 is no bound.
+	SendRate int64
 
 	// RetryMin and RetryMax bound the pause between two attempts; default 500 ms
 	// and 15 s. Half of each pause is random.
@@ -57,6 +66,7 @@ type Agent struct {
 	cfg       Config
 	inventory *inventory
 	methods   []string
+	limit     *rate.Limiter // of what is sent to other nodes
 
 	mu       sync.Mutex
 	links    map[string]bool               // guarded by mu; by replica: true when up, false while dialling
@@ -84,7 +94,12 @@ func NewAgent(cfg Config) *Agent {
 		cfg.Refresh = 10 * time.Second
 	}
 	return &Agent{
-		cfg: cfg, methods: methodsOf(cfg.Register),
+		cfg: cfg, limit: NewLimit(cfg.SendRate), methods: methodsOf(func(r grpc.ServiceRegistrar) {
+			cfg.Register(r)
+			if cfg.Sources != nil {
+				registerTransfer(r, nil)
+			}
+		}),
 		links: map[string]bool{}, keepers: map[string]context.CancelFunc{}, changed: make(chan struct{}),
 	}
 }
@@ -121,6 +136,9 @@ func (a *Agent) Run(ctx context.Context) {
 	inventory, stop := openInventory(a.cfg.Pools, a.cfg.Observe)
 	defer stop()
 	a.inventory = inventory
+	if a.cfg.Making != nil {
+		defer a.cfg.Making(inventory.note())()
+	}
 	a.wg.Go(func() { a.refresh(ctx) })
 	a.wg.Go(func() { a.bootstrap(ctx) })
 	a.wg.Wait()
@@ -375,6 +393,9 @@ func (a *Agent) serve(ctx context.Context, conn *tls.Conn, session *session) err
 	srv := newServer(grpc.UnaryInterceptor(a.intercept), grpc.StreamInterceptor(markStream))
 	a.cfg.Register(srv)
 	registerSync(srv, session)
+	if a.cfg.Sources != nil {
+		registerTransfer(srv, session)
+	}
 	stopping := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		timer := time.AfterFunc(a.cfg.StopTime, srv.Stop)
@@ -404,6 +425,12 @@ func (a *Agent) intercept(ctx context.Context, req any, info *grpc.UnaryServerIn
 	if info.FullMethod == createVolume {
 		if named, ok := req.(interface{ GetName() string }); ok && named.GetName() != "" {
 			defer a.inventory.begin(image.DirName(named.GetName()))()
+		}
+		if a.cfg.Sources != nil {
+			var err error
+			if ctx, err = a.accept(ctx); err != nil {
+				return nil, err
+			}
 		}
 	}
 	if a.cfg.Intercept != nil {

@@ -20,6 +20,10 @@
 // controller sends the replicas' addresses and notices for people. The link lasts
 // as long as the stream.
 //
+// The content of volumes travels on connections of their own, which a node makes when
+// the controller asked for it or offered it: their NodeHello has a ticket and nothing
+// else, and behind the Verdict there is a stream of package transfer instead of gRPC.
+//
 // Invariants:
 //
 //   - The node sends nothing, least of all its token, before the controller has

@@ -15,6 +15,7 @@ import (
 
 	"github.com/csi-loop/csi-loop/internal/roottest"
 	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/transfer"
 )
 
 func TestMain(m *testing.M) { roottest.Main(m) }
@@ -40,6 +41,14 @@ func said() map[string]any {
 		"update": Update{
 			Complete: true, Token: "d.e.f", Proofs: []PoolProof{proof},
 			Pools: []PoolUpdate{{ID: pool.ID, Added: []string{"pvc-a"}, Removed: []string{"pvc-b"}, Free: &Free{Thick: 1, Thin: 2}}},
+		},
+		"transfer-hello": NodeHello{Protocol: 1, Driver: "csi-loop.io", Version: "v0.1.0", NodeID: "node-1", Ticket: nonce},
+		"offer": Offer{
+			Source: transfer.Description{Size: 1 << 30, Filesystem: "ext4", BlockSize: 4096, MkfsOptions: []string{"-N", "5"}, Bytes: 1},
+			Ticket: nonce, Address: "10.0.0.1:9808",
+		},
+		"send": sendOrder{
+			Request: transfer.Request{Snapshot: "s", Volume: "v", Parameters: map[string]string{"copyInUse": "true"}}, Ticket: nonce, Address: "10.0.0.1:9808",
 		},
 		"order": Order{Replicas: []string{"10.0.0.1:9808"}, Notice: "a notice", Ping: true},
 	}

@@ -72,6 +72,9 @@ type NodeHello struct {
 	Methods     []string    `json:"methods"`
 	DefaultPool string      `json:"defaultPool"`
 	Pools       []PoolProof `json:"pools"`
+	// Ticket makes this the connection of one transfer instead of a link; it has no
+	// token, methods or pools then.
+	Ticket []byte `json:"ticket,omitempty"`
 }
 
 // PoolProof is a pool, and the proof that the node has its key.

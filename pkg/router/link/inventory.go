@@ -163,6 +163,23 @@ func (i *inventory) begin(volume string) (done func()) {
 	}
 }
 
+// note is begin for who tells when it is over, and does so in order for each volume.
+func (i *inventory) note() func(volume string, making bool) {
+	var mu sync.Mutex
+	ends := map[string]func(){}
+	return func(volume string, making bool) {
+		mu.Lock()
+		defer mu.Unlock()
+		if end, ok := ends[volume]; ok {
+			delete(ends, volume)
+			end()
+		}
+		if making {
+			ends[volume] = i.begin(volume)
+		}
+	}
+}
+
 // refresh asks the pools for their free space and sends what changed.
 func (i *inventory) refresh() {
 	for _, p := range i.known() {
