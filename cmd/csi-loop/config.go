@@ -166,6 +166,8 @@ type plan struct {
 	warm, max     int
 	mkfsAlways    bool
 	stopTimeout   time.Duration
+	// transferRate bounds copies between nodes, in bytes a second; 0 is no bound.
+	transferRate int64
 }
 
 // resolve checks everything that can be checked without looking at the machine.

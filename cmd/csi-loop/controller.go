@@ -77,7 +77,7 @@ func routeCSI(ctx context.Context, p plan, m *metrics, group *errgroup.Group, cf
 	cfg.Driver, cfg.Version, cfg.Self = p.driver.Name, p.driver.Version, p.link.LinkAdvertise
 	cfg.Controller, cfg.Plugin = driver.ControllerCapabilities(), driver.PluginCapabilities()
 	cfg.Group = driver.GroupCapabilities()
-	cfg.Observe = m.observe
+	cfg.Observe, cfg.TransferRate = m.observe, p.transferRate
 	r := router.New(cfg)
 	nodes, err := (&net.ListenConfig{}).Listen(ctx, "tcp", p.link.LinkListen)
 	if err != nil {

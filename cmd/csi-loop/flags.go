@@ -96,6 +96,7 @@ func (f *serveFlags) linkFlags(fs *pflag.FlagSet) {
 	fs.StringVar(&f.ControllerCA, "controller-ca", "", "node: file with the certificates (PEM) that the controller's is signed with; read again at each connection")
 	fs.StringVar(&f.LinkTokenFile, "link-token-file", "", "node: file with the pod's service account token for the audience csi-loop.io; read again when it changes")
 	fs.StringVar(&f.ControllerName, "controller-name", f.ControllerName, "node, controller: name in the controller's certificate")
+	fs.Var(&f.TransferRate, "transfer-rate", "node: what it sends to other nodes for copies there, in bytes a second, as in 100Mi; controller: what all such copies together take; 0 is no bound")
 	fs.StringVar(&f.LinkListen, "link-listen", f.LinkListen, "controller: address where nodes are awaited")
 	fs.StringVar(&f.LinkAdvertise, "link-advertise", "", "controller: HOST:PORT where nodes reach this replica")
 	fs.StringVar(&f.Namespace, "namespace", "", "controller: namespace of csi-loop")
@@ -183,6 +184,7 @@ func (f *serveFlags) load(fs *pflag.FlagSet, lookup func(string) (string, bool))
 		"controller-ca":         func() { c.ControllerCA = f.ControllerCA },
 		"controller-name":       func() { c.ControllerName = f.ControllerName },
 		"link-token-file":       func() { c.LinkTokenFile = f.LinkTokenFile },
+		"transfer-rate":         func() { c.TransferRate = f.TransferRate },
 		"link-listen":           func() { c.LinkListen = f.LinkListen },
 		"link-advertise":        func() { c.LinkAdvertise = f.LinkAdvertise },
 		"namespace":             func() { c.Namespace = f.Namespace },

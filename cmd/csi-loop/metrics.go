@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"k8s.io/klog/v2"
 
+	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/report"
@@ -239,6 +240,26 @@ func volumeMetrics(v report.Volume, send func(string, string, prometheus.ValueTy
 	counter("busy_seconds_total", "How long there was a read or a write under way.", v.IO.BusySeconds)
 }
 
+// flows shows the copies from and to other nodes.
+func (m *metrics) flows(count func() (sent, received driver.FlowStats)) {
+	m.registry.MustRegister(collector(func(_ context.Context, send func(string, string, prometheus.ValueType, float64, ...string)) {
+		sent, received := count()
+		for direction, s := range map[string]driver.FlowStats{"send": sent, "receive": received} {
+			copies := func(n uint64, result string) {
+				send("csi_loop_node_copies_total", "Copies from one node to another that ended, at this end.", prometheus.CounterValue, float64(n), "direction", direction, "result", result)
+			}
+			copies(s.Done, "done")
+			copies(s.Failed, "failed")
+			send("csi_loop_node_copy_data_bytes_total", "Data of copies from one node to another, before compression.", prometheus.CounterValue, float64(s.Bytes), "direction", direction)
+			for _, p := range s.Running {
+				labels := []string{"direction", direction, "name", p.Name}
+				send("csi_loop_node_copy_done_bytes", "How far a copy from one node to another is: data that was sent or received.", prometheus.GaugeValue, float64(p.Done), labels...)
+				send("csi_loop_node_copy_size_bytes", "How much data there is to send or receive; 0 until it is known.", prometheus.GaugeValue, float64(p.Total), labels...)
+			}
+		}
+	}))
+}
+
 // links shows the node's links.
 func (m *metrics) links(count func() (up, wanted int)) {
 	m.registry.MustRegister(collector(func(_ context.Context, send func(string, string, prometheus.ValueType, float64, ...string)) {
@@ -262,6 +283,11 @@ func (m *metrics) router(r *router.Router) {
 		for reason, n := range s.Refused {
 			send("csi_loop_link_refused_total", "Links that were refused.", prometheus.CounterValue, float64(n), "reason", reason)
 		}
+		gauge("transfers", "Copies from one node to another that go through this controller now.", float64(s.Transfers.Running))
+		send("csi_loop_transfer_bytes_total", "What they took, as sent.", prometheus.CounterValue, float64(s.Transfers.Bytes))
+		const ended = "Copies from one node to another that ended."
+		send("csi_loop_transfers_total", ended, prometheus.CounterValue, float64(s.Transfers.Done), "result", "done")
+		send("csi_loop_transfers_total", ended, prometheus.CounterValue, float64(s.Transfers.Failed), "result", "failed")
 		for _, n := range r.Nodes() {
 			if n.State != router.NodeLinked {
 				gauge("link_node_away", "1 for each node that should have a link and has none.", 1, "name", n.Name)

@@ -14,6 +14,7 @@ import (
 	dto "github.com/prometheus/client_model/go"
 
 	"github.com/csi-loop/csi-loop/internal/roottest"
+	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/report"
@@ -59,6 +60,7 @@ func TestMetrics(t *testing.T) {
 		Problems: []report.Problem{{Kind: report.Degraded, Reason: "NotFullyAllocated"}},
 	}, {ID: "a.small", Pool: "default", Allocated: 1}}, 1)
 	m.links(func() (int, int) { return 1, 2 })
+	m.flows(someCopies)
 	m.router(r)
 
 	problems, err := testutil.GatherAndLint(m.registry)
@@ -114,3 +116,9 @@ func (m machineOf) Report(context.Context) (report.Machine, error) {
 }
 
 func kind(f *dto.MetricFamily) string { return strings.ToLower(f.GetType().String()) }
+
+// someCopies are copies to and from other nodes, one of each under way.
+func someCopies() (sent, received driver.FlowStats) {
+	return driver.FlowStats{Bytes: 5, Done: 1, Running: []driver.FlowProgress{{Name: "a.b", Done: 3, Total: 4}}},
+		driver.FlowStats{Bytes: 7, Failed: 2, Running: []driver.FlowProgress{{Name: "pvc-1", Done: 1, Total: 2}}}
+}

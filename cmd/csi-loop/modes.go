@@ -31,6 +31,7 @@ type linkConfig struct {
 	LinkTokenFile     string   `json:"linkTokenFile"`
 	// Both.
 	ControllerName string `json:"controllerName"`
+	TransferRate   scalar `json:"transferRate"`
 	// Controller.
 	LinkListen         string `json:"linkListen"`
 	LinkAdvertise      string `json:"linkAdvertise"`
@@ -43,7 +44,7 @@ type linkConfig struct {
 }
 
 func defaultLinkConfig() linkConfig {
-	return linkConfig{ControllerName: link.DefaultName, LinkListen: ":9808"}
+	return linkConfig{ControllerName: link.DefaultName, LinkListen: ":9808", TransferRate: "0"}
 }
 
 // setting is a flag of one mode, and what was said with it.
@@ -79,6 +80,7 @@ func (c *config) settings() []setting {
 		{"controller-ca", c.ControllerCA, node},
 		{"link-token-file", c.LinkTokenFile, node},
 		{"controller-name", said(c.ControllerName, link.DefaultName), both},
+		{"transfer-rate", said(string(c.TransferRate), "0"), both},
 		{"link-listen", said(c.LinkListen, ":9808"), controller},
 		{"link-advertise", c.LinkAdvertise, controller},
 		{"namespace", c.Namespace, controller},
@@ -139,8 +141,9 @@ func (c *config) resolveNode(p *plan) error {
 			return err
 		}
 	}
-	if c.RegistrationDir == "" {
-		return nil
+	var err error
+	if p.transferRate, err = c.resolveTransferRate(); err != nil || c.RegistrationDir == "" {
+		return err
 	}
 	endpoint := c.KubeletEndpoint
 	if endpoint == "" {
@@ -183,6 +186,21 @@ func (c *config) resolveController(version string) (plan, error) {
 		return p, usagef("no certificate for the links: give --link-secret and --link-ca-configmap, to have it made, or --link-tls-dir with tls.crt and tls.key")
 	}
 	var err error
+	if p.transferRate, err = c.resolveTransferRate(); err != nil {
+		return p, err
+	}
 	p.stopTimeout, err = c.stopTime()
 	return p, err
+}
+
+// leastTransferRate is the slowest that copies between nodes can be made, in bytes a
+// second: with less, one among many would look as if it did not move.
+const leastTransferRate = 1 << 20
+
+func (c *config) resolveTransferRate() (int64, error) {
+	n, err := parseSize("--transfer-rate", string(c.TransferRate))
+	if err == nil && n != 0 && n < leastTransferRate {
+		err = usagef("--transfer-rate %q: must be 1Mi or more, in bytes a second, or 0 for no bound", c.TransferRate)
+	}
+	return n, err
 }

@@ -22,6 +22,7 @@ import (
 func serveNode(ctx context.Context, d *driver.Driver, images *image.Store, p plan, l net.Listener, m *metrics) error {
 	agent := link.NewAgent(linkSettings(ctx, d, images, p))
 	m.links(agent.Links)
+	m.flows(d.Flows)
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return d.ServeNode(ctx, l, p.stopTimeout) })
 	group.Go(func() error { agent.Run(ctx); return nil })
@@ -40,6 +41,7 @@ func linkSettings(ctx context.Context, d *driver.Driver, images *image.Store, p 
 		Token:       func() (string, error) { return readToken(p.link.LinkTokenFile) },
 		DefaultPool: p.driver.DefaultPool,
 		Register:    d.RegisterController, Intercept: d.Interceptor(klog.FromContext(ctx)),
+		Sources: d.Sources(), Making: d.ObserveCopies, SendRate: p.transferRate,
 		Observe: func(f func(poolID, volume string, exists bool)) func() {
 			return images.Observe(func(c image.Change) { f(c.PoolID, c.Dir, c.Exists) })
 		},

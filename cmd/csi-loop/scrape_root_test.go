@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/csi-loop/csi-loop/internal/roottest"
 	"github.com/csi-loop/csi-loop/pkg/router"
@@ -49,7 +51,8 @@ func TestScrapes(t *testing.T) {
 		t.Fatal(err)
 	}
 	scrape := func(n int) string {
-		text := fetch(t, "http://"+address+"/metrics")
+		// On a machine of its own there are no copies between nodes.
+		text := fetch(t, "http://"+address+"/metrics") + copiesText(t)
 		keep(t, fmt.Sprintf("node-%d.txt", n), text)
 		return text
 	}
@@ -90,6 +93,15 @@ func TestScrapes(t *testing.T) {
 		t.Fatal(err)
 	}
 	controllerScrapes(t)
+}
+
+// copiesText is what a node shows of copies between nodes.
+func copiesText(t *testing.T) string {
+	m := &metrics{registry: prometheus.NewRegistry()}
+	m.flows(someCopies)
+	answer := httptest.NewRecorder()
+	m.handler().ServeHTTP(answer, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
+	return answer.Body.String()
 }
 
 // controllerScrapes has a controller with an orphan, refused links and a node that is away.

@@ -53,6 +53,7 @@ func TestMistakesAreExplained(t *testing.T) {
 		"imageDirs: [images]":                                 `imageDirs[0]: "images" is not an absolute path`,
 		"imageDirs: [/var/lib/csi-loop/volumes]":              "imageDirs[0]: /var/lib/csi-loop/volumes overlaps with pool default",
 		"volumeAttributesClasses: [{name: a, parameters: {readIOPS: 9}}, {name: a, parameters: {readIOPS: 9}}]": "volumeAttributesClasses[1].name: there are two classes with the name a",
+		"transfer: {nodeRate: fast}":                                                     `transfer.nodeRate: "fast" is not a size such as 10Gi`,
 		"ephemeral: {maxSize: big}":                                                      `ephemeral.maxSize: "big" is not a size such as 10Gi`,
 		"ephemeral: {pools: [fast]}":                                                     `ephemeral.pools: there is no pool "fast"`,
 		"loopDevices: {warm: 300}":                                                       "loopDevices.warm: 300 is more than loopDevices.max, 256",

@@ -239,7 +239,7 @@ func TestClasses(t *testing.T) {
 	all := render(t, everything)
 	a, b := find[*storage.StorageClass](t, all, "a"), find[*storage.StorageClass](t, all, "b")
 	if diff := cmp.Diff(map[string]string{
-		"csi.storage.k8s.io/fstype": "xfs", "pool": "fast", "allocation": "thin", "directIO": "on", "blockSize": "512", "mkfsOptions": "-K", "readBandwidth": "104857600",
+		"csi.storage.k8s.io/fstype": "xfs", "pool": "fast", "allocation": "thin", "directIO": "on", "blockSize": "512", "mkfsOptions": "-K", "sourceNode": "required", "readBandwidth": "104857600",
 	}, a.Parameters); diff != "" {
 		t.Error(diff)
 	}

@@ -118,6 +118,7 @@ ephemeralPools:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 stopTimeout: {{ $v.node.stopTimeoutSeconds }}s
+transferRate: {{ $v.transfer.nodeRate | quote }}
 loggingFormat: {{ $v.log.format }}
 verbosity: {{ $v.log.level }}
 httpEndpoint: ":{{ $v.node.httpPort }}"

@@ -131,6 +131,8 @@
 {{- fail (printf "loopDevices.warm: %v is more than loopDevices.max, %v" $v.loopDevices.warm $v.loopDevices.max) -}}
 {{- end -}}
 {{- include "csi-loop.checkSize" (dict "at" "ephemeral.maxSize" "value" $v.ephemeral.maxSize) -}}
+{{- include "csi-loop.checkSize" (dict "at" "transfer.nodeRate" "value" $v.transfer.nodeRate) -}}
+{{- include "csi-loop.checkSize" (dict "at" "transfer.controllerRate" "value" $v.transfer.controllerRate) -}}
 {{- if not (regexMatch "^([1-9][0-9]*|([1-9][0-9]?|100)%)$" (toString $v.node.maxUnavailable)) -}}
 {{- fail (printf "node.maxUnavailable: %q is neither a number above 0 nor a percentage" (toString $v.node.maxUnavailable)) -}}
 {{- end -}}
