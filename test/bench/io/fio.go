@@ -76,18 +76,26 @@ func (b *bench) fio(ctx context.Context, r *report) (err error) {
 			if !b.o.jobs.MatchString(j.name) {
 				continue
 			}
-			for k := range all {
-				c := all[(i+k)%len(all)]
-				if err := ctx.Err(); err != nil {
-					return err
-				}
-				res, err := b.one(ctx, c, j, written[c.name])
-				if err != nil {
-					return fmt.Errorf("%s on %s: %w", j.name, c.name, err)
-				}
-				r.add(j, c.name, res)
+			if err := b.turns(ctx, j, i, all, written, r); err != nil {
+				return err
 			}
 		}
+	}
+	return nil
+}
+
+// turns runs a job once on every contender; each round begins with another one.
+func (b *bench) turns(ctx context.Context, j job, round int, all []contender, written map[string][]*target, r *report) error {
+	for k := range all {
+		c := all[(round+k)%len(all)]
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		res, err := b.one(ctx, c, j, written[c.name])
+		if err != nil {
+			return fmt.Errorf("%s on %s: %w", j.name, c.name, err)
+		}
+		r.add(j, c.name, res)
 	}
 	return nil
 }
