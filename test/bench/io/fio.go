@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -72,10 +73,7 @@ func (b *bench) fio(ctx context.Context, r *report) (err error) {
 		r.names = append(r.names, c.name)
 	}
 	for i := range b.o.rounds {
-		for _, j := range jobs {
-			if !b.o.jobs.MatchString(j.name) {
-				continue
-			}
+		for _, j := range b.chosen(jobs) {
 			if err := b.turns(ctx, j, i, all, written, r); err != nil {
 				return err
 			}
@@ -98,6 +96,11 @@ func (b *bench) turns(ctx context.Context, j job, round int, all []contender, wr
 		r.add(j, c.name, res)
 	}
 	return nil
+}
+
+// chosen are those of the jobs that -jobs allows.
+func (b *bench) chosen(all []job) []job {
+	return slices.DeleteFunc(slices.Clone(all), func(j job) bool { return !b.o.jobs.MatchString(j.name) })
 }
 
 func (b *bench) name(c contender) string {
@@ -218,12 +221,10 @@ func (b *bench) knobs(ctx context.Context, r *report) (err error) {
 	for _, c := range all {
 		r.names = append(r.names, c.name)
 	}
-	for range b.o.rounds {
-		for _, j := range jobs[:6] {
-			if !b.o.jobs.MatchString(j.name) {
-				continue
-			}
-			for _, c := range all {
+	for i := range b.o.rounds {
+		for _, j := range b.chosen(jobs[:6]) {
+			for k := range all {
+				c := all[(i*3+k)%len(all)] // no setting always follows the same one
 				t, err := c.make(ctx, image.path)
 				if err != nil {
 					return fmt.Errorf("%s: %w", c.name, err)
