@@ -80,11 +80,17 @@ test-growth: VM_KERNELS = 6.1
 test-growth: VM_PKGS = ./test/vm/guest ./pkg/mount ./test/sanity
 test-growth: test-vm ## run what needs CAP_SYS_RESOURCE (growing a mounted ext4) in a virtual machine, needs no root
 
-bench: ## measure each CSI call beside a floor of bare kernel calls (root)
+bench: ## measure each CSI call beside floors of bare kernel calls (root)
 	@hack/deps root
 	@$(MAKE) --no-print-directory build
 	$(GO) build -buildvcs=false -o bin/bench ./test/bench
-	$(ROOT) bin/bench $(BENCH_ARGS)
+	$(ROOT) bin/bench -commit=$(VERSION) $(BENCH_ARGS)
+
+bench-scale: BENCH_ARGS = -part scale -n 40 -svg docs/performance-scale.svg -mutexprofile bin/mutex.pprof
+bench-scale: bench ## the same among 1000 and 5000 volumes, by 64 clients, and the start; draws docs/performance-scale.svg (root)
+
+bench-guard: BENCH_ARGS = -part guard -n 12 -volumes 200
+bench-guard: bench ## fail if the driver got slow beside the floors of the same run, with wide bounds (root)
 
 bench-link: ## measure the links of 1000 simulated nodes to one controller (NODES=n for another number)
 	$(GO) test ./pkg/router -run '^$$' -bench Nodes -benchtime 20000x -timeout 20m $(TESTARGS)
@@ -233,7 +239,7 @@ e2e-install: ## install the chart with the tests' values, or upgrade to it
 	@bin=$$($(E2E) run ./build helm) && sum=$$(cat bin/image.tar 2>/dev/null | sha256sum | cut -c 1-16) && \
 	  $$bin/helm upgrade --install csi-loop charts/csi-loop --namespace=csi-loop --create-namespace --values=test/e2e/values.yaml \
 	    --set-string=image.tag=$(VERSION),node.podAnnotations.image=$$sum,controller.podAnnotations.image=$$sum \
-	    --hide-notes --wait --timeout=5m
+	    --hide-notes --wait --timeout=5m $(E2E_INSTALL_ARGS)
 
 test-e2e: ## run our tests against the cluster of KUBECONFIG, where csi-loop is installed
 	@bin=$$($(E2E) run ./build helm) && mkdir -p bin && { [ ! -e $$bin/hyperkube ] || ln -sf $$bin/hyperkube bin/kubectl; } && cd test/e2e && \
@@ -247,6 +253,15 @@ e2e-suite: ## run Kubernetes' own storage suite against it, on SUITE_FILESYSTEMS
 
 e2e-rights: ## compare what csi-loop asked the API for, in the tests so far, with what it may
 	@$(MAKE) --no-print-directory test-e2e TESTARGS=-run=TestRights CSI_LOOP_E2E_AUDIT=1
+
+# How many claims bench-e2e makes.
+CLAIMS ?= 200
+
+bench-e2e: export CSI_LOOP_E2E_BENCH = $(CLAIMS)
+bench-e2e: export KUBECONFIG ?= $(OWN_KUBECONFIG)
+bench-e2e: ## measure CLAIMS (200) claims with pods at once, in the cluster of KUBECONFIG where the image is loaded
+	@$(MAKE) --no-print-directory e2e-install E2E_INSTALL_ARGS='--set=loopDevices.max=120 --set=log.level=1'
+	@$(MAKE) --no-print-directory test-e2e TESTARGS='-run=TestBenchClaims -timeout=60m'
 
 # Everything of the above, from nothing to nothing, and never on another cluster.
 e2e: export KUBECONFIG := $(OWN_KUBECONFIG)

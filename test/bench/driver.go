@@ -11,72 +11,107 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 )
 
-// driver is a driver process and a client of it.
+// driver is a driver and a client of it.
 type driver struct {
 	binary string
 	dir    string
 	state  string
-	cmd    *exec.Cmd
+	args   []string
+	cmd    *exec.Cmd // nil for one in this process
 	conn   *grpc.ClientConn
 	ctrl   csi.ControllerClient
 	node   csi.NodeClient
-	ids    map[string]string // volume IDs by name
+	slot   string // directory of one client's paths
+
+	mu  *sync.Mutex
+	ids map[string]string // guarded by mu; volume IDs by name
 }
 
 // startDriver runs the driver with a new pool below dir.
-func startDriver(ctx context.Context, binary, dir string) (*driver, error) {
-	d := &driver{binary: binary, dir: dir, ids: make(map[string]string)}
+func startDriver(ctx context.Context, binary, dir string, args ...string) (*driver, error) {
+	d := &driver{binary: binary, dir: dir, args: args, mu: &sync.Mutex{}, ids: make(map[string]string)}
 	for _, sub := range []string{"pool", "staging", "pod"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o750); err != nil {
 			return nil, err
 		}
 	}
-	socket := filepath.Join(dir, "csi.sock")
 	// On a tmpfs, as /run, where it is by default, is on most machines.
 	var err error
 	if d.state, err = os.MkdirTemp("/dev/shm", "csi-loop-bench-"); err != nil {
 		return nil, err
 	}
+	if err := d.start(ctx); err != nil {
+		return nil, errors.Join(err, d.stop())
+	}
+	return d, nil
+}
+
+// start runs the process, and returns when it answers.
+func (d *driver) start(ctx context.Context) error {
+	socket := filepath.Join(d.dir, "csi.sock")
 	// Not CommandContext: stop ends it, after the volumes are gone.
-	d.cmd = exec.Command(binary, "serve", "--endpoint=unix://"+socket, "--node-id=bench",
-		"--pool=default="+filepath.Join(dir, "pool"), "--state-dir="+d.state)
-	log, err := os.Create(filepath.Join(dir, "log"))
+	d.cmd = exec.Command(d.binary, append([]string{
+		"serve", "--endpoint=unix://" + socket, "--node-id=bench",
+		"--pool=default=" + filepath.Join(d.dir, "pool"), "--state-dir=" + d.state,
+	}, d.args...)...)
+	log, err := os.Create(filepath.Join(d.dir, "log"))
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer log.Close()
 	d.cmd.Stdout, d.cmd.Stderr = log, log
 	if err := d.cmd.Start(); err != nil {
-		return nil, err
+		return err
 	}
+	if err := d.dial(ctx, socket); err != nil {
+		out, _ := os.ReadFile(filepath.Join(d.dir, "log"))
+		return fmt.Errorf("the driver does not answer: %w\n%s", err, out)
+	}
+	return nil
+}
+
+func (d *driver) dial(ctx context.Context, socket string) (err error) {
 	// Fixed windows, as the driver's: measuring the link for larger ones costs a ping
 	// for each call.
 	d.conn, err = grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: time.Millisecond, Multiplier: 1.2, MaxDelay: 10 * time.Millisecond}, MinConnectTimeout: time.Second}),
 		grpc.WithInitialWindowSize(int32(mib)), grpc.WithInitialConnWindowSize(int32(mib)))
 	if err != nil {
-		return nil, errors.Join(err, d.stop())
+		return err
 	}
 	d.ctrl, d.node = csi.NewControllerClient(d.conn), csi.NewNodeClient(d.conn)
-	wait, cancel := context.WithTimeout(ctx, 20*time.Second)
+	wait, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	if _, err := csi.NewIdentityClient(d.conn).Probe(wait, &csi.ProbeRequest{}, grpc.WaitForReady(true)); err != nil {
-		out, _ := os.ReadFile(filepath.Join(dir, "log"))
-		return nil, errors.Join(fmt.Errorf("the driver does not answer: %w\n%s", err, out), d.stop())
+	_, err = csi.NewIdentityClient(d.conn).Probe(wait, &csi.ProbeRequest{}, grpc.WaitForReady(true))
+	return err
+}
+
+// kill ends the process without a warning.
+func (d *driver) kill() error {
+	_ = d.conn.Close()
+	if err := d.cmd.Process.Kill(); err != nil {
+		return err
 	}
-	return d, nil
+	_ = d.cmd.Wait() // "signal: killed"
+	return nil
 }
 
 func (d *driver) stop() error {
 	if d.conn != nil {
 		_ = d.conn.Close()
+	}
+	if d.cmd == nil || d.cmd.Process == nil {
+		return os.RemoveAll(d.state)
 	}
 	_ = d.cmd.Process.Signal(syscall.SIGTERM)
 	return errors.Join(d.cmd.Wait(), os.RemoveAll(d.state))
@@ -105,7 +140,7 @@ func capability(kind string) *csi.VolumeCapability {
 // cycle is one whole life of a volume.
 func (d *driver) cycle(ctx context.Context, kind, name string, size int64) (timing, error) {
 	c, id := capability(kind), ""
-	staging, target := filepath.Join(d.dir, "staging"), filepath.Join(d.dir, "pod", "mount")
+	staging, target := filepath.Join(d.dir, "staging", d.slot), filepath.Join(d.dir, "pod", d.slot, "mount")
 	calls := map[string]func() error{
 		"create": func() error {
 			resp, err := d.ctrl.CreateVolume(ctx, &csi.CreateVolumeRequest{
@@ -159,6 +194,14 @@ func (d *driver) createThin(ctx context.Context, name string) error {
 		Name: name, CapacityRange: &csi.CapacityRange{RequiredBytes: mib},
 		VolumeCapabilities: []*csi.VolumeCapability{capability("block")}, Parameters: map[string]string{"allocation": "thin"},
 	})
+	d.mu.Lock()
 	d.ids[name] = resp.GetVolume().GetVolumeId()
+	d.mu.Unlock()
 	return err
+}
+
+func (d *driver) idOf(name string) string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.ids[name]
 }

@@ -21,8 +21,11 @@ import (
 // work: no locks, no checks before a call, no errors but fatal ones, no gRPC. What it
 // leaves out on purpose is what a driver is for; what it does not leave out is what
 // stays: the same files are written and synced, one after the other, a record of the
-// volume on the node is kept, and what was bound is read back.
+// volume on the node is kept, and what was bound is read back. It runs mkfs, or with
+// copies writes what mkfs wrote once, with the same UUID each time.
 type floor struct {
+	copies  bool
+	made    map[string]*blocks
 	root    string
 	state   string
 	size    int64
@@ -33,25 +36,44 @@ type floor struct {
 }
 
 func newFloor(ctx context.Context, root string, size int64) (*floor, error) {
-	f := &floor{root: root, size: size, mkfs: make(map[string][]string)}
-	var err error
-	if f.state, err = os.MkdirTemp("/dev/shm", "csi-loop-floor-"); err != nil {
+	f := &floor{root: root, size: size, mkfs: make(map[string][]string), made: make(map[string]*blocks)}
+	if err := f.prepare(); err != nil {
 		return nil, err
 	}
-	for _, sub := range []string{"volumes", "staging", "pod"} {
-		if err := os.MkdirAll(filepath.Join(root, sub), 0o700); err != nil {
-			return nil, err
-		}
-	}
 	for _, kind := range []string{"ext4", "xfs", "btrfs"} {
+		if size < image.MinimumSize(kind) {
+			continue
+		}
 		argv, err := image.MkfsCommand(ctx, image.Spec{Name: "floor", Size: size, Filesystem: kind})
 		if err != nil {
 			return nil, err
 		}
 		f.mkfs[kind] = argv
+		if f.made[kind], err = capture(filepath.Join(root, "capture"), argv, size); err != nil {
+			return nil, err
+		}
+	}
+	return f, nil
+}
+
+// clone is a floor with directories of its own, which may run at the same time.
+func (f *floor) clone(name string) (*floor, error) {
+	c := &floor{copies: f.copies, made: f.made, root: filepath.Join(f.root, name), size: f.size, mkfs: f.mkfs}
+	return c, c.prepare()
+}
+
+// prepare makes its directories.
+func (f *floor) prepare() (err error) {
+	if f.state, err = os.MkdirTemp("/dev/shm", "csi-loop-floor-"); err != nil {
+		return err
+	}
+	for _, sub := range []string{"volumes", "staging", "pod"} {
+		if err := os.MkdirAll(filepath.Join(f.root, sub), 0o700); err != nil {
+			return err
+		}
 	}
 	f.control, err = os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
-	return f, err
+	return err
 }
 
 func (f *floor) close() error { return errors.Join(f.control.Close(), os.RemoveAll(f.state)) }
@@ -102,7 +124,13 @@ func (f *floor) create(ctx context.Context, kind, volume string) error {
 	if err := unix.Fallocate(int(img.Fd()), 0, 0, f.size); err != nil {
 		return err
 	}
-	if argv := f.mkfs[kind]; argv != nil {
+	if f.copies {
+		if made := f.made[kind]; made != nil {
+			if err := made.write(img); err != nil {
+				return err
+			}
+		}
+	} else if argv := f.mkfs[kind]; argv != nil {
 		cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 		cmd.Dir = work
 		if out, err := cmd.CombinedOutput(); err != nil {

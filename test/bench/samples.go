@@ -8,10 +8,16 @@ import (
 	"time"
 )
 
-// steps are the RPCs of a life, in order; cycleStep is their sum.
+// steps are the RPCs of a life, in order.
 var steps = []string{"create", "stage", "publish", "unpublish", "unstage", "delete"}
 
-const cycleStep = "cycle"
+// Sums of them: what a pod waits for, and all.
+const (
+	readyStep = "ready" // create, stage and publish
+	cycleStep = "cycle"
+)
+
+var allSteps = append(slices.Clone(steps), readyStep, cycleStep)
 
 // timing is the duration of each step of one cycle.
 type timing map[string]time.Duration
@@ -25,6 +31,7 @@ func (s samples) add(t timing) {
 		s[step] = append(s[step], d)
 		sum += d
 	}
+	s[readyStep] = append(s[readyStep], t["create"]+t["stage"]+t["publish"])
 	s[cycleStep] = append(s[cycleStep], sum)
 }
 
