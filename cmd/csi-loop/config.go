@@ -49,6 +49,8 @@ type config struct {
 	EphemeralMaxSize    scalar       `json:"ephemeralMaxSize"`
 	EphemeralMaxVolumes int          `json:"ephemeralMaxVolumes"`
 	EphemeralPools      []string     `json:"ephemeralPools"`
+	TrimInterval        scalar       `json:"trimInterval"`
+	TrimJitter          scalar       `json:"trimJitter"`
 	StopTimeout         scalar       `json:"stopTimeout"`
 	LoggingFormat       string       `json:"loggingFormat"`
 	Verbosity           uint32       `json:"verbosity"`
@@ -101,7 +103,7 @@ func defaultConfig() config {
 		linkConfig: defaultLinkConfig(), Mode: modeAll,
 		DriverName: driver.DefaultName, StateDir: "/run/csi-loop", CgroupRoot: cgroup.DefaultRoot,
 		LoopDevicesWarm: 8, LoopDevicesMax: 256,
-		EphemeralMaxSize: "0", EphemeralMaxVolumes: driver.DefaultEphemeralMaxVolumes, StopTimeout: "30s",
+		EphemeralMaxSize: "0", EphemeralMaxVolumes: driver.DefaultEphemeralMaxVolumes, TrimInterval: "24h", TrimJitter: "6h", StopTimeout: "30s",
 		LoggingFormat: "text", VolumeMetrics: defaultVolumeMetrics,
 	}
 }
@@ -226,7 +228,26 @@ func (c *config) resolve(version string) (plan, error) {
 	if p.driver.DefaultPool, err = c.defaultPool(); err != nil {
 		return p, err
 	}
+	if err := c.resolveTrims(&p.driver); err != nil {
+		return p, err
+	}
 	return p, c.resolveEphemeral(&p.driver)
+}
+
+// resolveTrims checks how often thin volumes are trimmed.
+func (c *config) resolveTrims(d *driver.Config) error {
+	for _, v := range []struct {
+		flag string
+		text scalar
+		to   *time.Duration
+	}{{"--trim-interval", c.TrimInterval, &d.TrimInterval}, {"--trim-jitter", c.TrimJitter, &d.TrimJitter}} {
+		t, err := time.ParseDuration(string(v.text))
+		if err != nil || t < 0 {
+			return usagef("%s %q: is not a time such as 24h, or 0", v.flag, v.text)
+		}
+		*v.to = t
+	}
+	return nil
 }
 
 // resolveEphemeral checks the bounds of inline ephemeral volumes.

@@ -50,7 +50,7 @@ func TestConfiguration(t *testing.T) {
 	base := plan{
 		volumeMetrics: defaultVolumeMetrics,
 		mode:          modeAll, link: defaultLinkConfig(),
-		driver:   driver.Config{Name: "csi-loop.io", Version: "v1", NodeID: "n", StateDir: "/run/csi-loop", CgroupRoot: "/sys/fs/cgroup", DefaultPool: "p", EphemeralMaxVolumes: 32},
+		driver:   driver.Config{Name: "csi-loop.io", Version: "v1", NodeID: "n", StateDir: "/run/csi-loop", CgroupRoot: "/sys/fs/cgroup", DefaultPool: "p", EphemeralMaxVolumes: 32, TrimInterval: 24 * time.Hour, TrimJitter: 6 * time.Hour},
 		endpoint: "unix:///e/csi.sock",
 		pools:    []image.Config{{Name: "p", Path: "/p", Overcommit: 1}},
 		warm:     8, max: 256, stopTimeout: 30 * time.Second,
@@ -78,11 +78,11 @@ func TestConfiguration(t *testing.T) {
 		"every flag": {
 			args: minimal("--pool=q=/q", "--default-pool=q", "--image-dir=/i", "--image-dir=/j,k", "--state-dir=/s", "--cgroup-root=/c", "--loop-devices-warm=1",
 				"--loop-devices-max=2", "--ephemeral-max-size=10Gi", "--mkfs-always",
-				"--ephemeral-max-volumes=3", "--ephemeral-pool=q", "--driver-name=d.io", "--stop-timeout=1m", "--logging-format=json", "-v=4"),
+				"--ephemeral-max-volumes=3", "--ephemeral-pool=q", "--driver-name=d.io", "--trim-interval=12h", "--trim-jitter=0", "--stop-timeout=1m", "--logging-format=json", "-v=4"),
 			want: with(func(p *plan) {
 				p.driver = driver.Config{
 					Name: "d.io", Version: "v1", NodeID: "n", StateDir: "/s", CgroupRoot: "/c", DefaultPool: "q", EphemeralMaxSize: 10 << 30,
-					EphemeralMaxVolumes: 3, EphemeralPools: []string{"q"},
+					EphemeralMaxVolumes: 3, TrimInterval: 12 * time.Hour, EphemeralPools: []string{"q"},
 				}
 				p.pools = append(p.pools[:1:1], image.Config{Name: "q", Path: "/q", Overcommit: 1})
 				p.imageDirs = []string{"/i", "/j,k"}
@@ -187,6 +187,8 @@ func TestConfigurationMistakes(t *testing.T) {
 		"half a byte":                    {args: minimal("--ephemeral-max-size=500m"), want: "is not a whole number of bytes"},
 		"negative size":                  {args: minimal("--ephemeral-max-size=-1"), want: "is not a whole number of bytes"},
 		"bad duration":                   {args: minimal("--stop-timeout=30"), want: `--stop-timeout "30": is not a positive time such as 30s`},
+		"bad interval of trims":          {args: minimal("--trim-interval=1"), want: `--trim-interval "1": is not a time such as 24h, or 0`},
+		"negative jitter of trims":       {args: minimal("--trim-jitter=-1s"), want: `--trim-jitter "-1s": is not a time`},
 		"no time to stop":                {args: minimal("--stop-timeout=0s"), want: "is not a positive time"},
 		"bad variable":                   {args: minimal(), env: map[string]string{"CSILOOP_LOOP_DEVICES_MAX": "many"}, want: "environment variable CSILOOP_LOOP_DEVICES_MAX"},
 		"unknown key":                    {file: "{nodeId: n}", args: minimal(), want: `unknown field "nodeId"`},

@@ -69,6 +69,8 @@ func newServeFlags(fs *pflag.FlagSet) *serveFlags {
 	fs.Var(&f.EphemeralMaxSize, "ephemeral-max-size", "largest inline ephemeral volume, as in 10Gi; 0 refuses them")
 	fs.IntVar(&f.EphemeralMaxVolumes, "ephemeral-max-volumes", f.EphemeralMaxVolumes, "inline ephemeral volumes to have at most at a time")
 	fs.StringArrayVar(&f.EphemeralPools, "ephemeral-pool", nil, "pool that inline ephemeral volumes may name; can be repeated (default: the default pool only)")
+	fs.Var(&f.TrimInterval, "trim-interval", "how often the filesystems of thin volumes are trimmed; 0 never")
+	fs.Var(&f.TrimJitter, "trim-jitter", "what is added to that at random each time, at most")
 	fs.StringVar(&f.DriverName, "driver-name", f.DriverName, "name the driver registers with")
 	fs.Var(&f.StopTimeout, "stop-timeout", "how long running calls may take to finish at a stop")
 	fs.StringVar(&f.HTTPEndpoint, "http-endpoint", "", "address for /healthz, /readyz and /metrics, as in :9809 (default none)")
@@ -206,6 +208,8 @@ func (f *serveFlags) load(fs *pflag.FlagSet, lookup func(string) (string, bool))
 		"ephemeral-max-volumes": func() { c.EphemeralMaxVolumes = f.EphemeralMaxVolumes },
 		"ephemeral-pool":        func() { c.EphemeralPools = f.EphemeralPools },
 		"driver-name":           func() { c.DriverName = f.DriverName },
+		"trim-interval":         func() { c.TrimInterval = f.TrimInterval },
+		"trim-jitter":           func() { c.TrimJitter = f.TrimJitter },
 		"stop-timeout":          func() { c.StopTimeout = f.StopTimeout },
 		"logging-format":        func() { c.LoggingFormat = f.logging.Format },
 		"v":                     func() { c.Verbosity = uint32(f.logging.Verbosity) },

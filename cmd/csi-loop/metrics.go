@@ -257,6 +257,15 @@ func (m *metrics) flows(count func() (sent, received driver.FlowStats)) {
 				send("csi_loop_node_copy_size_bytes", "How much data there is to send or receive; 0 until it is known.", prometheus.GaugeValue, float64(p.Total), labels...)
 			}
 		}
+// trims shows what the trimming of thin volumes did.
+func (m *metrics) trims(stats func() driver.TrimStats) {
+	m.registry.MustRegister(collector(func(_ context.Context, send func(string, string, prometheus.ValueType, float64, ...string)) {
+		s := stats()
+		const help = "Trims of thin volumes in the background; one that was deferred because of load is tried again soon."
+		for result, n := range map[string]int64{"done": s.Done, "deferred": s.Deferred, "failed": s.Failed} {
+			send("csi_loop_trims_total", help, prometheus.CounterValue, float64(n), "result", result)
+		}
+		send("csi_loop_trimmed_bytes_total", "What the filesystems said they do not use; their images may have given it back before.", prometheus.CounterValue, float64(s.Bytes))
 	}))
 }
 

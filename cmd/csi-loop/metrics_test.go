@@ -59,6 +59,7 @@ func TestMetrics(t *testing.T) {
 		ID: "a.b", Pool: "default", Name: "pvc-1", Allocated: 2, Device: "/dev/loop0", Used: &used, IO: &report.IO{Reads: 1},
 		Problems: []report.Problem{{Kind: report.Degraded, Reason: "NotFullyAllocated"}},
 	}, {ID: "a.small", Pool: "default", Allocated: 1}}, 1)
+	m.trims(func() driver.TrimStats { return driver.TrimStats{} })
 	m.links(func() (int, int) { return 1, 2 })
 	m.flows(someCopies)
 	m.router(r)

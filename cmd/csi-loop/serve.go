@@ -83,8 +83,11 @@ func serveMachine(ctx context.Context, p plan, m *metrics) (err error) {
 	if err := d.Reconcile(ctx); err != nil {
 		return err
 	}
+	stopTrims := background(ctx, d.KeepTrimmed)
+	defer stopTrims()
 	m.node(images, loops)
 	m.volumes(d, p.volumeMetrics)
+	m.trims(d.TrimStats)
 	m.ready(func() error { return d.Ready(ctx) })
 	return listenAndServe(ctx, d, images, p, m)
 }

@@ -47,6 +47,9 @@ type Config struct {
 	// does not count them and each takes a loop device; 0 means
 	// DefaultEphemeralMaxVolumes.
 	EphemeralMaxVolumes int
+	// TrimInterval is how often the filesystems of thin volumes are trimmed in the
+	// background; 0 is never. Up to TrimJitter is added each time, at random.
+	TrimInterval, TrimJitter time.Duration
 	// EphemeralPools are the pools that they may name; none means DefaultPool.
 	EphemeralPools []string
 	// CgroupRoot is where the cgroups of pods are, for limits of their I/O;
@@ -131,9 +134,12 @@ type Driver struct {
 	// Copies to and from other nodes.
 	sending, receiving flows
 
-	tuner  tuner
-	pods   podLimiter
-	tuning *tuningState
+	tuner   tuner
+	pods    podLimiter
+	tuning  *tuningState
+	trimmer trimmer
+	trims   *trims
+	load    func(ctx context.Context, device int) string // why work in the background has to wait
 
 	locks volumeLocks
 	state *nodeState
@@ -171,6 +177,7 @@ func New(cfg Config, images *image.Store, dirs *image.Dirs, loops *loop.Manager,
 		return nil, err
 	}
 	d.tuner, d.pods = loops, cgroup.NewPods(cfg.CgroupRoot)
+	d.trimmer, d.load = mounts, loadOf(loops)
 	return d, nil
 }
 
@@ -195,7 +202,7 @@ func newDriver(cfg Config, images *image.Store, dirs *image.Dirs, loops loopDevi
 	}
 	return &Driver{
 		cfg: cfg, images: images, dirs: dirs, loops: loops, table: table, mounts: mounts, mtab: mtab,
-		freezer: freezer, jobs: newJobs(), reports: newReporter(), state: state, stateLock: lock,
+		freezer: freezer, jobs: newJobs(), trims: newTrims(), reports: newReporter(), state: state, stateLock: lock,
 		held: make(map[loop.Ref]attached), up: make(chan struct{}), tuning: newTuningState(),
 	}, nil
 }

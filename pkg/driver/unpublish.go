@@ -23,6 +23,11 @@ func (s *nodeServer) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpub
 		return nil, err
 	}
 	defer unlock()
+	release, err := d.trims.hold(ctx, id) // the target of an inline volume is its filesystem's only mount
+	if err != nil {
+		return nil, err
+	}
+	defer release()
 	if err := d.unpublish(ctx, id, target); err != nil {
 		return nil, fmt.Errorf("unpublish volume %q at %q: %w", id, target, err)
 	}

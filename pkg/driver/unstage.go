@@ -25,6 +25,11 @@ func (s *nodeServer) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstage
 		return nil, err
 	}
 	defer unlock()
+	release, err := d.trims.hold(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
 	r, err := d.stagingRecord(ctx, id, staging)
 	if err != nil {
 		return nil, fmt.Errorf("unstage volume %q: %w", id, err)

@@ -27,6 +27,8 @@ var (
 	// ErrUnsupported means that this kernel, filesystem or platform cannot do
 	// it, whoever asks. It is also an errors.ErrUnsupported.
 	ErrUnsupported = fmt.Errorf("mount: %w", errors.ErrUnsupported)
+	// ErrRange means that the filesystem ends before the part that was asked for.
+	ErrRange = errors.New("the filesystem ends before that")
 )
 
 // OpError is a failed system call or program.

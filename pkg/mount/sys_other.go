@@ -42,3 +42,5 @@ func growExt(device, path string, blockSize int) error { return errors.ErrUnsupp
 func freezeFilesystem(*os.File) error                  { return errors.ErrUnsupported }
 func thawFilesystem(*os.File) error                    { return errors.ErrUnsupported }
 func syncFilesystem(*os.File) error                    { return errors.ErrUnsupported }
+
+func trimRange(string, int, uint64, uint64) (int64, error) { return 0, errors.ErrUnsupported }

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/csi-loop/csi-loop/internal/roottest"
 )
 
@@ -105,12 +107,32 @@ func TestThinGivesBack(t *testing.T) {
 					return err
 				})
 				v.down()
+				s.discardsByItself(fs)
 			}
 			v := s.volume(kind{name: "thin-block", size: 64 * mib, thin: true}, "thin-block").up()
 			v.thinDevice()
 			v.down()
 		})
 	}
+}
+
+// discardsByItself: with the mount option a thin volume gives back what is removed.
+func (s *site) discardsByItself(fs string) {
+	s.t.Helper()
+	v := s.volume(kind{name: "discard-" + fs, fs: fs, size: 300 * mib, thin: true}, "discard-"+fs)
+	v.flags = []string{"discard"}
+	v.up()
+	path := filepath.Join(v.target(0), "large")
+	must(s.t, writeFile(path, make([]byte, 64*mib), 0, os.O_CREATE))
+	sync := func() error {
+		return withDevice(v.target(0), os.O_RDONLY, func(fd uintptr) error { return unix.Syncfs(int(fd)) })
+	}
+	must(s.t, sync())
+	full, err := allocated(v.image())
+	must(s.t, err)
+	must(s.t, os.Remove(path))
+	v.shrinksBelow(full-48*mib, sync)
+	v.down()
 }
 
 // shrinksBelow repeats an act until the image has fewer bytes of blocks.

@@ -117,6 +117,8 @@ ephemeralMaxVolumes: {{ $v.ephemeral.maxVolumes }}
 ephemeralPools:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+trimInterval: {{ $v.trim.interval | quote }}
+trimJitter: {{ $v.trim.jitter | quote }}
 stopTimeout: {{ $v.node.stopTimeoutSeconds }}s
 transferRate: {{ $v.transfer.nodeRate | quote }}
 loggingFormat: {{ $v.log.format }}
