@@ -154,6 +154,28 @@ func (a *account) tryTake(need int64) (*reservation, <-chan struct{}, error) {
 	return nil, nil, fmt.Errorf("%w: %d bytes needed, %d free", ErrNoSpace, need, max(0, free))
 }
 
+// enlarge makes a reservation one of at least so many bytes, or returns ErrNoSpace and
+// leaves it as it is. It does not wait, as take does.
+func (r *reservation) enlarge(bytes int64) error {
+	l := r.account.ledger
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	more := bytes - r.bytes
+	if more <= 0 {
+		return nil
+	}
+	free, err := r.account.free()
+	switch {
+	case err != nil:
+		return opError("look at the free space of", "the pool", err)
+	case more > free:
+		return fmt.Errorf("%w: %d bytes more needed, %d free", ErrNoSpace, more, max(0, free))
+	}
+	l.pending += more
+	r.bytes += more
+	return nil
+}
+
 // release gives the reservation up; again is harmless. To be called as soon as
 // the space is used, or will not be.
 func (r *reservation) release() {

@@ -221,10 +221,27 @@ func (c *cutting) cut(ctx context.Context) error {
 	if c.reflink {
 		return opError("reflink", imageFile, reflink(c.to, c.from))
 	}
+	if err := c.recount(); err != nil {
+		return err
+	}
 	if err := c.to.Truncate(c.source.Size); err != nil {
 		return opError("extend", imageFile, err)
 	}
 	return c.p.copyCounted(ctx, c.spec.Name, c.to, c.from, c.source.Size, c.data)
+}
+
+// recount takes the space for what was written since reserve looked, too. It is refused
+// if there is not enough: writers wait, so nothing else is waited for.
+func (c *cutting) recount() error {
+	st, err := statFile(c.from)
+	if err != nil {
+		return opError("look at", imageFile, err)
+	}
+	c.p.account.seen(c.volume, st.Allocated)
+	if c.data, err = dataBytes(c.from, c.source.Size); err != nil {
+		return err
+	}
+	return c.space.enlarge(c.data)
 }
 
 // finish makes the copy durable, and charges for it.

@@ -2,6 +2,7 @@ package image
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -10,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-loop/csi-loop/internal/roottest"
 )
 
 // wantSharing asserts what the account believes that a volume shares.
@@ -271,4 +274,58 @@ func TestSpeculativeBlocksAreNoReasonToRefuse(t *testing.T) {
 	}
 	t.Logf("%d bytes are set aside", before-p.Capacity(Thick))
 	create(t, p, Spec{Name: "w", Size: before - 16*MiB})
+}
+
+// A copy takes the space for what was written until the writers held still, too, or is
+// refused: it must not take what was promised to others.
+func TestCopyReservesWhatIsWrittenMeanwhile(t *testing.T) {
+	roottest.Require(t)
+	s, p := openPool(t, scratch(t, "ext4", 640*MiB))
+	v := create(t, p, Spec{Name: "v", Size: 64 * MiB, Allocation: Thin})
+	fill(t, p, v.ID, 0, 4<<20)
+	create(t, p, Spec{Name: "filler", Size: p.Capacity(Thick) - 20*MiB})
+	write := func(offset int64, n int) {
+		f, err := os.OpenFile(p.Path()+"/"+volumesDir+"/v/"+imageFile, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if _, err := f.WriteAt(bytes.Repeat([]byte("x"), n), offset); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, test := range []struct {
+		name    string
+		at      int64
+		written int
+		reserve int64 // while it is copied; 0: refused
+	}{
+		{"there is space", 8 << 20, 4 << 20, 8 << 20},
+		{"more than there is", 16 << 20, 24 << 20, 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			pending := int64(-1)
+			_, err := p.Snapshot(ctx, SnapshotSpec{Name: "s", Source: v.ID}, func(context.Context) (func() error, error) {
+				write(test.at, test.written)
+				return func() error { pending = p.Usage().Pending; return nil }, nil
+			})
+			if test.reserve == 0 {
+				wantError(t, err, ErrNoSpace)
+			} else if err != nil || pending != test.reserve {
+				t.Fatalf("%v; %d bytes are reserved when all is copied, want %d", err, pending, test.reserve)
+			}
+			if got := p.Usage(); got.Pending != 0 {
+				t.Errorf("%+v", got)
+			}
+			if err == nil {
+				if err := p.RemoveSnapshot(ctx, VolumeID(p.ID(), "s")); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if l := s.ListSnapshots(); len(l) != 0 {
+				t.Errorf("left: %v", l)
+			}
+			wantAccount(t, s, p)
+		})
+	}
 }
