@@ -182,6 +182,8 @@ func StartDriver(ctx context.Context, binary, dir, pool string) (*Driver, error)
 	d.cmd = exec.Command(binary, "serve", "--endpoint=unix://"+socket, "--node-id=bench",
 		"--pool=default="+pool, "--state-dir="+d.state, "-v=1")
 	d.cmd.Stdout, d.cmd.Stderr = log, log
+	// Nor does a Ctrl-C for the benchmark.
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := d.cmd.Start(); err != nil {
 		return nil, err
 	}
