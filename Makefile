@@ -34,6 +34,9 @@ help: ## list the targets
 build: ## compile bin/csi-loop, stamped with the version
 	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' -o bin/csi-loop ./cmd/csi-loop
 
+plugin: ## compile bin/kubectl-csi_loop, the plugin of kubectl
+	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w' -o bin/kubectl-csi_loop ./cmd/kubectl-csi_loop
+
 demo: ## show the whole life of a volume on this machine, in seconds (root)
 	@hack/deps root
 	@$(MAKE) --no-print-directory build

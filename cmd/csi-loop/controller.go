@@ -89,6 +89,7 @@ func routeCSI(ctx context.Context, p plan, m *metrics, group *errgroup.Group, cf
 		return err
 	}
 	m.router(r)
+	m.reports(r.Report)
 	m.ready(r.Ready)
 	klog.FromContext(ctx).Info("Serving", "mode", p.mode, "version", p.driver.Version, "endpoint", p.endpoint, "links", nodes.Addr().String())
 	// At a stop the links stay until the last call has been answered.

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -31,6 +32,8 @@ type metrics struct {
 
 	mu    sync.Mutex
 	check func() error // guarded by mu; nil until ready was called
+	// report is what /report shows; nil where there is none. Guarded by mu.
+	report func(context.Context) (report.Cluster, error)
 }
 
 func newMetrics(b build) *metrics {
@@ -107,8 +110,37 @@ func (m *metrics) handler() http.Handler {
 	}
 	mux.Handle("GET /healthz", answer(nil))
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { answer(m.readiness())(w, r) })
+	mux.HandleFunc("GET /report", m.showReport)
 	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
 	return mux
+}
+
+// reports gives what /report shows.
+func (m *metrics) reports(make func(context.Context) (report.Cluster, error)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.report = make
+}
+
+// showReport answers with what is on all nodes, which kubectl csi-loop reads through the
+// API server. Whoever reaches the port may read it, as the metrics.
+func (m *metrics) showReport(w http.ResponseWriter, r *http.Request) {
+	m.mu.Lock()
+	look := m.report
+	m.mu.Unlock()
+	if look == nil {
+		http.Error(w, "only csi-loop in --mode=controller has a report", http.StatusNotFound)
+		return
+	}
+	c, err := look(r.Context())
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	if err := json.NewEncoder(w).Encode(c); err != nil && r.Context().Err() == nil {
+		klog.FromContext(r.Context()).Error(err, "Cannot answer with a report")
+	}
 }
 
 // collector makes metrics when they are asked for.

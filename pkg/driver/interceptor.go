@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"time"
 
@@ -23,6 +24,7 @@ var quiet = map[string]bool{
 	"ListVolumes": true, "ControllerGetVolume": true, "ValidateVolumeCapabilities": true,
 	"ListSnapshots": true, "GetSnapshot": true,
 	"ControllerGetVolumeHealth": true, "ControllerListVolumeHealth": true, "NodeGetVolumeHealth": true, "NodeGetStorageHealth": true,
+	"Report": true, // of the links
 }
 
 // running counts the calls in flight, so that a stop can wait for them even
@@ -49,7 +51,7 @@ func (r *running) intercept(logger klog.Logger, observe func(method, code string
 		resp, err = guarded(klog.NewContext(ctx, log), req, handler, log)
 		took := time.Since(start).Round(time.Microsecond)
 		err = toStatus(err)
-		if observe != nil {
+		if observe != nil && strings.HasPrefix(info.FullMethod, "/csi.") {
 			observe(method, status.Code(err).String(), took)
 		}
 		switch {

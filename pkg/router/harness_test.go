@@ -393,6 +393,7 @@ type fakeNode struct {
 	handler  csi.ControllerServer // of calls, unless it is the node itself
 	sources  link.Sources         // nil: a node that knows no copies between nodes
 	proofs   func(p *link.Pool)
+	lies     string // ID of a pool that it speaks of and does not have
 
 	mu    sync.Mutex
 	token string
@@ -440,7 +441,7 @@ func (n *fakeNode) up() *fakeNode {
 			n.obs = []func(string, string, bool){f}
 			return func() {}
 		},
-		Register: n.register, Sources: n.sources,
+		Register: n.register, Sources: n.sources, Report: n.report,
 		RetryMin: 2 * time.Millisecond, RetryMax: 20 * time.Millisecond, Refresh: 5 * time.Millisecond, StopTime: 100 * time.Millisecond,
 	}
 	if n.slow {

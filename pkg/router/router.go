@@ -75,6 +75,7 @@ type Router struct {
 	started time.Time
 	names   nameLocks
 	orphans orphans
+	reports reports
 
 	transfers *transfers
 
@@ -92,7 +93,7 @@ func New(cfg Config) *Router {
 	}
 	return &Router{
 		cfg: cfg, table: newTable(cfg.Now), started: cfg.Now(), transfers: newTransfers(cfg.Now, cfg.TransferRate),
-		replicas: []string{cfg.Self}, sessions: map[*session]struct{}{}, refused: map[string]uint64{},
+		reports: newReports(), replicas: []string{cfg.Self}, sessions: map[*session]struct{}{}, refused: map[string]uint64{},
 	}
 }
 

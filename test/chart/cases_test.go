@@ -46,6 +46,7 @@ controller:
   extraEnv: [{name: GOGC, value: "50"}]
 provisioner: {extraArgs: [--worker-threads=7], image: {digest: "sha256:0000000000000000000000000000000000000000000000000000000000000000"}}
 networkPolicy: {enabled: true}
+viewer: {create: true}
 metrics:
   podMonitor: {enabled: true, interval: 30s, labels: {release: prometheus}, relabelings: [{action: labeldrop, regex: x}], metricRelabelings: [{action: labeldrop, regex: z}]}
   prometheusRule: {enabled: true, labels: {release: prometheus}, extraRules: [{alert: Mine, expr: vector(1)}]}

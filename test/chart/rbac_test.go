@@ -73,6 +73,22 @@ func TestRights(t *testing.T) {
 	}
 }
 
+// A viewer reads, one Service's report among it, and has nobody bound to it.
+func TestViewerReads(t *testing.T) {
+	all := render(t, "viewer: {create: true}")
+	want := []string{
+		"/persistentvolumes: list", "/pods: list", "/services/proxy http:csi-loop-controller:http: get", "snapshot.storage.k8s.io/volumesnapshotcontents: list",
+	}
+	if diff := cmp.Diff(want, rights(find[*rbac.ClusterRole](t, all, "csi-loop-viewer").Rules)); diff != "" {
+		t.Error(diff)
+	}
+	for _, o := range all {
+		if b, ok := o.(*rbac.ClusterRoleBinding); ok && b.RoleRef.Name == "csi-loop-viewer" {
+			t.Errorf("%s binds it", b.Name)
+		}
+	}
+}
+
 func keys(all []map[string]string) []string {
 	var out []string
 	for _, m := range all {

@@ -19,6 +19,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/report"
 )
 
 // Config is what an Agent must be told. Without a comment a field is required.
@@ -41,6 +42,8 @@ type Config struct {
 
 	// Register adds the node's services to the server of a link.
 	Register func(grpc.ServiceRegistrar)
+	// Report tells what is on the node; nil: the node does not say.
+	Report func(context.Context) (report.Machine, error)
 	// Intercept is called around each of their calls; it may be nil.
 	Intercept grpc.UnaryServerInterceptor
 	// Sources is what this node can send to others. Without it, it neither sends nor
@@ -92,6 +95,12 @@ func NewAgent(cfg Config) *Agent {
 	}
 	if cfg.Refresh == 0 {
 		cfg.Refresh = 10 * time.Second
+	}
+	if services, tell := cfg.Register, cfg.Report; tell != nil {
+		cfg.Register = func(r grpc.ServiceRegistrar) {
+			services(r)
+			registerReport(r, reporterFunc(tell))
+		}
 	}
 	return &Agent{
 		cfg: cfg, limit: NewLimit(cfg.SendRate), methods: methodsOf(func(r grpc.ServiceRegistrar) {

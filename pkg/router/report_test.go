@@ -1,0 +1,56 @@
+package router
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/csi-loop/csi-loop/pkg/report"
+)
+
+// Report lets a node of a test say what it has, and more.
+func (n *fakeNode) report(context.Context) (report.Machine, error) {
+	n.called("Report")
+	m := report.Machine{Time: time.Now()}
+	for _, p := range n.pools {
+		m.Pools = append(m.Pools, report.Pool{Name: p.name, ID: p.id})
+		for i := range report.PageSize + 1 {
+			m.Volumes = append(m.Volumes, report.Volume{ID: fmt.Sprintf("%s.v%05d", p.id, i), Pool: p.name})
+		}
+	}
+	if n.lies != "" {
+		m.Pools = append(m.Pools, report.Pool{Name: "stolen", ID: n.lies})
+		m.Snapshots = append(m.Snapshots, report.Snapshot{ID: n.lies + ".s"})
+	}
+	return m, nil
+}
+
+// A report is whole, page by page; says who is away; and keeps nothing that a node says
+// of another's pool.
+func TestReport(t *testing.T) {
+	c := newCluster(t)
+	a, b := c.node("n1", newDisk(t, "default", 1<<30)), c.node("n2", newDisk(t, "default", 1<<30))
+	b.lies = a.pools[0].id
+	c.linked(a.up(), b.up())
+	c.roster.set("n3", true)
+	got, err := c.router.Report(t.Context())
+	must(t, err)
+	var lines []string
+	for _, n := range got.Nodes {
+		lines = append(lines, fmt.Sprintf("%s %s %d pools %d volumes %d snapshots %s", n.Name, n.State, len(n.Pools), len(n.Volumes), len(n.Snapshots), n.Error))
+	}
+	want := "n1 linked 1 pools 1001 volumes 0 snapshots \nn2 linked 1 pools 1001 volumes 0 snapshots \nn3 missing 0 pools 0 volumes 0 snapshots "
+	if text := strings.Join(lines, "\n"); text != want {
+		t.Errorf("%s\nwant\n%s", text, want)
+	}
+	asked := a.count("Report")
+	if again, err := c.router.Report(t.Context()); err != nil || !again.Time.Equal(got.Time) || a.count("Report") != asked {
+		t.Error("the nodes were asked again", err)
+	}
+	c.clock.advance(reportAge)
+	if again, err := c.router.Report(t.Context()); err != nil || again.Time.Equal(got.Time) {
+		t.Error("an old report", err)
+	}
+}
