@@ -289,6 +289,9 @@ func (m *metrics) flows(count func() (sent, received driver.FlowStats)) {
 				send("csi_loop_node_copy_size_bytes", "How much data there is to send or receive; 0 until it is known.", prometheus.GaugeValue, float64(p.Total), labels...)
 			}
 		}
+	}))
+}
+
 // trims shows what the trimming of thin volumes did.
 func (m *metrics) trims(stats func() driver.TrimStats) {
 	m.registry.MustRegister(collector(func(_ context.Context, send func(string, string, prometheus.ValueType, float64, ...string)) {
