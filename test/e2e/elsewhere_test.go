@@ -21,7 +21,7 @@ func TestCopiesOnAnotherNode(t *testing.T) {
 		class := e.filesystem(kind)
 		e.createClaim(claim(kind, class, "320Mi"))
 		e.run(e.shell(kind, from, kind), corev1.PodRunning)
-		sum := e.sh(kind, "cd /data/"+kind+" && head -c 20M /dev/urandom > file && sync file && sha256sum file")
+		sum := e.sh(kind, "cd /data/"+kind+" && head -c 20971520 /dev/urandom > file && sync file && sha256sum file")
 		e.takeSnapshot(kind, kind)
 		e.sh(kind, "echo later > /data/"+kind+"/later && sync /data/"+kind+"/later")
 
