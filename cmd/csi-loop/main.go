@@ -9,6 +9,8 @@
 //	csi-loop demo      show what it does, on this machine, in seconds
 //	csi-loop nodes     list the nodes that a controller knows
 //	csi-loop orphans   list volumes that Kubernetes has no use for, and remove them
+//	csi-loop import    make a volume of an image file
+//	csi-loop template  manage what new volumes may begin as
 //	csi-loop pool      look at a pool on a disk, or give a copied one an identity
 //	csi-loop version   say what was built
 //
@@ -69,7 +71,7 @@ func newCommand(out, errOut io.Writer) *cobra.Command {
 	})
 	root.AddCommand(
 		newServeCommand(), newDoctorCommand(), newVolumesCommand(), newSnapshotsCommand(), newDevicesCommand(), newNodesCommand(), newOrphansCommand(),
-		newPoolCommand(), newDemoCommand(), newVersionCommand(),
+		newPoolCommand(), newImportCommand(), newTemplateCommand(), newDemoCommand(), newVersionCommand(),
 	)
 	return root
 }

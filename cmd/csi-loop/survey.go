@@ -53,21 +53,27 @@ func (s *surveyCommand) check(formats ...string) error {
 	return nil
 }
 
+// loadNear is load, or what process 1 was told if that is csi-loop serve and nothing
+// names a pool.
+func (f *serveFlags) loadNear(set *pflag.FlagSet) (config, error) {
+	c, err := f.load(set, os.LookupEnv)
+	args := serveArguments("/proc/1")
+	if err != nil || len(c.Pools) > 0 || args == nil {
+		return c, err
+	}
+	set = pflag.NewFlagSet("serve", pflag.ContinueOnError)
+	f = newServeFlags(set)
+	if err := set.Parse(args); err != nil {
+		return c, usagef("flags of process 1: %w", err)
+	}
+	return f.load(set, os.LookupEnv)
+}
+
 // config is what there is to look at.
 func (s *surveyCommand) config() (survey.Config, error) {
-	c, err := s.flags.load(s.set, os.LookupEnv)
+	c, err := s.flags.loadNear(s.set)
 	if err != nil {
 		return survey.Config{}, err
-	}
-	if args := serveArguments("/proc/1"); len(c.Pools) == 0 && args != nil {
-		set := pflag.NewFlagSet("serve", pflag.ContinueOnError)
-		f := newServeFlags(set)
-		if err := set.Parse(args); err != nil {
-			return survey.Config{}, usagef("flags of process 1: %w", err)
-		}
-		if c, err = f.load(set, os.LookupEnv); err != nil {
-			return survey.Config{}, err
-		}
 	}
 	if err := s.flags.applyLogging(c); err != nil {
 		return survey.Config{}, err

@@ -151,7 +151,20 @@ func (d *Driver) parseCreate(req *csi.CreateVolumeRequest, offer *transfer.Offer
 		return none, c, err
 	}
 	if req.GetVolumeContentSource() != nil {
-		want, err := d.parseCopy(req, p, c, offer)
+		src, err := parseSource(req.GetVolumeContentSource())
+		if err != nil {
+			return none, c, err
+		}
+		want, err := d.parseCopy(req, p, c, src, offer) // a claim's source counts more than its class' template
+		want.Mutable = mutable
+		return want, c, err
+	}
+	if p.template != "" {
+		src, err := d.templateSource(req.GetName(), p)
+		if err != nil {
+			return none, c, err
+		}
+		want, err := d.parseCopy(req, p, c, src, nil)
 		want.Mutable = mutable
 		return want, c, err
 	}
@@ -488,6 +501,12 @@ func (s *controllerServer) GetCapacity(_ context.Context, req *csi.GetCapacityRe
 	if !ok {
 		// Another node may have a pool of that name; this one has no room in it.
 		return &csi.GetCapacityResponse{}, nil
+	}
+	if p.template != "" {
+		if _, err := pool.Template(p.template); err != nil {
+			// Another node may have the template; this one can make no volume of it.
+			return &csi.GetCapacityResponse{}, nil //nolint:nilerr // as above
+		}
 	}
 	free := pool.Capacity(p.allocation)
 	return &csi.GetCapacityResponse{

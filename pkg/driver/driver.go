@@ -140,6 +140,8 @@ type Driver struct {
 	trimmer trimmer
 	trims   *trims
 	load    func(ctx context.Context, device int) string // why work in the background has to wait
+	// takingIn has a *takeInCount for each request to take a file in, by its job's key.
+	takingIn sync.Map
 
 	locks volumeLocks
 	state *nodeState

@@ -51,20 +51,43 @@ func newJobs() *jobs {
 // give back) and returns the work. A job that failed while nobody waited is told to
 // the next call that asks the same, once.
 func (j *jobs) do(ctx context.Context, key, method, wish string, prepare func() (work func(ctx context.Context) error, err error)) error {
+	done, err := j.await(ctx, j.patience, key, method, wish, prepare)
+	if err == nil && !done {
+		return abortedf("%s of %q goes on: repeat the call until it succeeds", method, key)
+	}
+	return err
+}
+
+// await is do for callers that are told in another way that the job is not done.
+func (j *jobs) await(ctx context.Context, patience time.Duration, key, method, wish string, prepare func() (work func(ctx context.Context) error, err error)) (done bool, err error) {
 	job, err := j.join(ctx, key, method, wish, prepare)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer j.leave(key, job)
-	timer := time.NewTimer(j.patience)
+	timer := time.NewTimer(patience)
 	defer timer.Stop()
 	select {
 	case <-job.done:
-		return job.err
+		return true, job.err
 	case <-timer.C:
-		return abortedf("%s of %q goes on: repeat the call until it succeeds", method, key)
+		return false, nil
 	case <-ctx.Done():
-		return ctx.Err()
+		return false, ctx.Err()
+	}
+}
+
+// end cancels a job, waits until it has taken back what it did, and forgets it.
+func (j *jobs) end(key, method, wish string) {
+	j.mu.Lock()
+	job, ok := j.all[key]
+	j.mu.Unlock()
+	if ok && job.method == method && job.wish == wish {
+		job.cancel()
+		<-job.done
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		j.drop(key, job)
 	}
 }
 

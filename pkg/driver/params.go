@@ -18,6 +18,7 @@ const (
 	paramBlockSize    = "blockSize"   // logical block size of the device in bytes
 	paramMkfsOptions  = "mkfsOptions" // extra words for mkfs, separated by blanks
 	paramSourceNode   = "sourceNode"  // preferred (default) or required; of copies, for the controller
+	paramTemplate     = "template"    // name of a template that the volume begins as
 	paramSize         = "size"        // ephemeral only: a Kubernetes quantity
 	kubernetesPrefix  = "csi.storage.k8s.io/"
 	provisionerPrefix = "storage.kubernetes.io/"
@@ -36,6 +37,7 @@ type params struct {
 	hasBlockSize bool
 	mkfsOptions  []string
 	fsType       string // "" when not named
+	template     string // "" when not named
 	// freeze is for clones of volumes in use; its keys are those of snapshot classes.
 	freeze snapshotParams
 	// tuning may be changed later, by mutable parameters of the same keys.
@@ -91,6 +93,11 @@ func (p *params) set(key, value string) error {
 			return invalidf("parameter %q: filesystem %q is not supported, use one of %v", key, value, filesystems)
 		}
 		p.fsType = value
+	case paramTemplate:
+		if value == "" {
+			return invalidf("parameter %q is empty: name a template or leave it out", key)
+		}
+		p.template = value
 	case paramMkfsOptions:
 		p.mkfsOptions = strings.Fields(value)
 	case paramSourceNode:
@@ -102,8 +109,8 @@ func (p *params) set(key, value string) error {
 	case paramReadIOPS, paramWriteIOPS, paramReadBandwidth, paramWriteBandwidth, paramReadAhead:
 		return setMutable(&p.tuning, key, value)
 	default:
-		return invalidf("parameter %q is not known; known are %s, %s, %s, %s, %s, %s, %s, %s and the mutable ones: %s", key,
-			paramPool, paramAllocation, paramDirectIO, paramBlockSize, paramMkfsOptions, paramFreezeTimeout, paramCopyInUse, paramSourceNode, mutableKeys)
+		return invalidf("parameter %q is not known; known are %s, %s, %s, %s, %s, %s, %s, %s, %s and the mutable ones: %s", key,
+			paramPool, paramAllocation, paramDirectIO, paramBlockSize, paramMkfsOptions, paramTemplate, paramFreezeTimeout, paramCopyInUse, paramSourceNode, mutableKeys)
 	}
 	return nil
 }

@@ -33,8 +33,8 @@ func parseSource(s *csi.VolumeContentSource) (*image.Source, error) {
 // csiSource is parseSource back again.
 func csiSource(s *image.Source) *csi.VolumeContentSource {
 	switch {
-	case s == nil:
-		return nil
+	case s == nil, s.Template != "", s.File != "":
+		return nil // not asked for as a content source
 	case s.Snapshot != "":
 		return &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{
 			Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: s.Snapshot},
@@ -47,12 +47,8 @@ func csiSource(s *image.Source) *csi.VolumeContentSource {
 
 // parseCopy says what to make of a request for a copy. What it does not name is that
 // of the source: size, filesystem, block size and mkfs options.
-func (d *Driver) parseCopy(req *csi.CreateVolumeRequest, p params, c capacity, offer *transfer.Offer) (wanted, error) {
+func (d *Driver) parseCopy(req *csi.CreateVolumeRequest, p params, c capacity, src *image.Source, offer *transfer.Offer) (wanted, error) {
 	var none wanted
-	src, err := parseSource(req.GetVolumeContentSource())
-	if err != nil {
-		return none, err
-	}
 	from, err := d.sourceSpec(req.GetName(), src, offer)
 	if err != nil {
 		return none, err
@@ -93,6 +89,9 @@ func (d *Driver) parseCopy(req *csi.CreateVolumeRequest, p params, c capacity, o
 func (d *Driver) sourceSpec(name string, src *image.Source, offer *transfer.Offer) (image.Spec, error) {
 	if have, ok := d.images.Find(name); ok && have.Source != nil && *have.Source == *src {
 		return have.Spec, nil
+	}
+	if src.Template != "" {
+		return d.templateSpec(src.Template)
 	}
 	if offer != nil && !d.local(src) {
 		return offered(offer)

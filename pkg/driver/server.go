@@ -90,6 +90,7 @@ const stopTime = 30 * time.Second
 func (d *Driver) Serve(ctx context.Context, l net.Listener, grace time.Duration) error {
 	return d.serve(ctx, l, grace, func(r grpc.ServiceRegistrar) {
 		csi.RegisterIdentityServer(r, &identityServer{d: d, plugin: PluginCapabilities()})
+		registerAdmin(r, d)
 		d.RegisterController(r)
 		csi.RegisterNodeServer(r, &nodeServer{d: d})
 	})
@@ -103,6 +104,7 @@ func (d *Driver) ServeNode(ctx context.Context, l net.Listener, grace time.Durat
 	})
 	return d.serve(ctx, l, grace, func(r grpc.ServiceRegistrar) {
 		csi.RegisterIdentityServer(r, &identityServer{d: d, plugin: plugin})
+		registerAdmin(r, d)
 		csi.RegisterNodeServer(r, &nodeServer{d: d})
 	})
 }

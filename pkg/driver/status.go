@@ -72,6 +72,7 @@ var sentinelCodes = []struct {
 	{image.ErrNoSpace, codes.ResourceExhausted},
 	{image.ErrSize, codes.OutOfRange},
 	{image.ErrSource, codes.InvalidArgument},
+	{image.ErrContent, codes.InvalidArgument},
 	{image.ErrInGroup, codes.InvalidArgument},
 	// A copy from another node that did not come whole. It is begun anew.
 	{image.ErrInflow, codes.Unavailable},

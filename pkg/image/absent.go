@@ -101,7 +101,7 @@ func (s *Store) try(ctx context.Context, m *member, late bool) error {
 	p := &Pool{
 		config: m.config, store: s, logger: s.logger.WithValues("pool", m.config.Name), late: late, said: m.said, erasers: newErasers(s.background), //nolint:contextcheck // they outlive the call
 		records: map[string]record{}, damaged: map[string]error{}, problems: map[string]Problem{},
-		cuts: map[string]snapshotRecord{}, unsettled: map[string]snapshotRecord{}, groupRecords: map[string]groupRecord{},
+		cuts: map[string]snapshotRecord{}, unsettled: map[string]snapshotRecord{}, groupRecords: map[string]groupRecord{}, templateRecords: map[string]templateRecord{},
 		damagedCut: map[string]error{}, recounts: map[string]time.Time{}, looks: map[string]look{},
 	}
 	if err := p.open(ctx); err != nil {

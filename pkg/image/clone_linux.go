@@ -36,6 +36,24 @@ func reflink(dst, src *os.File) error {
 	return err
 }
 
+// reflinkRange makes the beginning of dst share the blocks of a range of src, which
+// goes to the end of src if length is 0 (FICLONERANGE).
+func reflinkRange(dst, src *os.File, offset, length int64) error {
+	r := unix.FileCloneRange{Src_fd: int64(src.Fd()), Src_offset: uint64(offset), Src_length: uint64(length)}
+	err := ignoringEINTR(func() error { return unix.IoctlFileCloneRange(int(dst.Fd()), &r) })
+	runtime.KeepAlive(dst)
+	runtime.KeepAlive(src)
+	return err
+}
+
+// linkInto gives an open file one more name.
+func linkInto(f, dir *os.File, name string) error {
+	err := unix.Linkat(unix.AT_FDCWD, procPath(f), int(dir.Fd()), name, unix.AT_SYMLINK_FOLLOW)
+	runtime.KeepAlive(f)
+	runtime.KeepAlive(dir)
+	return err
+}
+
 // xfsFreeEOFBlocks is XFS_IOC_FREE_EOFBLOCKS.
 var xfsFreeEOFBlocks = directionRead | 128<<16 | 'X'<<8 | 58
 

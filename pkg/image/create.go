@@ -69,6 +69,9 @@ func (p *Pool) create(ctx context.Context, dir string, s Spec, b building) (reco
 	if err := p.admit(ctx, s); err != nil {
 		return record{}, err
 	}
+	if s.Source != nil && s.Source.File != "" {
+		return record{}, fmt.Errorf("%w: a file is imported", ErrSource)
+	}
 	b.r = newRecord(s, p.store.now())
 	if s.Source != nil && b.inflow == nil {
 		o, err := p.store.origin(ctx, s.Source)
@@ -104,8 +107,9 @@ type building struct {
 	space   *reservation
 	origin  *origin // nil for one that begins empty, or is a copy from elsewhere
 	quiesce Quiesce
-	inflow  Inflow // nil unless it is a copy from elsewhere
-	of      Spec   // what the source of a copy is
+	inflow  Inflow       // nil unless it is a copy from elsewhere
+	of      Spec         // what the source of a copy is
+	content *FileContent // of an import
 }
 
 // admit refuses what cannot work before anything is touched.
@@ -170,6 +174,9 @@ func (p *Pool) build(ctx context.Context, dir string, b building) (c charge, err
 // the pool. Neither is of use before the rename, so their order is free, and they are
 // made and synced at the same time.
 func (p *Pool) fill(ctx context.Context, d *os.File, b building) (c charge, err error) {
+	if b.content != nil {
+		return p.fillContent(ctx, d, b)
+	}
 	f, err := p.newImage(d, b.r)
 	if err != nil {
 		return c, err

@@ -25,6 +25,8 @@ var (
 	ErrSource = errors.New("not possible from this source")
 	// ErrInflow: what came in from elsewhere cannot be the content of the source.
 	ErrInflow = errors.New("not the content of the source")
+	// ErrContent: the file to be taken in cannot be, or not in that way.
+	ErrContent = errors.New("file cannot be taken in")
 	// ErrInGroup: the snapshot exists and goes only with its group.
 	ErrInGroup = errors.New("part of a group")
 	// ErrNotAllowed: a mapped file is outside the allowed directories, or is not

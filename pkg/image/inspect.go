@@ -81,7 +81,7 @@ func Inspect(ctx context.Context, configs []Config) ([]PoolView, error) {
 		p := &Pool{
 			config: c, store: s, logger: klog.Logger{},
 			records: map[string]record{}, damaged: map[string]error{}, problems: map[string]Problem{},
-			cuts: map[string]snapshotRecord{}, groupRecords: map[string]groupRecord{}, damagedCut: map[string]error{},
+			cuts: map[string]snapshotRecord{}, groupRecords: map[string]groupRecord{}, templateRecords: map[string]templateRecord{}, damagedCut: map[string]error{},
 		}
 		defer func() { _ = p.close() }()
 		pools[i], views[i] = p, p.inspect(ctx)
@@ -122,7 +122,7 @@ func (p *Pool) inspect(ctx context.Context) PoolView {
 		}
 	}
 	slices.Sort(v.Leftovers)
-	for name, mode := range map[string]fs.FileMode{identityFile: 0o600, volumesDir: 0o700, snapshotsDir: 0o700, groupsDir: 0o700} {
+	for name, mode := range map[string]fs.FileMode{identityFile: 0o600, volumesDir: 0o700, snapshotsDir: 0o700, groupsDir: 0o700, templatesDir: 0o700} {
 		if st, err := statAt(p.root, name); err == nil && st.Mode.Perm()&^mode != 0 {
 			v.Exposed = append(v.Exposed, name)
 		}

@@ -88,7 +88,7 @@ func leftovers(tb testing.TB, dir string) []string {
 	var left []string
 	for _, e := range entries {
 		switch e.Name() {
-		case identityFile, volumesDir, snapshotsDir, groupsDir, "lost+found":
+		case identityFile, volumesDir, snapshotsDir, groupsDir, templatesDir, "lost+found":
 		default:
 			left = append(left, e.Name())
 		}

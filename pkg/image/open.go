@@ -67,10 +67,16 @@ func (p *Pool) openContent(ctx context.Context, uuid string) error {
 	if p.groups, err = p.ensureDir(groupsDir); err != nil {
 		return poolError(p.config, "%s: %w", groupsDir, err)
 	}
+	if p.templates, err = p.ensureDir(templatesDir); err != nil {
+		return poolError(p.config, "%s: %w", templatesDir, err)
+	}
 	if err := p.sweep(ctx); err != nil {
 		return err
 	}
 	if err := p.load(ctx); err != nil {
+		return err
+	}
+	if err := p.loadTemplates(ctx); err != nil {
 		return err
 	}
 	if err := p.loadSnapshots(ctx); err != nil {
@@ -78,7 +84,7 @@ func (p *Pool) openContent(ctx context.Context, uuid string) error {
 	}
 	// A rename that a killed process did not get to sync may have been found; it
 	// must not be acknowledged and then lost.
-	if err := errors.Join(p.volumes.Sync(), p.snapshots.Sync(), p.groups.Sync(), p.root.Sync()); err != nil {
+	if err := errors.Join(p.volumes.Sync(), p.snapshots.Sync(), p.groups.Sync(), p.templates.Sync(), p.root.Sync()); err != nil {
 		return poolError(p.config, "sync: %w", err)
 	}
 	return nil

@@ -26,6 +26,7 @@ type Pool struct {
 	volumes   *os.File
 	snapshots *os.File
 	groups    *os.File
+	templates *os.File
 	account   *account
 	store     *Store
 	logger    klog.Logger
@@ -45,13 +46,14 @@ type Pool struct {
 	damaged  map[string]error   // guarded by mu; by directory
 	problems map[string]Problem // guarded by mu; by reason
 
-	cuts         map[string]snapshotRecord // guarded by mu; snapshots by directory
-	unsettled    map[string]snapshotRecord // guarded by mu; snapshots of groups that were not looked up yet
-	groupRecords map[string]groupRecord    // guarded by mu; by directory
-	damagedCut   map[string]error          // guarded by mu; snapshots and groups by their lock's key
-	recounts     map[string]time.Time      // guarded by mu; when a volume's sharing may be looked at again
-	looks        map[string]look           // guarded by mu; how fragmented images are, by their lock's key
-	reflinks     *bool                     // guarded by mu; nil until it is known
+	cuts            map[string]snapshotRecord // guarded by mu; snapshots by directory
+	unsettled       map[string]snapshotRecord // guarded by mu; snapshots of groups that were not looked up yet
+	groupRecords    map[string]groupRecord    // guarded by mu; by directory
+	damagedCut      map[string]error          // guarded by mu; snapshots, groups and templates by their lock's key
+	templateRecords map[string]templateRecord // guarded by mu; by directory
+	recounts        map[string]time.Time      // guarded by mu; when a volume's sharing may be looked at again
+	looks           map[string]look           // guarded by mu; how fragmented images are, by their lock's key
+	reflinks        *bool                     // guarded by mu; nil until it is known
 }
 
 func (p *Pool) close() error {
@@ -62,7 +64,7 @@ func (p *Pool) close() error {
 		p.account.leave()
 	}
 	var errs []error
-	for _, f := range []*os.File{p.groups, p.snapshots, p.volumes, p.root} { // the lock is root's: last
+	for _, f := range []*os.File{p.templates, p.groups, p.snapshots, p.volumes, p.root} { // the lock is root's: last
 		if f != nil {
 			errs = append(errs, f.Close())
 		}

@@ -159,7 +159,7 @@ func reinit(ctx context.Context, path string, inUse func(images []ImageFile) err
 // imageFiles finds the image of every volume and snapshot, whatever their records say.
 func (p *Pool) imageFiles() ([]ImageFile, error) {
 	var images []ImageFile
-	for _, kind := range []string{volumesDir, snapshotsDir} {
+	for _, kind := range []string{volumesDir, snapshotsDir, templatesDir} {
 		content, err := p.content(kind)
 		if err != nil {
 			return nil, err

@@ -6,12 +6,16 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"unicode/utf8"
 )
 
-// Source is what a new volume is a copy of: one of these IDs, the other is "".
+// Source is what a new volume is a copy of: one of these, the others are "".
 type Source struct {
-	Snapshot string `json:"snapshot,omitempty"`
-	Volume   string `json:"volume,omitempty"`
+	Snapshot string `json:"snapshot,omitempty"` // ID
+	Volume   string `json:"volume,omitempty"`   // ID
+	Template string `json:"template,omitempty"` // ID
+	File     string `json:"file,omitempty"`     // path of what was imported
 }
 
 func (s *Source) String() string {
@@ -20,6 +24,10 @@ func (s *Source) String() string {
 		return "none"
 	case s.Snapshot != "":
 		return "snapshot " + s.Snapshot
+	case s.Template != "":
+		return "template " + s.Template
+	case s.File != "":
+		return "file " + s.File
 	}
 	return "volume " + s.Volume
 }
@@ -28,9 +36,12 @@ func (s *Source) check() error {
 	if s == nil {
 		return nil
 	}
-	id := s.Snapshot + s.Volume
-	if _, _, ok := ParseID(id); !ok || s.Snapshot != "" && s.Volume != "" {
-		return &SpecError{"Source", fmt.Sprintf("%q is not the ID of one snapshot or volume", id)}
+	id := s.Snapshot + s.Volume + s.Template + s.File
+	if *s == (Source{File: id}) && filepath.IsAbs(id) && len(id) <= maxPath && utf8.ValidString(id) {
+		return nil
+	}
+	if _, _, ok := ParseID(id); !ok || *s != (Source{Snapshot: id}) && *s != (Source{Volume: id}) && *s != (Source{Template: id}) {
+		return &SpecError{"Source", fmt.Sprintf("%q is not the ID of one snapshot, volume or template, nor a path", id)}
 	}
 	return nil
 }
@@ -47,7 +58,7 @@ func cloneSource(s *Source) *Source {
 type origin struct {
 	p      *Pool
 	spec   Spec
-	volume string // directory of a volume, "" for a snapshot
+	volume string // directory of a volume, "" for what does not change
 	f      *os.File
 	leave  func() // nil when the volume's lock was given back, or none was taken
 	used   bool   // its account was made that of a volume which shares
@@ -70,6 +81,15 @@ func (s *Store) origin(ctx context.Context, src *Source) (_ *origin, err error) 
 		o.p, _, _ = s.Lookup(src.Snapshot)
 		o.spec = snapshot.Volume
 		o.f, err = o.p.OpenSnapshot(ctx, src.Snapshot)
+		return o, err
+	}
+	if src.Template != "" {
+		p, name, ok := s.Lookup(src.Template)
+		if !ok {
+			return nil, fmt.Errorf("%w: template %q", ErrNotFound, src.Template)
+		}
+		r, f, err := p.openTemplate(ctx, name)
+		o.p, o.spec, o.f = p, r.spec().volume(), f
 		return o, err
 	}
 	// Found before it is locked: two volumes that are each to be a copy of the other

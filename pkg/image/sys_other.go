@@ -42,6 +42,8 @@ func effectiveUID() uint32                                  { return 0 }
 const fiemapSync = 0
 
 func reflink(*os.File, *os.File) error                                { return errOS }
+func reflinkRange(*os.File, *os.File, int64, int64) error             { return errOS }
+func linkInto(*os.File, *os.File, string) error                       { return errOS }
 func unshare(*os.File, int64, int64) error                            { return errOS }
 func nextData(*os.File, int64, int64) (int64, int64, error)           { return 0, 0, errOS }
 func copyRange(*os.File, *os.File, int64, int64) error                { return errOS }

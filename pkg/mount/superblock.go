@@ -16,6 +16,9 @@ type Superblock struct {
 	Label     string // may be empty; whatever bytes somebody put there
 	Size      int64  // bytes; at most that of the device, unless it was cut
 	BlockSize int    // bytes
+	// SectorSize is the largest logical block size, in bytes, of a device that it can
+	// be mounted from.
+	SectorSize int
 	// NeedsCheck means that the filesystem recorded an error, or, without a
 	// journal, that it was not unmounted: a check is due before the next mount.
 	NeedsCheck bool
@@ -128,11 +131,14 @@ func parseXFS(b []byte) (Superblock, error) {
 	if agBlocks == 0 || agCount == 0 || (blocks-1)/uint64(agBlocks) != uint64(agCount)-1 {
 		return Superblock{}, nonsense("xfs", "%d allocation groups of %d blocks", agCount, agBlocks)
 	}
+	if s := be.Uint16(b[102:]); s < 512 || s&(s-1) != 0 || uint32(s) > block {
+		return Superblock{}, nonsense("xfs", "sectors of %d bytes", s)
+	}
 	const version5, needsRepair = 5, 1 << 4 // XFS_SB_FEAT_INCOMPAT_NEEDSREPAIR
 	repair := be.Uint16(b[100:])&0xf == version5 && be.Uint32(b[216:])&needsRepair != 0
 	return Superblock{
 		Type: "xfs", UUID: formatUUID(b[32:48]), Label: text(b[108:120]),
-		Size: int64(blocks) * int64(block), BlockSize: int(block), NeedsCheck: repair,
+		Size: int64(blocks) * int64(block), BlockSize: int(block), SectorSize: int(be.Uint16(b[102:])), NeedsCheck: repair,
 		xfs: xfsGeometry{agBlocks: int64(agBlocks)},
 	}, nil
 }
@@ -153,7 +159,7 @@ func parseBtrfs(b []byte) (Superblock, error) {
 	}
 	return Superblock{
 		Type: "btrfs", UUID: formatUUID(b[32:48]), Label: text(b[299 : 299+256]),
-		Size: int64(size), BlockSize: int(sector), NeedsRecovery: le.Uint64(b[96:]) != 0,
+		Size: int64(size), BlockSize: int(sector), SectorSize: int(sector), NeedsRecovery: le.Uint64(b[96:]) != 0,
 	}, nil
 }
 

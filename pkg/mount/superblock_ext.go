@@ -112,7 +112,7 @@ func parseExt(b []byte) (Superblock, error) {
 	state := u16(0x3A)
 	return Superblock{
 		Type: extType(compat, incompat, roCompat), UUID: formatUUID(b[0x68:0x78]), Label: text(b[0x78:0x88]),
-		Size: int64(blocks * block), BlockSize: int(block),
+		Size: int64(blocks * block), BlockSize: int(block), SectorSize: int(block),
 		NeedsCheck:    state&stateValid == 0 || state&stateError != 0,
 		NeedsRecovery: incompat&incompatRecover != 0,
 		ext: extGeometry{

@@ -56,6 +56,7 @@ func TestReadSuperblockByHand(t *testing.T) {
 		be.PutUint32(b[84:], 19200)
 		be.PutUint32(b[88:], 4)
 		be.PutUint16(b[100:], 0xb4a5)
+		be.PutUint16(b[102:], 512)
 		copy(b[108:], "data")
 		if edit != nil {
 			edit(b)
@@ -75,10 +76,10 @@ func TestReadSuperblockByHand(t *testing.T) {
 		}
 		return b
 	}
-	base := Superblock{Type: "ext4", UUID: uuidText, Label: "sixteen-byte-lab", Size: 256 * miB, BlockSize: 4096}
+	base := Superblock{Type: "ext4", UUID: uuidText, Label: "sixteen-byte-lab", Size: 256 * miB, BlockSize: 4096, SectorSize: 4096}
 	with := func(sb Superblock, edit func(*Superblock)) Superblock { edit(&sb); return sb }
-	baseXFS := Superblock{Type: "xfs", UUID: uuidText, Label: "data", Size: 300 * miB, BlockSize: 4096}
-	baseBtrfs := Superblock{Type: "btrfs", UUID: uuidText, Size: 256 * miB, BlockSize: 4096}
+	baseXFS := Superblock{Type: "xfs", UUID: uuidText, Label: "data", Size: 300 * miB, BlockSize: 4096, SectorSize: 512}
+	baseBtrfs := Superblock{Type: "btrfs", UUID: uuidText, Size: 256 * miB, BlockSize: 4096, SectorSize: 4096}
 	for _, tc := range []struct {
 		name  string
 		bytes []byte
@@ -121,6 +122,7 @@ func TestReadSuperblockByHand(t *testing.T) {
 		"ext bigger than anything":       ext(func(b []byte) { le.PutUint32(b[0x150:], 1<<31) }),
 		"xfs with blocks of 3 bytes":     xfs(func(b []byte) { be.PutUint32(b[4:], 3) }),
 		"xfs with too many blocks":       xfs(func(b []byte) { be.PutUint64(b[8:], 1<<63) }),
+		"xfs with sectors of 100 bytes":  xfs(func(b []byte) { be.PutUint16(b[102:], 100) }),
 		"xfs with no groups":             xfs(func(b []byte) { be.PutUint32(b[88:], 0) }),
 		"btrfs with sectors of 0":        btrfs(func(b []byte) { le.PutUint32(b[144:], 0) }),
 		"btrfs bigger than anything":     btrfs(func(b []byte) { le.PutUint64(b[209:], 1<<63) }),
@@ -217,7 +219,7 @@ func TestReadSuperblockOfMkfs(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			tc.want.Type, tc.want.UUID, tc.want.Size, tc.want.BlockSize = tc.fsType, testUUID, tc.size, 4096
+			tc.want.Type, tc.want.UUID, tc.want.Size, tc.want.BlockSize, tc.want.SectorSize = tc.fsType, testUUID, tc.size, 4096, 4096
 			if d := cmp.Diff(tc.want, got, ignoreGeometry); d != "" {
 				t.Error(d)
 			}

@@ -355,7 +355,19 @@ func (e *env) createMapped(node string, attributes map[string]string) {
 	c := claim("mapped", "", "64Mi")
 	c.Spec.VolumeName = name
 	persistent := e.client.CoreV1().PersistentVolumes()
-	must[*corev1.PersistentVolume](e)(persistent.Create(e.Context(), &corev1.PersistentVolume{
+	must[*corev1.PersistentVolume](e)(persistent.Create(e.Context(), mappedVolume(name, node, attributes), metav1.CreateOptions{}))
+	e.createClaim(c)
+	e.Cleanup(func() {
+		if err := persistent.Delete(context.Background(), name, metav1.DeleteOptions{}); err != nil {
+			e.Error(err)
+		}
+	})
+}
+
+// mappedVolume is a PersistentVolume of 64 MiB on a node.
+func mappedVolume(name, node string, attributes map[string]string) *corev1.PersistentVolume {
+	c := claim("", "", "64Mi")
+	return &corev1.PersistentVolume{
 		ObjectMeta: metav1.ObjectMeta{Name: name},
 		Spec: corev1.PersistentVolumeSpec{
 			Capacity: c.Spec.Resources.Requests, AccessModes: c.Spec.AccessModes,
@@ -369,11 +381,5 @@ func (e *env) createMapped(node string, attributes map[string]string) {
 				}}}},
 			}},
 		},
-	}, metav1.CreateOptions{}))
-	e.createClaim(c)
-	e.Cleanup(func() {
-		if err := persistent.Delete(context.Background(), name, metav1.DeleteOptions{}); err != nil {
-			e.Error(err)
-		}
-	})
+	}
 }

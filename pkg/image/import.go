@@ -1,0 +1,392 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"syscall"
+)
+
+// Method is how the content of a file comes into a pool.
+type Method string
+
+// Copy reads and writes. Reflink shares blocks with the file, at once. Move makes the
+// file itself the image, and takes its name away. Auto is Reflink for what is thin and
+// where it works, else Copy.
+const (
+	Auto    Method = "auto"
+	Copy    Method = "copy"
+	Reflink Method = "reflink"
+	Move    Method = "move"
+)
+
+// FileContent is a range of a file outside the pools. Nobody may write to it before the
+// call that takes it in returns; that its time of modification changed meanwhile is an
+// error.
+type FileContent struct {
+	// File is open for reading, and for writing too to be moved. It is a regular file.
+	File *os.File
+	// Path is its absolute path, which is recorded, and removed by Move.
+	Path string
+	// Offset and Length are the range, in bytes; the whole file for Move.
+	Offset, Length int64
+	Method         Method
+	// Progress is told of bytes that were copied and of all there are; it may be nil.
+	Progress func(done, all int64)
+}
+
+// check refuses what cannot be taken in. The error wraps ErrContent.
+func (c FileContent) check() error {
+	st, err := statFile(c.File)
+	switch {
+	case err != nil:
+		return opError("look at", c.Path, err)
+	case !st.Mode.IsRegular():
+		return fmt.Errorf("%w: %s: %w", ErrContent, c.Path, errNotRegular)
+	case !filepath.IsAbs(c.Path) || len(c.Path) > maxPath:
+		return fmt.Errorf("%w: %q is not an absolute path of at most %d bytes", ErrContent, c.Path, maxPath)
+	case c.Offset < 0 || c.Length <= 0 || c.Offset > st.Size || c.Length > st.Size-c.Offset:
+		return fmt.Errorf("%w: %s: %d bytes from byte %d on are not in it, it has %d", ErrContent, c.Path, c.Length, c.Offset, st.Size)
+	case c.Method != Auto && c.Method != Copy && c.Method != Reflink && c.Method != Move:
+		return fmt.Errorf("%w: method %q is none of auto, copy, reflink and move", ErrContent, c.Method)
+	case c.Method == Move && (c.Offset != 0 || c.Length != st.Size):
+		return fmt.Errorf("%w: %s: a part of a file cannot be moved: copy it", ErrContent, c.Path)
+	}
+	return nil
+}
+
+const maxPath = 4096
+
+// Import makes a volume of the content of a file, as it is: nothing is formatted. The
+// volume is spec, whose size is at least the content's; what is behind it reads as
+// zeros. It has spec.Source.File, the content's path. An equal volume of that name is
+// success.
+//
+// The errors are those of Create, without ErrSize for a size below what mkfs needs, and
+// ErrContent. After an error the file is as it was, but that one to be moved may have
+// more blocks and, after a crash, zeros at its end. At each moment the content has its
+// old name, or the volume exists; after a crash in between both may be true, and the
+// same call completes it.
+func (p *Pool) Import(ctx context.Context, spec Spec, c FileContent) (Volume, error) {
+	spec.Source = &Source{File: c.Path}
+	s, err := spec.normalise()
+	if err != nil {
+		return Volume{}, err
+	}
+	dir := DirName(s.Name)
+	leave, err := p.enter(ctx, dir)
+	if err != nil {
+		return Volume{}, err
+	}
+	defer leave()
+	r, err := p.get(dir)
+	switch {
+	case err == nil:
+		if err := equal(r, s); err != nil {
+			return Volume{}, fmt.Errorf("volume %s: %w", VolumeID(p.ID(), dir), err)
+		}
+		return p.volume(dir, r), p.finishMove(dir, c)
+	case !errors.Is(err, ErrNotFound):
+		return Volume{}, err
+	}
+	if err := c.check(); err != nil {
+		return Volume{}, err
+	}
+	if s.Size < c.Length {
+		return Volume{}, fmt.Errorf("%w: %s has %d bytes, the volume %d", ErrSize, c.Path, c.Length, s.Size)
+	}
+	if r, err = p.importNew(ctx, dir, s, c); err != nil {
+		return Volume{}, fmt.Errorf("import %s as %s: %w", c.Path, VolumeID(p.ID(), dir), err)
+	}
+	return p.volume(dir, r), p.finishMove(dir, c)
+}
+
+// importNew is create for an import.
+func (p *Pool) importNew(ctx context.Context, dir string, s Spec, c FileContent) (record, error) {
+	if s.Allocation == Thick && !promisesSpace(p.fsType) {
+		return record{}, fmt.Errorf("%w: no thick volumes on %s, which cannot promise space", ErrUnsupported, p.fsType)
+	}
+	if err := p.present(); err != nil {
+		return record{}, err
+	}
+	need := s.Size
+	if st, err := statFile(c.File); err == nil && c.Method == Move {
+		need -= min(need, st.Allocated)
+	}
+	space, err := p.account.take(ctx, s.Allocation, need)
+	if err != nil {
+		return record{}, err
+	}
+	defer space.release()
+	b := building{r: newRecord(s, p.store.now()), space: space, content: &c}
+	charge, err := p.build(ctx, dir, b)
+	if err != nil {
+		return record{}, err
+	}
+	p.remember(dir, b.r)
+	p.account.put(dir, charge, space)
+	return b.r, nil
+}
+
+// fillContent is fill for an import.
+func (p *Pool) fillContent(ctx context.Context, d *os.File, b building) (c charge, err error) {
+	in, err := p.takeIn(ctx, d, *b.content, b.r.Name, b.r.Size, b.r.Allocation)
+	if err != nil {
+		return c, err
+	}
+	defer func() { err = errors.Join(err, in.close(err)) }()
+	p.store.kill("import: content taken in")
+	if b.r.Allocation == Thick && p.fsType != "btrfs" {
+		b.space.release()
+	}
+	record, err := b.r.encode()
+	if err != nil {
+		return c, err
+	}
+	if err := writeSynced(d, recordFile, record); err != nil {
+		return c, opError("write", recordFile, err)
+	}
+	p.store.kill("import: record synced")
+	st, err := statFile(in.f)
+	c = b.r.charge(st.Allocated)
+	if in.shared {
+		c.shared = st.Allocated
+	}
+	return c, opError("look at", imageFile, err)
+}
+
+// finishMove takes the old name away from a file that is the image of a volume by now.
+// Precondition: the volume's lock is held.
+func (p *Pool) finishMove(dir string, c FileContent) error {
+	if c.Method != Move {
+		return nil
+	}
+	st, err := p.imageStat(dir)
+	if err != nil || st.Links == 1 { // it was moved before
+		return opError("look at", imageFile, err)
+	}
+	parent, err := openPath(filepath.Dir(c.Path))
+	if err != nil {
+		return opError("open", filepath.Dir(c.Path), err)
+	}
+	defer parent.Close()
+	name := filepath.Base(c.Path)
+	if at, err := statAt(parent, name); err != nil || at.Dev != st.Dev || at.Ino != st.Ino {
+		return fmt.Errorf("%w: %s was renamed meanwhile: remove its new name, as the file is the image of a volume", ErrContent, c.Path)
+	}
+	if err := unlinkAt(parent, name, false); err != nil {
+		return opError("remove", c.Path, err)
+	}
+	p.store.kill("import: moved")
+	return opError("sync", parent.Name(), parent.Sync())
+}
+
+// takenIn is a new file with the content of another one.
+type takenIn struct {
+	f      *os.File
+	shared bool  // its blocks are those of the other file too
+	moved  bool  // it is the other file
+	length int64 // of which it had so many bytes
+}
+
+// close lets go of the file; after a failure one that was to be moved is as it was.
+func (t *takenIn) close(failure error) (err error) {
+	if t.moved && failure != nil {
+		err = t.f.Truncate(t.length)
+	}
+	_ = t.f.Close()
+	return err
+}
+
+// takeIn makes the file in d, with size bytes, synced and, if it is thick, with all its
+// blocks and none that is shared.
+func (p *Pool) takeIn(ctx context.Context, d *os.File, c FileContent, name string, size int64, alloc Allocation) (*takenIn, error) {
+	before, err := c.File.Stat()
+	if err != nil {
+		return nil, opError("look at", c.Path, err)
+	}
+	if p.noCow && c.Method != Copy {
+		// Volumes are NOCOW there, and files of the two kinds cannot share blocks (fact 70).
+		on, err := isNoCow(c.File)
+		switch {
+		case err == nil && on:
+		case c.Method == Auto:
+			c.Method = Copy
+		default:
+			return nil, errors.Join(fmt.Errorf("%w: images on btrfs are NOCOW, which %s is not: copy it", ErrUnsupported, c.Path), err)
+		}
+	}
+	t := &takenIn{length: c.Length}
+	if c.Method == Move {
+		err = p.linkIn(d, c, t)
+	} else {
+		err = p.copyIn(ctx, d, c, t, name, size, alloc)
+	}
+	if err != nil {
+		return nil, err
+	}
+	p.store.kill("import: content is there")
+	if err := p.completeIn(ctx, t, name, size, alloc); err != nil {
+		return nil, errors.Join(err, t.close(err))
+	}
+	after, err := c.File.Stat()
+	if err == nil && !t.moved && (!after.ModTime().Equal(before.ModTime()) || after.Size() != before.Size()) {
+		err = fmt.Errorf("%w: %s was written to meanwhile", ErrContent, c.Path)
+	}
+	if err != nil {
+		return nil, errors.Join(err, t.close(err))
+	}
+	return t, nil
+}
+
+// completeIn gives the file its size and its blocks.
+func (p *Pool) completeIn(ctx context.Context, t *takenIn, name string, size int64, alloc Allocation) error {
+	if err := t.f.Truncate(size); err != nil {
+		return opError("extend", imageFile, err)
+	}
+	if alloc == Thick {
+		if err := p.separateNew(ctx, t.f, record{Name: name, Size: size}, t.shared); err != nil {
+			return err
+		}
+		t.shared = false
+	}
+	return opError("sync", imageFile, t.f.Sync())
+}
+
+// linkIn gives the file a second name in d. Its first one is left until the volume
+// exists, so that a crash loses nothing.
+func (p *Pool) linkIn(d *os.File, c FileContent, t *takenIn) error {
+	if st, err := statFile(c.File); err != nil || st.Links != 1 {
+		return errors.Join(fmt.Errorf("%w: %s has more than one name: copy it", ErrContent, c.Path), err)
+	}
+	err := linkInto(c.File, d, imageFile)
+	if errors.Is(err, syscall.EXDEV) {
+		return fmt.Errorf("%w: %s is not on the mount of the pool: use reflink or copy", ErrContent, c.Path)
+	} else if err != nil {
+		return opError("link", c.Path, err)
+	}
+	f, err := openAt(d, imageFile, true)
+	if err != nil {
+		return opError("open", imageFile, err)
+	}
+	if err := errors.Join(f.Chmod(0o600), f.Chown(os.Geteuid(), os.Getegid())); err != nil {
+		return errors.Join(opError("make private", imageFile, err), f.Close())
+	}
+	t.f, t.moved = f, true
+	return nil
+}
+
+// copyIn makes a file of its own.
+func (p *Pool) copyIn(ctx context.Context, d *os.File, c FileContent, t *takenIn, name string, size int64, alloc Allocation) (err error) {
+	if c.Method == Auto {
+		c.Method = Copy
+		if alloc == Thin && p.reflinkIn(d, c, t) == nil {
+			return nil
+		}
+	}
+	if c.Method == Reflink {
+		if p.noCow && alloc == Thick {
+			return fmt.Errorf("%w: thick volumes on btrfs have their blocks first: use copy", ErrUnsupported)
+		}
+		return p.reflinkIn(d, c, t)
+	}
+	if p.noCow {
+		if err := setNoCow(d); err != nil && alloc == Thick {
+			return fmt.Errorf("%w: thick volumes on btrfs must be NOCOW: %w", ErrUnsupported, err)
+		}
+	}
+	if t.f, err = createAt(d, imageFile); err != nil {
+		return opError("make", imageFile, err)
+	}
+	defer func() {
+		if err != nil {
+			_ = t.f.Close()
+		}
+	}()
+	p.store.kill("import: made")
+	if alloc == Thick {
+		if err := allocateRange(ctx, t.f, 0, size, false); err != nil {
+			return err
+		}
+	} else if err := t.f.Truncate(size); err != nil {
+		return opError("extend", imageFile, err)
+	}
+	return p.copyRangeIn(ctx, t.f, c, name)
+}
+
+// reflinkIn shares the content's blocks. After an error nothing is left in d.
+func (p *Pool) reflinkIn(d *os.File, c FileContent, t *takenIn) error {
+	if err := p.alikeIn(d, c.File); err != nil {
+		return err
+	}
+	f, err := createAt(d, imageFile)
+	if err != nil {
+		return opError("make", imageFile, err)
+	}
+	length := c.Length
+	if st, err := statFile(c.File); err == nil && c.Offset+c.Length == st.Size {
+		length = 0 // to the end, which need not be that of a block
+	}
+	err = reflinkRange(f, c.File, c.Offset, length)
+	if err == nil {
+		t.f, t.shared = f, true
+		return nil
+	}
+	_ = f.Close()
+	if undo := unlinkAt(d, imageFile, false); undo != nil {
+		return errors.Join(err, undo)
+	}
+	if errors.Is(err, syscall.EXDEV) || errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.EOPNOTSUPP) {
+		return fmt.Errorf("%w: %s cannot share its blocks with the pool (another filesystem, one without reflinks, or a range that ends within a block): use copy: %w",
+			ErrContent, c.Path, err)
+	}
+	return opError("reflink", c.Path, err)
+}
+
+// copyRangeIn copies what is data.
+func (p *Pool) copyRangeIn(ctx context.Context, dst *os.File, c FileContent, name string) error {
+	end := c.Offset + c.Length
+	all, err := dataIn(c.File, c.Offset, end)
+	if err != nil {
+		return err
+	}
+	counted := p.copyOf(ctx, name, all)
+	defer counted.end()
+	for at := c.Offset; at < end; {
+		start, stop, err := nextData(c.File, at, end)
+		if err != nil {
+			return opError("find data in", c.Path, err)
+		}
+		for at = start; at < stop; {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			n := min(copyBuffer, stop-at)
+			if _, err := io.CopyN(io.NewOffsetWriter(dst, at-c.Offset), io.NewSectionReader(c.File, at, n), n); err != nil {
+				return opError("copy to", imageFile, err)
+			}
+			at += n
+			counted.add(n)
+			if c.Progress != nil {
+				c.Progress(counted.done.Load(), all)
+			}
+		}
+	}
+	return nil
+}
+
+// dataIn is how much of a range is data.
+func dataIn(f *os.File, from, end int64) (n int64, err error) {
+	for at := from; at < end; {
+		start, stop, err := nextData(f, at, end)
+		if err != nil {
+			return 0, opError("find data in", f.Name(), err)
+		}
+		n += stop - start
+		at = stop
+	}
+	return n, nil
+}
