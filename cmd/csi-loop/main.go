@@ -11,6 +11,7 @@
 //	csi-loop orphans   list volumes that Kubernetes has no use for, and remove them
 //	csi-loop import    make a volume of an image file
 //	csi-loop template  manage what new volumes may begin as
+//	csi-loop adopt     move the PersistentVolumes of a pool to another node
 //	csi-loop pool      look at a pool on a disk, or give a copied one an identity
 //	csi-loop version   say what was built
 //
@@ -71,7 +72,7 @@ func newCommand(out, errOut io.Writer) *cobra.Command {
 	})
 	root.AddCommand(
 		newServeCommand(), newDoctorCommand(), newVolumesCommand(), newSnapshotsCommand(), newDevicesCommand(), newNodesCommand(), newOrphansCommand(),
-		newPoolCommand(), newImportCommand(), newTemplateCommand(), newDemoCommand(), newVersionCommand(),
+		newPoolCommand(), newImportCommand(), newTemplateCommand(), newAdoptCommand(), newDemoCommand(), newVersionCommand(),
 	)
 	return root
 }
