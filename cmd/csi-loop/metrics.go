@@ -116,10 +116,10 @@ func (m *metrics) handler() http.Handler {
 }
 
 // reports gives what /report shows.
-func (m *metrics) reports(make func(context.Context) (report.Cluster, error)) {
+func (m *metrics) reports(look func(context.Context) (report.Cluster, error)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.report = make
+	m.report = look
 }
 
 // showReport answers with what is on all nodes, which kubectl csi-loop reads through the

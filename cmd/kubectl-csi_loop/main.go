@@ -1,9 +1,9 @@
 // Command kubectl-csi_loop is a plugin of kubectl, which shows what csi-loop has in a
 // cluster:
 //
-//	kubectl csi-loop nodes      nodes and their pools
-//	kubectl csi-loop volumes    volumes, whose they are, and how they are
-//	kubectl csi-loop snapshots  snapshots
+//	kubectl csi-loop nodes      what nodes there are, and their pools
+//	kubectl csi-loop volumes    what volumes there are, whose, and how they are
+//	kubectl csi-loop snapshots  what snapshots there are
 //	kubectl csi-loop top        who reads and writes, refreshed
 //
 // It changes nothing. What the nodes know (device, blocks, use, health) it asks of the
@@ -92,7 +92,7 @@ func (o *options) check(c *cobra.Command) error {
 	}
 	// https://no-color.org: any value but the empty one.
 	f, is := c.OutOrStdout().(*os.File)
-	o.colours = is && term.IsTerminal(int(f.Fd())) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb" //nolint:gosec // a descriptor
+	o.colours = is && term.IsTerminal(int(f.Fd())) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
 	return nil
 }
 

@@ -38,7 +38,9 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusForbidden)
 		page = meta.Status{TypeMeta: meta.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: "Failure", Reason: "Forbidden", Code: http.StatusForbidden, Message: "you may not"}
 	}
-	_ = json.NewEncoder(w).Encode(page)
+	if err := json.NewEncoder(w).Encode(page); err != nil {
+		panic(err)
+	}
 }
 
 func newAPI() *api {

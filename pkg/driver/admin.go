@@ -83,7 +83,7 @@ type Admin struct {
 	Conn grpc.ClientConnInterface
 }
 
-// ErrNotServed: nobody answers on the socket.
+// ErrNotServed says that nobody answers on the socket.
 var ErrNotServed = errors.New("no csi-loop answers there")
 
 // TakeIn is Driver.TakeIn.

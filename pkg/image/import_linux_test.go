@@ -124,7 +124,7 @@ func TestImport(t *testing.T) {
 }
 
 func TestImportOfARange(t *testing.T) {
-	onEach(t, 512*MiB, func(t *testing.T, fsType, dir string) {
+	onEach(t, 512*MiB, func(t *testing.T, _, dir string) {
 		s, p := openPool(t, dir)
 		path, f := foreign(t, dir, "disk.img", "")
 		c := FileContent{File: f, Path: path, Offset: MiB, Length: 512 << 10, Method: Auto}
