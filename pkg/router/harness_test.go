@@ -21,6 +21,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -199,7 +200,7 @@ func (c *clock) advance(d time.Duration) {
 type cluster struct {
 	tb     testing.TB
 	ca     *authority
-	cert   *tls.Certificate
+	cert   atomic.Pointer[tls.Certificate] // handshakes read it whenever they come
 	auth   *fakeAuth
 	roster *fakeRoster
 	claims *fakeClaims
@@ -230,7 +231,7 @@ func newCluster(tb testing.TB) *cluster {
 		claims: &fakeClaims{refs: References{PVs: map[string]string{}, Claims: map[string]string{}}},
 		auth:   &fakeAuth{tokens: map[string]Identity{}}, roster: &fakeRoster{registered: map[string]bool{}},
 	}
-	c.cert = c.ca.issue(tb, link.DefaultName)
+	c.cert.Store(c.ca.issue(tb, link.DefaultName))
 	c.address = "127.0.0.1:0"
 	c.start()
 	tb.Cleanup(c.halt)
@@ -242,7 +243,8 @@ func (c *cluster) replica() *cluster {
 	c.tb.Helper()
 	r := newCluster(c.tb)
 	r.halt()
-	r.ca, r.auth, r.roster, r.cert = c.ca, c.auth, c.roster, c.cert
+	r.ca, r.auth, r.roster = c.ca, c.auth, c.roster
+	r.cert.Store(c.cert.Load())
 	r.start()
 	return r
 }
@@ -268,7 +270,7 @@ func (c *cluster) start() {
 	c.router = New(Config{
 		Driver: driver, Version: "v-controller", Controller: every,
 		Auth: c.auth, Roster: c.roster, Claims: c.claims, Self: c.address, Now: c.clock.now,
-		Certificate: func() (*tls.Certificate, error) { return c.cert, nil },
+		Certificate: func() (*tls.Certificate, error) { return c.cert.Load(), nil },
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup

@@ -499,7 +499,7 @@ func TestBadCertificate(t *testing.T) {
 	if c.router.Stats().Refused[reasonToken] > 0 {
 		t.Fatal("the token was sent")
 	}
-	c.cert = c.ca.issue(t, "somebody-else")
+	c.cert.Store(c.ca.issue(t, "somebody-else"))
 	stranger.stop()
 	before := c.router.Stats().Refused[reasonHello]
 	named := c.node("b", newDisk(t, "default", gib)).up()
@@ -507,7 +507,7 @@ func TestBadCertificate(t *testing.T) {
 	c.linked()
 	named.stop()
 	// A second CA in the bundle: the certificate may come from either.
-	c.cert = other.issue(t, link.DefaultName)
+	c.cert.Store(other.issue(t, link.DefaultName))
 	rotating := c.node("c", newDisk(t, "default", gib))
 	rotating.ca = func() (*x509.CertPool, error) {
 		p := c.ca.pool()
