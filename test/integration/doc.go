@@ -10,6 +10,8 @@
 //	CSI_LOOP_LONG   "1" runs the long form of the tests that have one: more
 //	                kills, more cycles, and a kill after every step of every kind
 //	CSI_LOOP_SEED   seed of the random tests, to repeat a run; they print it
+//	CSI_LOOP_SOAK   how many cycles TestSoak makes
+//	CSI_LOOP_FOR    after which time it begins no more of them, such as 20m
 //
 // With -short the repetitive tests do a part of their work.
 //
