@@ -479,7 +479,8 @@ func TestRemove(t *testing.T) {
 		}
 		m.detach(t, manager, d)
 
-		n := must(m.Add(-1))(t)
+		// A high number: others are given the lowest.
+		n := must(m.Add(30000 + os.Getpid()%10000))(t)
 		opener := must(m.node(n, forReading))(t)
 		wantErr(t, "remove an open device", manager.Remove(t.Context(), n), ErrBusy)
 		check(t, opener.Close())
