@@ -63,14 +63,15 @@ test-crash: ## kill the driver at every system call that changes something, and 
 	@hack/deps root
 	CSI_LOOP_ROOT_TESTS=1 $(GO) test -exec $(ROOT) -count=1 -timeout 10h -v $(TESTARGS) ./test/crash/...
 
-# How many lives a soak has, and after which time no more of them begin.
+# How many lives a soak has, and after which time no more of them begin. Its mounts are
+# its own: a mount namespace that somebody makes meanwhile would keep copies of them.
 CYCLES ?= 10000
 FOR    ?=
 
 soak: ## take volumes through CYCLES (10000) lives, 32 at a time, and kill the driver every few seconds; FOR=20m ends it early (root)
 	@hack/deps root
 	CSI_LOOP_SOAK=$(CYCLES) CSI_LOOP_FOR=$(FOR) CSI_LOOP_ROOT_TESTS=1 \
-	  $(GO) test -exec $(ROOT) -count=1 -timeout 24h -v -run 'TestSoak$$' $(TESTARGS) ./test/integration
+	  $(GO) test -exec '$(ROOT) unshare --mount --propagation private' -count=1 -timeout 24h -v -run 'TestSoak$$' $(TESTARGS) ./test/integration
 
 test-vm: ## run the root tests on other kernels in virtual machines, needs no root
 	@hack/deps vm
