@@ -78,8 +78,9 @@ func TestVolumesOfATemplate(t *testing.T) {
 
 	path := e.imageOn(nodes[0], "golden.img")
 	e.csiLoop(nodes[0], "template", "add", name, path)
+	onIt := e.driverOn(nodes[0])
 	e.Cleanup(func() {
-		if _, err := e.exec(context.Background(), installed, e.driverOn(nodes[0]), "csi-loop", "template", "rm", name); err != nil {
+		if _, err := e.exec(context.Background(), installed, onIt, "csi-loop", "template", "rm", name); err != nil {
 			e.Error(err)
 		}
 	})
