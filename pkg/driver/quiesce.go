@@ -145,8 +145,19 @@ func (d *Driver) quiesce(all []writers, limit time.Duration) image.Quiesce {
 }
 
 // freeze freezes filesystems, after it has written down which: what a crash leaves
-// frozen is thawed by the next start.
+// frozen is thawed by the next start. They are not trimmed meanwhile: a trim would wait in
+// the kernel until they are thawed, and this process, if it were killed, with it, while
+// the helper waits for its end.
 func (d *Driver) freeze(ctx context.Context, all []writers, spec mount.FreezeSpec) (resume func() error, err error) {
+	release, err := d.holdTrims(ctx, all)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			release()
+		}
+	}()
 	record, err := d.state.putFreeze(all)
 	if err != nil {
 		return nil, err
@@ -162,6 +173,7 @@ func (d *Driver) freeze(ctx context.Context, all []writers, spec mount.FreezeSpe
 	}
 	began := time.Now()
 	return func() error {
+		defer release()
 		err := f.Thaw()
 		klog.FromContext(ctx).V(1).Info("Thawed", "paths", spec.Paths, "frozenFor", time.Since(began).String(), "freezing", began.Sub(start).String())
 		if errors.Is(err, mount.ErrNotThawed) {
@@ -169,6 +181,28 @@ func (d *Driver) freeze(ctx context.Context, all []writers, spec mount.FreezeSpe
 		}
 		return errors.Join(err, record.drop())
 	}, nil
+}
+
+// holdTrims keeps the filesystems of all writers from being trimmed until release.
+func (d *Driver) holdTrims(ctx context.Context, all []writers) (release func(), err error) {
+	var held []func()
+	release = func() {
+		for _, f := range held {
+			f()
+		}
+	}
+	for _, w := range all {
+		if w.path == "" {
+			continue
+		}
+		one, err := d.trims.hold(ctx, w.volume.ID)
+		if err != nil {
+			release()
+			return nil, err
+		}
+		held = append(held, one)
+	}
+	return release, nil
 }
 
 // thawLeft thaws what an earlier process froze and did not thaw, and nothing else.

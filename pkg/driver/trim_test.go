@@ -172,6 +172,42 @@ func TestUnstageWaitsForOnePartOfATrim(t *testing.T) {
 	}
 }
 
+// A trim of a frozen filesystem would wait in the kernel, where nothing ends it.
+func TestNothingIsTrimmedWhileItIsFrozen(t *testing.T) {
+	n, f, v, end := trimming(t)
+	defer end()
+	f.begun, f.goOn = make(chan struct{}), make(chan struct{})
+	now := n.later(time.Now(), time.Hour)
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		n.d.trimDue(t.Context(), now)
+	}()
+	<-f.begun
+	cut := make(chan error, 1)
+	go func() {
+		_, err := v.snapshot("meanwhile", "copyInUse", "true")
+		cut <- err
+	}()
+	for n.d.trims.isHeld(v.id) == 0 {
+		select {
+		case err := <-cut:
+			t.Fatalf("the snapshot did not wait for the trim: %v", err)
+		default:
+			time.Sleep(time.Millisecond)
+		}
+	}
+	close(f.goOn)
+	<-over
+	n.must(<-cut)
+	if got := f.starts(); len(got) != 1 {
+		t.Errorf("the trim went on: %d", got)
+	}
+	if held := n.d.trims.isHeld(v.id); held != 0 {
+		t.Errorf("held %d times after the snapshot", held)
+	}
+}
+
 func (t *trims) isHeld(id string) int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
