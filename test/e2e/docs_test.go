@@ -60,13 +60,14 @@ func TestTutorials(t *testing.T) {
 func (e *env) follow(page string, steps []step) {
 	e.Helper()
 	const mark = "--- end of block "
-	script := "set -euo pipefail\n"
+	var script strings.Builder
+	script.WriteString("set -euo pipefail\n")
 	for i, s := range steps {
-		script += fmt.Sprintf("%s\necho '%s%d'\n", s.commands, mark, i)
+		fmt.Fprintf(&script, "%s\necho '%s%d'\n", s.commands, mark, i)
 	}
 	ctx, cancel := context.WithTimeout(e.Context(), 4*patience)
 	defer cancel()
-	shell := exec.CommandContext(ctx, "bash", "-c", script)
+	shell := exec.CommandContext(ctx, "bash", "-c", script.String())
 	shell.Env = append(os.Environ(), "PODS=6")
 	var errors strings.Builder
 	shell.Stderr = &errors
