@@ -2,7 +2,6 @@ package image
 
 import (
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"io/fs"
 	"os"
@@ -319,11 +318,6 @@ func ownUUID(f *os.File, fsType string) (string, error) {
 		return "", err
 	}
 	return formatUUID(buf[at : at+16]), nil
-}
-
-func formatUUID(b []byte) string {
-	s := hex.EncodeToString(b)
-	return s[:8] + "-" + s[8:12] + "-" + s[12:16] + "-" + s[16:20] + "-" + s[20:32]
 }
 
 // setNoCow marks a directory, whose new files inherit the mark.
