@@ -27,13 +27,13 @@ var clusterRights = map[string]string{
 }
 
 var snapshotRights = map[string]string{
-	"snapshot.storage.k8s.io/volumesnapshots: get list watch update":                        "csi-provisioner: the source of a restore, its finalizer",
-	"snapshot.storage.k8s.io/volumesnapshotcontents: get list watch update patch":           "csi-snapshotter: makes what they describe; csi-provisioner gets the source of a restore",
-	"snapshot.storage.k8s.io/volumesnapshotcontents/status: update patch":                   "csi-snapshotter: handle, size, readiness",
-	"snapshot.storage.k8s.io/volumesnapshotclasses: list watch":                             "csi-snapshotter: parameters",
-	"groupsnapshot.storage.k8s.io/volumegroupsnapshotcontents: get list watch update patch": "csi-snapshotter: the same for groups",
-	"groupsnapshot.storage.k8s.io/volumegroupsnapshotcontents/status: update patch":         "csi-snapshotter: the same for groups",
-	"groupsnapshot.storage.k8s.io/volumegroupsnapshotclasses: list watch":                   "csi-snapshotter: the same for groups",
+	"snapshot.storage.k8s.io/volumesnapshots: get list watch update":                 "csi-provisioner: the source of a restore, its finalizer",
+	"snapshot.storage.k8s.io/volumesnapshotcontents: get list watch patch":           "csi-snapshotter: makes what they describe; csi-provisioner gets the source of a restore",
+	"snapshot.storage.k8s.io/volumesnapshotcontents/status: update patch":            "csi-snapshotter: handle, size, readiness",
+	"snapshot.storage.k8s.io/volumesnapshotclasses: list watch":                      "csi-snapshotter: parameters",
+	"groupsnapshot.storage.k8s.io/volumegroupsnapshotcontents: get list watch patch": "csi-snapshotter: the same for groups",
+	"groupsnapshot.storage.k8s.io/volumegroupsnapshotcontents/status: update patch":  "csi-snapshotter: the same for groups",
+	"groupsnapshot.storage.k8s.io/volumegroupsnapshotclasses: list watch":            "csi-snapshotter: the same for groups",
 }
 
 var namespaceRights = map[string]string{

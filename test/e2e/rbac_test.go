@@ -34,6 +34,9 @@ var rare = map[string]string{
 	"configmaps update":             "its CA, too",
 	"secrets get":                   "the certificate, when there is one",
 	"configmaps get":                "its CA, too",
+	"volumegroupsnapshots patch":    "a group snapshot whose finalizers are to go while its status changes",
+
+	"volumegroupsnapshotcontents/status patch": "a group snapshot that failed",
 }
 
 // TestRightsAreThoseThatAreUsed needs the other tests and the suite to have run: it
