@@ -17,8 +17,9 @@ const (
 	paramReadBandwidth  = "readBandwidth"  // bytes a second of each pod, a quantity, or max
 	paramWriteBandwidth = "writeBandwidth" //
 	paramReadAhead      = "readAhead"      // bytes, a quantity
+	paramTrim           = "trim"           // whether a thin volume is trimmed in the background: true or false
 
-	mutableKeys = paramReadIOPS + ", " + paramWriteIOPS + ", " + paramReadBandwidth + ", " + paramWriteBandwidth + " and " + paramReadAhead
+	mutableKeys = paramReadIOPS + ", " + paramWriteIOPS + ", " + paramReadBandwidth + ", " + paramWriteBandwidth + ", " + paramReadAhead + " and " + paramTrim
 	// unlimited is io.max's word for no limit.
 	unlimited = "max"
 )
@@ -51,6 +52,8 @@ func setMutable(t *image.Tuning, key, value string) (err error) {
 		t.WriteBandwidth, err = parseBandwidth(key, value)
 	case paramReadAhead:
 		t.ReadAhead, err = parseReadAhead(key, value)
+	case paramTrim:
+		t.Trim, err = parseTrim(key, value)
 	default:
 		return invalidf("mutable parameter %q is not known; known are %s", key, mutableKeys)
 	}
@@ -85,4 +88,11 @@ func parseReadAhead(key, value string) (*int64, error) {
 		return nil, invalidf("parameter %q: %q is not a size such as 128Ki: a multiple of 4096 bytes, at most %d", key, value, image.LargestReadAhead)
 	}
 	return &n, nil
+}
+
+func parseTrim(key, value string) (*bool, error) {
+	if value != "true" && value != "false" {
+		return nil, invalidf("parameter %q: %q is neither true nor false", key, value)
+	}
+	return new(value == "true"), nil
 }

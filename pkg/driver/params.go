@@ -106,7 +106,7 @@ func (p *params) set(key, value string) error {
 		}
 	case paramFreezeTimeout, paramCopyInUse:
 		return p.freeze.set(key, value)
-	case paramReadIOPS, paramWriteIOPS, paramReadBandwidth, paramWriteBandwidth, paramReadAhead:
+	case paramReadIOPS, paramWriteIOPS, paramReadBandwidth, paramWriteBandwidth, paramReadAhead, paramTrim:
 		return setMutable(&p.tuning, key, value)
 	default:
 		return invalidf("parameter %q is not known; known are %s, %s, %s, %s, %s, %s, %s, %s, %s and the mutable ones: %s", key,

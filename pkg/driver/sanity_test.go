@@ -15,6 +15,6 @@ func TestSanityOnFakes(t *testing.T) {
 	config.Address = "unix:" + n.socket
 	config.TargetPath, config.StagingPath = n.dir+"/target", n.dir+"/staging"
 	config.TestVolumeSize, config.TestVolumeExpandSize = 16*mib, 32*mib
-	config.TestVolumeMutableParameters = map[string]string{"readIOPS": "1000", "writeBandwidth": "50Mi", "readAhead": "256Ki"}
+	config.TestVolumeMutableParameters = map[string]string{"readIOPS": "1000", "writeBandwidth": "50Mi", "readAhead": "256Ki", "trim": "false"}
 	sanity.Test(t, config)
 }

@@ -152,7 +152,7 @@ func (d *Driver) trimDue(ctx context.Context, now time.Time) {
 func (d *Driver) dueRecords(now time.Time) []stageRecord {
 	var candidates []stageRecord
 	for _, r := range d.state.list() {
-		if !r.Block && !r.ReadOnly && r.Mapped == nil && !r.Device.none() && d.isThin(r) {
+		if !r.Block && !r.ReadOnly && r.Mapped == nil && !r.Device.none() && d.isTrimmed(r) {
 			candidates = append(candidates, r)
 		}
 	}
@@ -180,13 +180,15 @@ func upTo(most time.Duration) time.Duration {
 	return rand.N(most) //nolint:gosec // nobody gains by guessing it
 }
 
-func (d *Driver) isThin(r stageRecord) bool {
+// isTrimmed tells whether the volume is one to trim: thin, and not excepted by its
+// parameter.
+func (d *Driver) isTrimmed(r stageRecord) bool {
 	if r.Ephemeral {
 		v, ok := d.images.Find(r.VolumeID)
 		return ok && v.Allocation == image.Thin
 	}
 	v, err := d.images.Get(r.VolumeID)
-	return err == nil && v.Allocation == image.Thin
+	return err == nil && v.Allocation == image.Thin && (v.Tuning.Trim == nil || *v.Tuning.Trim)
 }
 
 // trimVolume trims one volume, from where it was interrupted. Under load it is due again
@@ -206,8 +208,8 @@ func (d *Driver) trimVolume(ctx context.Context, r stageRecord, now time.Time) {
 		d.trims.stats.Deferred++
 		logger.V(2).Info("A trim is put off", "reason", load, "done", due.next)
 		return
-	case errors.Is(err, context.Canceled), errors.Is(err, errTrimHeld):
-		return // it is being unstaged, or this is a stop
+	case errors.Is(err, context.Canceled), errors.Is(err, errTrimHeld), errors.Is(err, errTrimOff):
+		return // it is being unstaged, is not to be trimmed any more, or this is a stop
 	case err != nil:
 		d.trims.stats.Failed++
 		logger.Error(err, "A thin volume could not be trimmed")
@@ -219,7 +221,10 @@ func (d *Driver) trimVolume(ctx context.Context, r stageRecord, now time.Time) {
 	d.trims.due[r.VolumeID] = trimDue{at: now.Add(d.cfg.TrimInterval + upTo(d.cfg.TrimJitter))}
 }
 
-var errTrimHeld = errors.New("the volume is being unstaged")
+var (
+	errTrimHeld = errors.New("the volume is being unstaged")
+	errTrimOff  = errors.New("the volume is not to be trimmed any more")
+)
 
 // trimParts trims part by part and keeps in due how far it came. It ends when there is
 // load, and says which.
@@ -236,6 +241,9 @@ func (d *Driver) trimParts(ctx context.Context, r stageRecord, due *trimDue) (lo
 	for length := int64(trimPart); due.next >= 0; {
 		if err := ctx.Err(); err != nil {
 			return "", err
+		}
+		if !d.isTrimmed(r) {
+			return "", errTrimOff
 		}
 		if load := d.load(ctx, r.Device.Number); load != "" {
 			return load, nil

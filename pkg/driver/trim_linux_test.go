@@ -72,7 +72,19 @@ func TestTrimsOnTheRealThing(t *testing.T) {
 			must(os.WriteFile(file, make([]byte, 96*mib), 0o600))
 			full := blocks()
 			must(os.Remove(file))
+			trim := func(value string) {
+				_, err := (&controllerServer{d: d}).ControllerModifyVolume(ctx, &csi.ControllerModifyVolumeRequest{VolumeId: id, MutableParameters: map[string]string{"trim": value}})
+				must(err)
+			}
+			trim("false")
 			now := time.Now()
+			d.trimDue(ctx, now)
+			now = now.Add(2 * time.Hour)
+			d.trimDue(ctx, now)
+			if s := d.TrimStats(); s != (TrimStats{}) {
+				t.Errorf("trimmed though it is off: %+v", s)
+			}
+			trim("true")
 			d.trimDue(ctx, now)
 			for attempt := 1; blocks() > full-80*mib; attempt++ { // XFS frees a removed file a moment later
 				if attempt > 200 {

@@ -4,9 +4,14 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/csi-loop/csi-loop/pkg/mount"
 )
@@ -223,6 +228,68 @@ func TestTrimThatFailsIsCountedAndTriedNextTime(t *testing.T) {
 	n.d.trimDue(t.Context(), now.Add(time.Minute))
 	if s := n.d.TrimStats(); s.Failed != 1 || s.Done != 0 {
 		t.Errorf("stats: %+v", s)
+	}
+}
+
+// TestTrimIsAParameter: a volume that is not to be trimmed is not, from the part after
+// the one at hand on; one that is again, is so within an interval.
+func TestTrimIsAParameter(t *testing.T) {
+	n, f, v, end := trimming(t)
+	defer end()
+	f.begun, f.goOn = make(chan struct{}), make(chan struct{})
+	now := n.later(time.Now(), time.Hour)
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		n.d.trimDue(t.Context(), now)
+	}()
+	<-f.begun
+	n.must(v.modify(map[string]string{"trim": "false"}))
+	close(f.goOn)
+	<-over
+	f.begun = nil
+	if got := f.starts(); len(got) != 1 {
+		t.Fatalf("it went on: %d", got)
+	}
+	now = n.later(now, 3*time.Hour)
+	n.d.trimDue(t.Context(), now)
+	if got := f.starts(); len(got) != 1 || n.d.TrimStats() != (TrimStats{}) {
+		t.Fatalf("trimmed though it is off: %d, %+v", got, n.d.TrimStats())
+	}
+	n.must(v.modify(map[string]string{"readAhead": "1Mi"})) // what is not named stays
+	n.d.trimDue(t.Context(), now.Add(2*time.Hour))
+	if got := f.starts(); len(got) != 1 {
+		t.Fatalf("trimmed after another change: %d", got)
+	}
+	n.must(v.modify(map[string]string{"trim": "true"}))
+	now = n.later(now.Add(2*time.Hour), time.Hour)
+	n.d.trimDue(t.Context(), now)
+	if got := f.starts(); len(got) < 4 || got[1] != 0 || n.d.TrimStats().Done != 1 {
+		t.Errorf("on again: parts %d, %+v", got, n.d.TrimStats())
+	}
+}
+
+// TestTrimIsOfThinVolumes: true is refused where it would mean nothing.
+func TestTrimIsOfThinVolumes(t *testing.T) {
+	n := newFake(t)
+	thick := n.create("thick", 8*mib, mountCap("ext4", oneWriter), nil)
+	if err := thick.modify(map[string]string{"trim": "true", "readAhead": "1Mi"}); status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), thick.id) {
+		t.Errorf("modified: %v", err)
+	}
+	if got := thick.tuning(); !got.IsZero() {
+		t.Errorf("a refused change left %v", got)
+	}
+	n.must(thick.modify(map[string]string{"trim": "false"}))
+	_, err := n.ctrl.CreateVolume(t.Context(), &csi.CreateVolumeRequest{
+		Name: "other", CapacityRange: &csi.CapacityRange{RequiredBytes: 8 * mib},
+		VolumeCapabilities: []*csi.VolumeCapability{mountCap("ext4", oneWriter)}, Parameters: map[string]string{"trim": "true"},
+	})
+	if status.Code(err) != codes.InvalidArgument || len(n.store.List()) != 1 {
+		t.Errorf("created: %v, %v", err, n.store.List())
+	}
+	thin := n.create("thin", 8*mib, mountCap("ext4", oneWriter), map[string]string{"allocation": "thin", "trim": "false"})
+	if got := thin.tuning(); got.Trim == nil || *got.Trim {
+		t.Errorf("made with %v", got)
 	}
 }
 

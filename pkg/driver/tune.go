@@ -87,9 +87,11 @@ func (d *Driver) tune(ctx context.Context, v image.Volume, change image.Tuning) 
 		return v, err
 	}
 	before := v.Tuning
-	if v, err = pool.Tune(ctx, v.ID, change); err != nil {
+	tuned, err := pool.Tune(ctx, v.ID, change)
+	if err != nil {
 		return v, fmt.Errorf("modify volume %q: %w", v.ID, err)
 	}
+	v = tuned
 	if !v.Tuning.Equal(before) {
 		klog.FromContext(ctx).Info("Modified volume", "volume", v.ID, "tuning", v.Tuning.String())
 	}

@@ -18,7 +18,7 @@ import (
 
 func TestParseMutable(t *testing.T) {
 	good := map[string]string{
-		"readIOPS": "1000", "writeIOPS": "max", "readBandwidth": "50Mi", "writeBandwidth": "65536", "readAhead": "256Ki",
+		"readIOPS": "1000", "writeIOPS": "max", "readBandwidth": "50Mi", "writeBandwidth": "65536", "readAhead": "256Ki", "trim": "false",
 		"csi.storage.k8s.io/pvc/name": "data",
 	}
 	got, err := parseMutable(good)
@@ -27,7 +27,7 @@ func TestParseMutable(t *testing.T) {
 	}
 	want := image.Tuning{
 		ReadIOPS: new(int64(1000)), WriteIOPS: new(int64(0)), ReadBandwidth: new(int64(50 << 20)), WriteBandwidth: new(int64(65536)),
-		ReadAhead: new(int64(256 << 10)),
+		ReadAhead: new(int64(256 << 10)), Trim: new(false),
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
@@ -49,6 +49,9 @@ func TestParseMutable(t *testing.T) {
 		{"readAhead", "1Gi"},
 		{"readAhead", "-4096"},
 		{"readAhead", ""},
+		{"trim", ""},
+		{"trim", "on"},
+		{"trim", "True"},
 		{"readiops", "100"},
 		{"pool", "default"},
 		{"", ""},

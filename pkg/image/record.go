@@ -193,7 +193,7 @@ func (s Spec) normalise() (Spec, error) {
 	case s.Ephemeral != nil && s.Ephemeral.Target == "":
 		return s, &SpecError{"Ephemeral", "has no target"}
 	}
-	if err := errors.Join(s.Source.check(), s.Tuning.check()); err != nil {
+	if err := errors.Join(s.Source.check(), s.Tuning.check(s.Allocation)); err != nil {
 		return s, err
 	}
 	options, err := ParseMkfsOptions(s.Filesystem, s.MkfsOptions)

@@ -19,6 +19,9 @@ type Tuning struct {
 	// ReadAhead is how many bytes the kernel reads ahead: a multiple of 4096, or 0
 	// for not at all.
 	ReadAhead *int64 `json:"readAhead,omitempty"`
+	// Trim is whether the filesystem of a thin volume is trimmed in the background,
+	// which it is until this is set. True is for thin volumes only.
+	Trim *bool `json:"trim,omitempty"`
 }
 
 // Bounds of a Tuning's fields. Below the least values a mount or an unmount would
@@ -45,6 +48,9 @@ func (t Tuning) Merge(change Tuning) Tuning {
 	set(&t.ReadBandwidth, change.ReadBandwidth)
 	set(&t.WriteBandwidth, change.WriteBandwidth)
 	set(&t.ReadAhead, change.ReadAhead)
+	if change.Trim != nil {
+		t.Trim = change.Trim
+	}
 	return t
 }
 
@@ -56,7 +62,7 @@ func (t Tuning) Equal(o Tuning) bool {
 			return false
 		}
 	}
-	return true
+	return (t.Trim == nil) == (o.Trim == nil) && (t.Trim == nil || *t.Trim == *o.Trim)
 }
 
 // String shows what is set, for people and logs.
@@ -66,6 +72,9 @@ func (t Tuning) String() string {
 		if f.value != nil {
 			set = append(set, fmt.Sprintf("%s=%d", f.name, *f.value))
 		}
+	}
+	if t.Trim != nil {
+		set = append(set, fmt.Sprintf("Trim=%t", *t.Trim))
 	}
 	return strings.Join(set, " ")
 }
@@ -87,8 +96,8 @@ func (t Tuning) fields() []tuningField {
 	}
 }
 
-// check returns a *SpecError for values that no volume has.
-func (t Tuning) check() error {
+// check returns a *SpecError for values that no volume of that allocation has.
+func (t Tuning) check(a Allocation) error {
 	for _, f := range t.fields() {
 		switch {
 		case f.value == nil || *f.value == 0:
@@ -100,6 +109,9 @@ func (t Tuning) check() error {
 	}
 	if t.ReadAhead != nil && *t.ReadAhead%readAheadUnit != 0 {
 		return &SpecError{"ReadAhead", fmt.Sprintf("%d is not a multiple of %d", *t.ReadAhead, readAheadUnit)}
+	}
+	if a == Thick && t.Trim != nil && *t.Trim {
+		return &SpecError{"Trim", "a thick volume keeps its blocks, only thin ones are trimmed"}
 	}
 	return nil
 }
@@ -120,9 +132,6 @@ func (p *Pool) Tune(ctx context.Context, id string, t Tuning) (Volume, error) {
 	if !ok {
 		return Volume{}, fmt.Errorf("%w: %q", ErrNotFound, id)
 	}
-	if err := t.check(); err != nil {
-		return Volume{}, err
-	}
 	leave, err := p.enter(ctx, dir)
 	if err != nil {
 		return Volume{}, err
@@ -131,6 +140,9 @@ func (p *Pool) Tune(ctx context.Context, id string, t Tuning) (Volume, error) {
 	r, err := p.get(dir)
 	if err != nil {
 		return Volume{}, err
+	}
+	if err := t.check(r.Allocation); err != nil {
+		return Volume{}, fmt.Errorf("tune %s: %w", id, err)
 	}
 	have := r.spec().Tuning
 	tuned := have.Merge(t)

@@ -12,15 +12,15 @@ import (
 func TestTune(t *testing.T) {
 	dir := t.TempDir()
 	s, p := openPool(t, dir)
-	v, err := p.Create(ctx, Spec{Name: "a", Size: 4 * MiB, Tuning: Tuning{WriteIOPS: new(int64(100))}})
+	v, err := p.Create(ctx, Spec{Name: "a", Size: 4 * MiB, Allocation: Thin, Tuning: Tuning{WriteIOPS: new(int64(100)), Trim: new(true)}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	change := Tuning{ReadIOPS: new(int64(0)), ReadAhead: new(int64(1 << 20)), ReadBandwidth: new(int64(1 << 20))}
+	change := Tuning{ReadIOPS: new(int64(0)), ReadAhead: new(int64(1 << 20)), ReadBandwidth: new(int64(1 << 20)), Trim: new(false)}
 	if v, err = p.Tune(ctx, v.ID, change); err != nil {
 		t.Fatal(err)
 	}
-	want := Tuning{ReadIOPS: new(int64(0)), WriteIOPS: new(int64(100)), ReadAhead: new(int64(1 << 20)), ReadBandwidth: new(int64(1 << 20))}
+	want := Tuning{ReadIOPS: new(int64(0)), WriteIOPS: new(int64(100)), ReadAhead: new(int64(1 << 20)), ReadBandwidth: new(int64(1 << 20)), Trim: new(false)}
 	if diff := cmp.Diff(want, v.Tuning); diff != "" {
 		t.Error(diff)
 	}
@@ -57,8 +57,21 @@ func TestTune(t *testing.T) {
 	if _, err := p.Grow(ctx, v.ID, 8*MiB); err != nil {
 		t.Fatal(err)
 	}
-	if again, err := p.Create(ctx, Spec{Name: "a", Size: 8 * MiB}); err != nil || !again.Tuning.Equal(want) {
+	if again, err := p.Create(ctx, Spec{Name: "a", Size: 8 * MiB, Allocation: Thin}); err != nil || !again.Tuning.Equal(want) {
 		t.Errorf("%v, %v", again.Tuning, err)
+	}
+	thick, err := p.Create(ctx, Spec{Name: "thick", Size: 4 * MiB, Tuning: Tuning{Trim: new(false)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Tune(ctx, thick.ID, Tuning{Trim: new(true)}); !errors.As(err, new(*SpecError)) {
+		t.Errorf("a thick volume that is trimmed: %v", err)
+	}
+	if _, err := p.Create(ctx, Spec{Name: "bad", Size: 4 * MiB, Tuning: Tuning{Trim: new(true)}}); !errors.As(err, new(*SpecError)) {
+		t.Errorf("a thick volume made to be trimmed: %v", err)
+	}
+	if err := p.Remove(ctx, thick.ID); err != nil {
+		t.Fatal(err)
 	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)

@@ -239,7 +239,7 @@ func TestClasses(t *testing.T) {
 	all := render(t, everything)
 	a, b := find[*storage.StorageClass](t, all, "a"), find[*storage.StorageClass](t, all, "b")
 	if diff := cmp.Diff(map[string]string{
-		"csi.storage.k8s.io/fstype": "xfs", "pool": "fast", "allocation": "thin", "directIO": "on", "blockSize": "512", "mkfsOptions": "-K", "sourceNode": "required", "readBandwidth": "104857600",
+		"csi.storage.k8s.io/fstype": "xfs", "pool": "fast", "allocation": "thin", "directIO": "on", "blockSize": "512", "mkfsOptions": "-K", "sourceNode": "required", "readBandwidth": "104857600", "copyInUse": "true", "template": "golden",
 	}, a.Parameters); diff != "" {
 		t.Error(diff)
 	}
@@ -250,7 +250,7 @@ func TestClasses(t *testing.T) {
 		t.Errorf("%+v", b)
 	}
 	slow := find[*storage.VolumeAttributesClass](t, all, "slow")
-	if diff := cmp.Diff(map[string]string{"readIOPS": "500", "writeBandwidth": "10Mi", "readAhead": "0"}, slow.Parameters); diff != "" || slow.DriverName != "csi-loop.io" || slow.Labels["tier"] != "slow" {
+	if diff := cmp.Diff(map[string]string{"readIOPS": "500", "writeBandwidth": "10Mi", "readAhead": "0", "trim": "false"}, slow.Parameters); diff != "" || slow.DriverName != "csi-loop.io" || slow.Labels["tier"] != "slow" {
 		t.Error(slow, diff)
 	}
 	s := find[*snapshot.VolumeSnapshotClass](t, all, "s")

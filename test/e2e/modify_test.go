@@ -13,14 +13,15 @@ import (
 
 // TestVolumeAttributesClass: a claim has the parameters of its class from the start,
 // those of another class while its pod runs, and keeps them over its next pod. What
-// the kernel reads ahead is seen in the pod's own sysfs.
+// the kernel reads ahead is seen in the pod's own sysfs, whether the volume is trimmed
+// in its record on the node.
 func TestVolumeAttributesClass(t *testing.T) {
 	e := volumes(t)
 	classes := e.client.StorageV1().VolumeAttributesClasses()
-	class := func(readAhead string) string {
+	class := func(readAhead, trim string) string {
 		made := must[*storagev1.VolumeAttributesClass](e)(classes.Create(e.Context(), &storagev1.VolumeAttributesClass{
 			ObjectMeta: metav1.ObjectMeta{GenerateName: "csi-loop-e2e-", Labels: map[string]string{mark: ""}}, DriverName: driver,
-			Parameters: map[string]string{"readAhead": readAhead, "readIOPS": "5000"},
+			Parameters: map[string]string{"readAhead": readAhead, "readIOPS": "5000", "trim": trim},
 		}, metav1.CreateOptions{}))
 		e.Cleanup(func() {
 			if err := classes.Delete(context.Background(), made.Name, metav1.DeleteOptions{}); err != nil {
@@ -29,11 +30,19 @@ func TestVolumeAttributesClass(t *testing.T) {
 		})
 		return made.Name
 	}
-	first, second := class("64Ki"), class("1Mi")
-	c := claim("tuned", e.class(nil), "64Mi")
+	first, second := class("64Ki", "false"), class("1Mi", "true")
+	c := claim("tuned", e.class(nil, "allocation", "thin"), "64Mi")
 	c.Spec.VolumeAttributesClassName = &first
 	e.createClaim(c)
-	e.run(e.shell("pod", "", "tuned"), corev1.PodRunning)
+	node := e.run(e.shell("pod", "", "tuned"), corev1.PodRunning).Spec.NodeName
+	trims := func(when, want string) {
+		e.Helper()
+		script := fmt.Sprintf("grep -o '\"trim\": [a-z]*' %s/volumes/%s/volume.json", poolDir, e.volumeOf("tuned").Name)
+		if got := e.onNode(node, script); got != `"trim": `+want {
+			t.Errorf("%s its record says %s, not %s", when, got, want)
+		}
+	}
+	trims("made with class "+first, "false")
 	const readAhead = `cat /sys/dev/block/$(awk '$5 == "/data/tuned" {print $3}' /proc/self/mountinfo)/queue/read_ahead_kb`
 	if got := e.sh("pod", readAhead); got != "64" {
 		t.Errorf("made with class %s it reads %s KiB ahead", first, got)
@@ -50,6 +59,7 @@ func TestVolumeAttributesClass(t *testing.T) {
 	if got := e.sh("pod", readAhead); got != "1024" {
 		t.Errorf("changed to class %s it reads %s KiB ahead", second, got)
 	}
+	trims("changed to class "+second, "true")
 	e.stop("pod")
 	e.run(e.shell("next", "", "tuned"), corev1.PodRunning)
 	if got := e.sh("next", readAhead); got != "1024" {

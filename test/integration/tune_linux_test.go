@@ -93,7 +93,7 @@ func TestModifyLive(t *testing.T) {
 				}
 			}
 			holds("nothing was asked for", before, "")
-			must(t, v.modify(map[string]string{"writeBandwidth": "10Mi", "readIOPS": "max", "readAhead": "1Mi"}))
+			must(t, v.modify(map[string]string{"writeBandwidth": "10Mi", "readIOPS": "max", "readAhead": "1Mi", "trim": "false"}))
 			holds("modified", "1024", "rbps=max wbps=10485760 riops=max wiops=max")
 			must(t, v.modify(map[string]string{"readIOPS": "500"}))
 			const both = "rbps=max wbps=10485760 riops=500 wiops=max"

@@ -159,7 +159,7 @@ func (r run) serve(t *testing.T) *sanity.TestConfig {
 	config.TestVolumeAccessType = r.access
 	config.TestVolumeSize = r.size
 	config.TestVolumeExpandSize = 2 * r.size
-	config.TestVolumeMutableParameters = map[string]string{"readIOPS": "1000", "writeBandwidth": "50Mi", "readAhead": "256Ki"}
+	config.TestVolumeMutableParameters = map[string]string{"readIOPS": "1000", "writeBandwidth": "50Mi", "readAhead": "256Ki", "trim": "false"}
 	if r.filesystem != "" {
 		config.TestVolumeParameters = map[string]string{"csi.storage.k8s.io/fstype": r.filesystem}
 	}
