@@ -266,6 +266,7 @@ func TestNoPoolUsable(t *testing.T) {
 
 // Mistakes are dangerous to the pools that are well, so nothing is served.
 func TestMistakesRefuseAllPools(t *testing.T) {
+	t.Parallel()
 	a, b, missing := madePool(t, "a"), madePool(t, "b"), Config{Name: "m", Path: "/nonexistent/m"}
 	twin := Config{Name: "twin", Path: poolDir(t)}
 	copyIdentity(t, a, twin)
@@ -304,6 +305,7 @@ func copyIdentity(t *testing.T, from, to Config) {
 
 // Late pools meet the same checks, and a refusal leaves the others alone.
 func TestMistakesThatAppearLater(t *testing.T) {
+	t.Parallel()
 	a, b := madePool(t, "a"), madePool(t, "b")
 	for words, appear := range map[string]func(t *testing.T) (gone func()){
 		"copy of the other": func(t *testing.T) func() {
@@ -384,6 +386,7 @@ func TestStopWhileOpening(t *testing.T) {
 }
 
 func TestDirectoriesAroundAbsentPoolsCannotBeAllowed(t *testing.T) {
+	t.Parallel()
 	outer := t.TempDir()
 	link := filepath.Join(t.TempDir(), "link")
 	if err := os.Symlink(filepath.Join(outer, "unmounted"), link); err != nil {

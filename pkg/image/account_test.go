@@ -133,6 +133,7 @@ func TestCapacityIsNeverRefused(t *testing.T) {
 
 // TestAccountEqualsDisk does random things and compares with what is on disk.
 func TestAccountEqualsDisk(t *testing.T) {
+	t.Parallel()
 	random := rand.New(rand.NewPCG(1, uint64(time.Now().UnixNano())))
 	dir := poolDir(t)
 	s, p := openPool(t, dir)

@@ -255,6 +255,7 @@ var errCrash = errors.New("crash")
 
 // TestCrashByPanic stops at every kill point in turn, within this process.
 func TestCrashByPanic(t *testing.T) {
+	t.Parallel()
 	steps := scenario()
 	points := 0
 	for n := int64(1); ; n++ {
@@ -311,7 +312,10 @@ func runUntilCrash(t *testing.T, p *Pool, steps []step) (done int, crashed bool)
 
 // TestCrashByKill is the same with SIGKILL and a real process, from the making of
 // the pool on.
-func TestCrashByKill(t *testing.T) { crashByKill(t, poolDir, 1) }
+func TestCrashByKill(t *testing.T) {
+	t.Parallel()
+	crashByKill(t, poolDir, 1)
+}
 
 // crashByKill kills at every stride-th point.
 func crashByKill(t *testing.T, newDir func(testing.TB) string, stride int) {

@@ -92,6 +92,7 @@ func TestRemovalOutlivesItsCallAndItsProcess(t *testing.T) {
 // TestOpenDoesNotWaitForWhatWasRemoved: a start after a crash frees images that may be of
 // any size.
 func TestOpenDoesNotWaitForWhatWasRemoved(t *testing.T) {
+	t.Parallel()
 	dir := poolDir(t)
 	s, _ := openPool(t, dir)
 	if err := s.Close(); err != nil {

@@ -419,6 +419,7 @@ func TestPrivateAgainAfterARestore(t *testing.T) {
 }
 
 func TestOneProcessPerPoolOneDirectoryPerID(t *testing.T) {
+	t.Parallel()
 	dir := poolDir(t)
 	_, p := openPool(t, dir)
 	_, _, err := tryOpen(dir)

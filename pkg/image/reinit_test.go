@@ -14,6 +14,7 @@ func free([]ImageFile) error { return nil }
 // A copied pool gets an identity of its own; its volumes keep their data, under new
 // IDs, and the change can be taken back.
 func TestReinit(t *testing.T) {
+	t.Parallel()
 	dir := poolDir(t)
 	s, p := openPool(t, dir)
 	v := create(t, p, Spec{Name: "pvc-a", Size: MiB})

@@ -68,7 +68,11 @@ func formatted(t *testing.T, spec Spec) bare {
 		t.Fatal(err)
 	}
 	return bareImage(t, s, func(d *os.File) {
-		if err := newTools(toolDirs()).format(ctx, d, s); err != nil {
+		err := newTools(toolDirs()).format(ctx, d, s)
+		if err != nil && os.Geteuid() != 0 && strings.Contains(err.Error(), "cannot check mount status") {
+			t.Skipf("something on this machine is mounted from a loop device, and mkfs.btrfs wants to open it; as root this test runs: %v", err)
+		}
+		if err != nil {
 			t.Fatal(err)
 		}
 	})

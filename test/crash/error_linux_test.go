@@ -70,9 +70,9 @@ func (v *volume) failing(st step, x target, errno syscall.Errno, y *tally) {
 		return gate.Verdict{}
 	})
 	err := st.do(v)
-	hit, _ := v.trap.disarm()
+	hit, calls := v.trap.disarm()
 	when := fmt.Sprintf("%s of %s, %s at %s, %s", st.name, v.name, unix.ErrnoName(errno), x, hit)
-	y.add(st.name, x, hit != nil || x.name == after)
+	y.add(st.name, x, hit, calls)
 	if v.proc.State() != nil {
 		t.Fatalf("%s: the driver ended\n%s", when, v.tail(30))
 	}
