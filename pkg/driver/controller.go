@@ -176,7 +176,7 @@ func (d *Driver) parseCreate(req *csi.CreateVolumeRequest, offer *transfer.Offer
 	if err != nil {
 		return none, c, invalidf("parameter %q: %v", paramMkfsOptions, err)
 	}
-	size, err := c.size()
+	size, err := c.size(image.MinimumSize(acc.fsType))
 	if err != nil {
 		return none, c, err
 	}
@@ -556,7 +556,7 @@ func (s *controllerServer) ControllerExpandVolume(ctx context.Context, req *csi.
 
 // smallestGrown is the smallest size, in bytes, that the kernel resizes a mounted
 // filesystem to, where that is more than what one can be made with. An image must
-// not grow to where its filesystem cannot follow.
+// not grow to where its filesystem cannot follow: it grows to there at least.
 var smallestGrown = map[string]int64{"btrfs": 256 << 20}
 
 // growImage makes the image satisfy the range. A volume is never made smaller.
@@ -567,12 +567,9 @@ func (d *Driver) growImage(ctx context.Context, v image.Volume, c capacity) (ima
 	if c.required <= v.Size {
 		return v, nil
 	}
-	size, err := c.size()
+	size, err := c.size(smallestGrown[v.Filesystem])
 	if err != nil {
 		return v, err
-	}
-	if least := smallestGrown[v.Filesystem]; size < least {
-		return v, outOfRangef("volume %q: a mounted %s can only be resized to %d bytes or more, asked for %d", v.ID, v.Filesystem, least, size)
 	}
 	pool, err := d.pool(v.Pool)
 	if err != nil {

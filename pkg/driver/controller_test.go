@@ -9,6 +9,8 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
+
+	"github.com/csi-loop/csi-loop/pkg/image"
 )
 
 func TestCreateVolumeRefuses(t *testing.T) {
@@ -49,19 +51,22 @@ func TestCreateVolumeRefuses(t *testing.T) {
 		"no MiB in range": {func(r *csi.CreateVolumeRequest) {
 			r.CapacityRange = &csi.CapacityRange{RequiredBytes: 16*mib + 1, LimitBytes: 17*mib - 1}
 		}, codes.OutOfRange, "multiples"},
-		"above the address space":      {func(r *csi.CreateVolumeRequest) { r.CapacityRange.RequiredBytes = 1<<63 - 1 }, codes.OutOfRange, "largest"},
-		"below the filesystem minimum": {func(r *csi.CreateVolumeRequest) { r.VolumeCapabilities[0] = mountCap("xfs", legacy) }, codes.OutOfRange, "xfs"},
-		"larger than the pool":         {func(r *csi.CreateVolumeRequest) { r.CapacityRange.RequiredBytes = 1 << 60 }, codes.ResourceExhausted, "space"},
-		"unknown parameter":            {param("alocation", "thin"), codes.InvalidArgument, `"alocation"`},
-		"bad allocation":               {param("allocation", "fat"), codes.InvalidArgument, `"allocation"`},
-		"bad direct I/O":               {param("directIO", "yes"), codes.InvalidArgument, `"directIO"`},
-		"bad block size":               {param("blockSize", "8192"), codes.InvalidArgument, `"blockSize"`},
-		"odd block size":               {param("blockSize", "1000"), codes.InvalidArgument, `"blockSize"`},
-		"empty pool":                   {param("pool", ""), codes.InvalidArgument, `"pool"`},
-		"unknown pool":                 {param("pool", "fast"), codes.InvalidArgument, `"pool"`},
-		"mkfs option that is a file":   {param("mkfsOptions", "/dev/sda"), codes.InvalidArgument, `"mkfsOptions"`},
-		"mkfs option not allowed":      {param("mkfsOptions", "-F"), codes.InvalidArgument, `"mkfsOptions"`},
-		"mutable parameters":           {func(r *csi.CreateVolumeRequest) { r.MutableParameters = map[string]string{"a": "b"} }, codes.InvalidArgument, "mutable"},
+		"above the address space": {func(r *csi.CreateVolumeRequest) { r.CapacityRange.RequiredBytes = 1<<63 - 1 }, codes.OutOfRange, "largest"},
+		"limit below the filesystem's minimum": {func(r *csi.CreateVolumeRequest) {
+			r.VolumeCapabilities[0] = mountCap("xfs", legacy)
+			r.CapacityRange = &csi.CapacityRange{RequiredBytes: 16 * mib, LimitBytes: 299 * mib}
+		}, codes.OutOfRange, "314572800"},
+		"larger than the pool":       {func(r *csi.CreateVolumeRequest) { r.CapacityRange.RequiredBytes = 1 << 60 }, codes.ResourceExhausted, "space"},
+		"unknown parameter":          {param("alocation", "thin"), codes.InvalidArgument, `"alocation"`},
+		"bad allocation":             {param("allocation", "fat"), codes.InvalidArgument, `"allocation"`},
+		"bad direct I/O":             {param("directIO", "yes"), codes.InvalidArgument, `"directIO"`},
+		"bad block size":             {param("blockSize", "8192"), codes.InvalidArgument, `"blockSize"`},
+		"odd block size":             {param("blockSize", "1000"), codes.InvalidArgument, `"blockSize"`},
+		"empty pool":                 {param("pool", ""), codes.InvalidArgument, `"pool"`},
+		"unknown pool":               {param("pool", "fast"), codes.InvalidArgument, `"pool"`},
+		"mkfs option that is a file": {param("mkfsOptions", "/dev/sda"), codes.InvalidArgument, `"mkfsOptions"`},
+		"mkfs option not allowed":    {param("mkfsOptions", "-F"), codes.InvalidArgument, `"mkfsOptions"`},
+		"mutable parameters":         {func(r *csi.CreateVolumeRequest) { r.MutableParameters = map[string]string{"a": "b"} }, codes.InvalidArgument, "mutable"},
 		"content source": {func(r *csi.CreateVolumeRequest) {
 			r.VolumeContentSource = &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Volume{Volume: &csi.VolumeContentSource_VolumeSource{}}}
 		}, codes.InvalidArgument, "volume_content_source"},
@@ -94,26 +99,69 @@ func TestCreateVolumeSizes(t *testing.T) {
 	n := newFake(t)
 	for name, c := range map[string]struct {
 		given *csi.CapacityRange
+		cap   *csi.VolumeCapability
 		want  int64
 	}{
-		"exact":                   {&csi.CapacityRange{RequiredBytes: 16 * mib, LimitBytes: 16 * mib}, 16 * mib},
-		"one byte more":           {&csi.CapacityRange{RequiredBytes: 16*mib + 1}, 17 * mib},
-		"one byte":                {&csi.CapacityRange{RequiredBytes: 1}, mib},
-		"limit below the default": {&csi.CapacityRange{LimitBytes: 20*mib + 5}, 20 * mib},
-		"nothing asked":           {nil, defaultSize},
+		"exact":                   {&csi.CapacityRange{RequiredBytes: 16 * mib, LimitBytes: 16 * mib}, blockCap(legacy), 16 * mib},
+		"one byte more":           {&csi.CapacityRange{RequiredBytes: 16*mib + 1}, blockCap(legacy), 17 * mib},
+		"one byte":                {&csi.CapacityRange{RequiredBytes: 1}, blockCap(legacy), mib},
+		"one byte of ext2":        {&csi.CapacityRange{RequiredBytes: 1}, mountCap("ext2", legacy), mib},
+		"one byte of ext4":        {&csi.CapacityRange{RequiredBytes: 1}, mountCap("ext4", legacy), 8 * mib},
+		"the least, exactly":      {&csi.CapacityRange{RequiredBytes: 1, LimitBytes: 8 * mib}, mountCap("ext4", legacy), 8 * mib},
+		"limit below the default": {&csi.CapacityRange{LimitBytes: 20*mib + 5}, blockCap(legacy), 20 * mib},
+		"nothing asked":           {nil, blockCap(legacy), defaultSize},
 	} {
 		t.Run(name, func(t *testing.T) {
-			resp, err := n.ctrl.CreateVolume(t.Context(), &csi.CreateVolumeRequest{
-				Name: t.Name(), CapacityRange: c.given, VolumeCapabilities: []*csi.VolumeCapability{blockCap(legacy)},
-				Parameters: map[string]string{"allocation": "thin"},
-			})
-			n.must(err)
-			v := resp.GetVolume()
-			if v.GetCapacityBytes() != c.want {
-				t.Errorf("size %d, want %d", v.GetCapacityBytes(), c.want)
+			for range 2 { // a repeated call finds what the first one made
+				resp, err := n.ctrl.CreateVolume(t.Context(), &csi.CreateVolumeRequest{
+					Name: t.Name(), CapacityRange: c.given, VolumeCapabilities: []*csi.VolumeCapability{c.cap},
+					Parameters: map[string]string{"allocation": "thin"},
+				})
+				n.must(err)
+				v := resp.GetVolume()
+				if v.GetCapacityBytes() != c.want {
+					t.Errorf("size %d, want %d", v.GetCapacityBytes(), c.want)
+				}
+				if got := v.GetAccessibleTopology()[0].GetSegments()["topology.csi-loop.io/node"]; got != "node-a" {
+					t.Errorf("topology %q", got)
+				}
 			}
-			if got := v.GetAccessibleTopology()[0].GetSegments()["topology.csi-loop.io/node"]; got != "node-a" {
-				t.Errorf("topology %q", got)
+		})
+	}
+}
+
+// What was asked for is no less than what is made, and as little more as can be.
+func TestSizesOfFilesystems(t *testing.T) {
+	for name, c := range map[string]struct {
+		filesystem              string
+		from                    int64 // size of a copy's source; 0 for a new volume
+		required, limit, wanted int64 // 0 wanted is OUT_OF_RANGE
+	}{
+		"xfs":                                  {"xfs", 0, 1, 0, 300 * mib},
+		"xfs, one more":                        {"xfs", 0, 300*mib + 1, 0, 301 * mib},
+		"xfs, limit":                           {"xfs", 0, 1, 300*mib - 1, 0},
+		"btrfs":                                {"btrfs", 0, mib, 0, 109 * mib},
+		"raw block":                            {"", 0, 1, 0, mib},
+		"copy in the words of its source":      {"xfs", 300 * mib, 16 * mib, 300 * mib, 300 * mib},
+		"copy, smaller":                        {"xfs", 400 * mib, 16 * mib, 0, 300 * mib}, // refused later
+		"copy of btrfs":                        {"btrfs", 109 * mib, 1, 0, 109 * mib},
+		"copy of btrfs, larger":                {"btrfs", 109 * mib, 110 * mib, 0, 256 * mib},
+		"copy of btrfs, larger, limit":         {"btrfs", 109 * mib, 110 * mib, 255 * mib, 0},
+		"copy of btrfs that grew":              {"btrfs", 256 * mib, 110 * mib, 0, 256 * mib},
+		"copy of btrfs that grew, limit":       {"btrfs", 256 * mib, 110 * mib, 255 * mib, 0},
+		"copy of larger btrfs":                 {"btrfs", 300 * mib, 300 * mib, 0, 300 * mib},
+		"copy of larger btrfs, larger":         {"btrfs", 300 * mib, 301 * mib, 0, 301 * mib},
+		"copy of larger btrfs, much too small": {"btrfs", 300 * mib, 1, 0, 109 * mib}, // refused later
+	} {
+		t.Run(name, func(t *testing.T) {
+			asked := capacity{required: c.required, limit: c.limit}
+			size, err := asked.size(image.MinimumSize(c.filesystem))
+			if c.from != 0 {
+				size, err = asked.copySize(image.Spec{Size: c.from, Filesystem: c.filesystem})
+			}
+			refused := err != nil && codeOf(err) == codes.OutOfRange
+			if refused != (c.wanted == 0) || size != c.wanted {
+				t.Errorf("%d, %v, want %d", size, err, c.wanted)
 			}
 		})
 	}

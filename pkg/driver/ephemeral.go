@@ -51,6 +51,10 @@ func (d *Driver) parseEphemeral(context map[string]string, a access) (params, in
 	if size < 1 || size > maxSize || roundUp(size) > d.cfg.EphemeralMaxSize {
 		return p, 0, outOfRangef("attribute %q: %d bytes, in whole MiB, are not between 1 and %d, which this node allows", paramSize, size, d.cfg.EphemeralMaxSize)
 	}
+	filesystem := or(a.fsType, defaultFilesystem)
+	if size = max(roundUp(size), image.MinimumSize(filesystem)); size > d.cfg.EphemeralMaxSize {
+		return p, 0, outOfRangef("attribute %q: %s needs at least %d bytes, and this node allows %d", paramSize, filesystem, size, d.cfg.EphemeralMaxSize)
+	}
 	allowed := d.cfg.EphemeralPools
 	if len(allowed) == 0 {
 		allowed = []string{d.cfg.DefaultPool}
@@ -58,7 +62,7 @@ func (d *Driver) parseEphemeral(context map[string]string, a access) (params, in
 	if !slices.Contains(allowed, d.poolName(p.pool)) {
 		return p, 0, invalidf("attribute %q: inline ephemeral volumes may be in %q, not in %q", paramPool, allowed, d.poolName(p.pool))
 	}
-	return p, roundUp(size), nil
+	return p, size, nil
 }
 
 // publishEphemeral makes, attaches and mounts an inline ephemeral volume. One that

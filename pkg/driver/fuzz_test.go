@@ -13,18 +13,23 @@ import (
 
 // FuzzCapacity: whatever the numbers, a size that is chosen satisfies them.
 func FuzzCapacity(f *testing.F) {
-	f.Add(int64(0), int64(0))
-	f.Add(int64(1), int64(1))
-	f.Add(int64(1<<20+1), int64(1<<21))
-	f.Add(int64(1<<62), int64(1<<63-1))
-	f.Fuzz(func(t *testing.T, required, limit int64) {
+	f.Add(int64(0), int64(0), int64(1))
+	f.Add(int64(1), int64(1), int64(1))
+	f.Add(int64(1<<20+1), int64(1<<21), int64(8))
+	f.Add(int64(1<<20), int64(0), int64(300))
+	f.Add(int64(1<<62), int64(1<<63-1), int64(109))
+	f.Fuzz(func(t *testing.T, required, limit, least int64) {
+		least = (least & 511) * sizeUnit
 		c, err := parseCapacity(&csi.CapacityRange{RequiredBytes: required, LimitBytes: limit})
 		if err != nil {
 			return
 		}
-		size, err := c.size()
-		if err == nil && (size <= 0 || size%sizeUnit != 0 || !c.holds(size)) {
-			t.Errorf("size %d for required %d and limit %d", size, required, limit)
+		size, err := c.size(least)
+		if err == nil && (size <= 0 || size%sizeUnit != 0 || size < least || !c.holds(size)) {
+			t.Errorf("size %d for required %d, limit %d and at least %d", size, required, limit, least)
+		}
+		if err != nil && limit == 0 {
+			t.Errorf("nothing is large enough for required %d: %v", required, err)
 		}
 	})
 }

@@ -387,7 +387,13 @@ func TestEphemeral(t *testing.T) {
 	}
 	code(t, inline(map[string]string{"size": "2Gi"}).publish("a", false), codes.OutOfRange)
 	code(t, inline(map[string]string{"mkfsOptions": "-m 1"}).publish("a", false), codes.InvalidArgument)
-	v := inline(map[string]string{"size": "16Mi"})
+	v := inline(map[string]string{"size": "1"}) // made as large as ext4 has to be
+	n.must(v.publish("a", false))
+	if have, ok := n.store.Find(v.id); !ok || have.Size != 8*mib {
+		t.Errorf("%+v", have)
+	}
+	n.must(v.unpublish("a"))
+	v = inline(map[string]string{"size": "16Mi"})
 	n.must(v.publish("a", false))
 	n.must(v.publish("a", false))
 	code(t, v.publish("a", true), codes.AlreadyExists)

@@ -67,12 +67,9 @@ func (d *Driver) parseCopy(req *csi.CreateVolumeRequest, p params, c capacity, s
 			return none, outOfRangef("capacity_range: the source has %d bytes, limit_bytes is %d", from.Size, c.limit)
 		}
 	}
-	size, err := c.size()
+	size, err := c.copySize(from)
 	if err != nil {
 		return none, err
-	}
-	if least := smallestGrown[from.Filesystem]; size > from.Size && size < least {
-		return none, outOfRangef("capacity_range: a %s can only grow to %d bytes or more, asked for %d", from.Filesystem, least, size)
 	}
 	if !p.hasBlockSize {
 		p.blockSize = from.BlockSize
@@ -81,6 +78,22 @@ func (d *Driver) parseCopy(req *csi.CreateVolumeRequest, p params, c capacity, s
 		Name: req.GetName(), Size: size, Allocation: p.allocation, Filesystem: acc.fsType,
 		BlockSize: p.blockSize, DirectIO: p.directIO, MkfsOptions: from.MkfsOptions, Source: src, Tuning: p.tuning,
 	}}, nil
+}
+
+// copySize chooses the size of a copy: what is required, rounded up to what a new
+// volume with that filesystem would get. So the claim that a source was made for, in
+// the same words, is enough for a copy of it. A size below the source's may come of
+// it, which is for others to refuse.
+func (c capacity) copySize(from image.Spec) (int64, error) {
+	size, err := c.size(image.MinimumSize(from.Filesystem))
+	grown := smallestGrown[from.Filesystem]
+	switch {
+	case err != nil || size == from.Size || size >= grown || from.Size > grown:
+		return size, err
+	case size < from.Size: // from has grown from such a size, to the next one that there is
+		return c.size(from.Size)
+	}
+	return c.size(grown)
 }
 
 // sourceSpec describes the source of a copy: by the copy itself, if it exists, as the

@@ -28,6 +28,9 @@ func TestRestoreAndClone(t *testing.T) {
 	s, err := v.snapshot("s")
 	n.must(err)
 	restore := fromSnapshot(s.GetSnapshotId())
+	least := n.create("least", 1, mountCap("ext4", oneWriter), nil)
+	tiny, err := least.snapshot("tiny")
+	n.must(err)
 	for name, c := range map[string]struct {
 		src    *csi.VolumeContentSource
 		cap    *csi.VolumeCapability
@@ -40,6 +43,8 @@ func TestRestoreAndClone(t *testing.T) {
 		"thin":         {restore, mountCap("ext4", oneWriter), 16 * mib, map[string]string{"allocation": "thin"}, 16 * mib},
 		"fs-unnamed":   {restore, mountCap("", oneWriter), 16 * mib, nil, 16 * mib},
 		"larger":       {restore, mountCap("ext4", oneWriter), 33 * mib, nil, 33 * mib},
+		"one byte":     {fromSnapshot(tiny.GetSnapshotId()), mountCap("ext4", oneWriter), 1, nil, 8 * mib},
+		"cloned-byte":  {least.asSource(), mountCap("ext4", oneWriter), 1, nil, 8 * mib},
 		"cloned":       {v.asSource(), mountCap("ext4", oneWriter), 16 * mib, nil, 16 * mib},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -55,6 +60,7 @@ func TestRestoreAndClone(t *testing.T) {
 		})
 	}
 	n.deleteSnapshot(s.GetSnapshotId())
+	n.deleteSnapshot(tiny.GetSnapshotId())
 	_, err = n.copy("restored", restore, 16*mib, mountCap("ext4", oneWriter), nil)
 	n.must(err) // it exists: its source is of no interest
 	_, err = n.copy("too-late", restore, 16*mib, mountCap("ext4", oneWriter), nil)

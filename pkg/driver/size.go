@@ -40,8 +40,9 @@ func parseCapacity(r *csi.CapacityRange) (capacity, error) {
 }
 
 // size chooses the size of a new volume: what is required, rounded up to the
-// next MiB, else the default, cut to the limit.
-func (c capacity) size() (int64, error) {
+// next MiB and to least, the smallest that its filesystem can have; else the
+// default, cut to the limit. OUT_OF_RANGE if the limit is in the way.
+func (c capacity) size(least int64) (int64, error) {
 	want := c.required
 	if want == 0 {
 		want = defaultSize
@@ -49,9 +50,12 @@ func (c capacity) size() (int64, error) {
 			want = c.limit &^ (sizeUnit - 1)
 		}
 	}
-	size := roundUp(want)
-	if size == 0 || c.limit > 0 && size > c.limit {
+	size := max(roundUp(want), least)
+	switch {
+	case size == 0, c.limit > 0 && roundUp(want) > c.limit:
 		return 0, outOfRangef("capacity_range: sizes are multiples of %d bytes and none lies between required_bytes %d and limit_bytes %d", sizeUnit, c.required, c.limit)
+	case c.limit > 0 && size > c.limit:
+		return 0, outOfRangef("capacity_range: the filesystem needs at least %d bytes, limit_bytes is %d", least, c.limit)
 	}
 	return size, nil
 }

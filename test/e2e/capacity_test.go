@@ -138,10 +138,28 @@ func TestWrongParametersAreNamed(t *testing.T) {
 	}
 }
 
-func TestSmallVolumeSaysTheMinimum(t *testing.T) {
+// A claim for less than the filesystem can be is bound to the least that it can, which
+// is what the volume and the claim say; and so is a clone that is claimed in the same words.
+func TestSmallClaimGetsTheMinimum(t *testing.T) {
 	e := volumes(t)
-	e.createClaim(claim("small", e.class(immediate, "csi.storage.k8s.io/fstype", "xfs"), "16Mi"))
-	e.eventSays("small", "ProvisioningFailed", "at least 314572800 bytes")
+	class := e.class(immediate, "csi.storage.k8s.io/fstype", "xfs")
+	e.createClaim(claim("small", class, "16Mi"))
+	check := func(name string) {
+		t.Helper()
+		volume := e.volumeOf(name)
+		made := must[*corev1.PersistentVolumeClaim](e)(e.client.CoreV1().PersistentVolumeClaims(e.namespace).Get(t.Context(), name, metav1.GetOptions{}))
+		for what, got := range map[string]resource.Quantity{
+			"volume": volume.Spec.Capacity[corev1.ResourceStorage], "claim": made.Status.Capacity[corev1.ResourceStorage],
+		} {
+			if got.Value() != 300<<20 {
+				t.Errorf("the %s of %s says %s", what, name, got.String())
+			}
+		}
+	}
+	check("small")
+	e.createClaim(cloned("clone", class, "16Mi", "small"))
+	check("clone")
+	e.run(e.shell("user", "", "small", "clone"), corev1.PodRunning)
 }
 
 // Provisioning that was asked for before the class could be served goes on by

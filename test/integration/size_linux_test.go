@@ -253,22 +253,64 @@ func TestCapacityIsExact(t *testing.T) {
 }
 
 // TestExpandBtrfsBelowItsResizeMinimum: btrfs resizes only to 256 MiB or more, so an
-// expansion to less must be refused before the image grows, or satisfied in full.
+// expansion to less goes there, and is refused where the limit forbids that.
 func TestExpandBtrfsBelowItsResizeMinimum(t *testing.T) {
 	s := newSite(t, siteConfig{})
 	v := s.volume(btrfs, "small").up()
 	ctx := context.Background()
-	r := &csi.CapacityRange{RequiredBytes: 192 * mib}
-	c, err := s.controller().ControllerExpandVolume(ctx, &csi.ControllerExpandVolumeRequest{VolumeId: v.id, CapacityRange: r, VolumeCapability: v.capability()})
-	if err == nil {
-		v.want = c.GetCapacityBytes()
-		_, err := s.node().NodeExpandVolume(ctx, &csi.NodeExpandVolumeRequest{VolumeId: v.id, VolumePath: v.target(0), CapacityRange: r})
-		if err != nil {
-			t.Errorf("ControllerExpandVolume accepts %d bytes, and then: %s", c.GetCapacityBytes(), explain(err))
-		}
-	} else {
-		wantCode(t, "ControllerExpandVolume", err, codes.OutOfRange)
-		v.step("size", v.checkSize())
+	expand := func(r *csi.CapacityRange) (int64, error) {
+		c, err := s.controller().ControllerExpandVolume(ctx, &csi.ControllerExpandVolumeRequest{VolumeId: v.id, CapacityRange: r, VolumeCapability: v.capability()})
+		return c.GetCapacityBytes(), err
 	}
+	_, err := expand(&csi.CapacityRange{RequiredBytes: 192 * mib, LimitBytes: 255 * mib})
+	wantCode(t, "ControllerExpandVolume to what cannot be", err, codes.OutOfRange)
+	v.step("size as it was", v.checkSize())
+
+	r := &csi.CapacityRange{RequiredBytes: 192 * mib}
+	for range 2 {
+		if v.want, err = expand(r); err != nil || v.want != 256*mib {
+			t.Errorf("ControllerExpandVolume: %d, %v", v.want, err)
+		}
+	}
+	_, err = s.node().NodeExpandVolume(ctx, &csi.NodeExpandVolumeRequest{VolumeId: v.id, VolumePath: v.target(0), CapacityRange: r})
+	v.step("NodeExpandVolume", err)
+	v.step("size", v.checkSize())
 	v.down()
+}
+
+// TestSmallestVolumes: who asks for less than a filesystem can be gets the least that
+// it can, and that is what is said and what there is; restores are asked for in the same
+// words.
+func TestSmallestVolumes(t *testing.T) {
+	s := newSite(t, siteConfig{poolFS: "xfs"})
+	groups := csi.NewGroupControllerClient(s.client())
+	for fs, want := range map[string]int64{"ext2": mib, "ext3": 8 * mib, "ext4": 8 * mib, "xfs": 300 * mib, "btrfs": 109 * mib} {
+		check := func(v *volume, steps ...func() error) *volume {
+			v.want = want
+			for _, step := range steps {
+				v.step("its life", step())
+			}
+			if size, err := deviceSize(v.device()); err != nil || size != want {
+				t.Errorf("%s: the device has %d bytes, want %d: %v", fs, size, want, err)
+			}
+			return v
+		}
+		up := func(v *volume) *volume {
+			return check(v, v.create, v.create, v.stage, func() error { return v.publish(0, false) })
+		}
+		v := up(s.volume(kind{name: fs, fs: fs, size: 1}, "tiny-"+fs))
+		v.step("write", os.WriteFile(filepath.Join(v.target(0), "file"), []byte("there is room"), 0o600))
+		made, err := groups.CreateVolumeGroupSnapshot(t.Context(), &csi.CreateVolumeGroupSnapshotRequest{Name: fs, SourceVolumeIds: []string{v.id}})
+		must(t, err)
+		r := s.volume(v.kind, "restored-"+fs)
+		r.source = &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{Snapshot: &csi.VolumeContentSource_SnapshotSource{
+			SnapshotId: made.GetGroupSnapshot().GetSnapshots()[0].GetSnapshotId(),
+		}}}
+		up(r)
+		v.step("read", compareFile(filepath.Join(r.target(0), "file"), []byte("there is room"), 0))
+		_, err = groups.DeleteVolumeGroupSnapshot(t.Context(), &csi.DeleteVolumeGroupSnapshotRequest{GroupSnapshotId: made.GetGroupSnapshot().GetGroupSnapshotId()})
+		must(t, err)
+		r.downChecked(t)
+		v.downChecked(t)
+	}
 }
