@@ -261,7 +261,7 @@ test-e2e: ## run our tests against the cluster of KUBECONFIG, where csi-loop is 
 test-docs: ## run every command of docs/tutorials against that cluster
 	@$(MAKE) --no-print-directory test-e2e TESTARGS=-run=Tutorials
 
-e2e-suite: ## run Kubernetes' own storage suite against it, on SUITE_FILESYSTEMS (xfs ext4)
+e2e-suite: ## run Kubernetes' own storage suite against it, on SUITE_FILESYSTEMS (xfs ext4 groups)
 	@bin=$$($(E2E) run ./build suite) && test/e2e/suite/run $$bin $(E2E_RESULTS) $(SUITE_FILESYSTEMS)
 
 e2e-rights: ## compare what csi-loop asked the API for, in the tests so far, with what it may
