@@ -156,9 +156,10 @@ func (s *groupServer) DeleteVolumeGroupSnapshot(ctx context.Context, req *csi.De
 		return nil, err
 	}
 	defer unlock()
-	if _, err := d.oneGroup(id, req.GetSnapshotIds()); err != nil {
-		return &csi.DeleteVolumeGroupSnapshotResponse{}, ignoreNotFound(err)
+	if _, err := d.oneGroup(id, req.GetSnapshotIds()); ignoreNotFound(err) != nil {
+		return nil, err
 	}
+	// Also if it is gone: an earlier call may not have removed all of its snapshots.
 	if err := d.images.RemoveGroup(ctx, id); err != nil {
 		return nil, fmt.Errorf("delete group snapshot %q: %w", id, err)
 	}

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"slices"
 	"time"
 )
@@ -275,7 +274,7 @@ func (s *Store) FindGroup(name string) (Group, bool) {
 // RemoveGroup makes a group snapshot and all of its snapshots not exist; an ID that
 // is unknown here is success. Errors are those of RemoveSnapshot. After one, the
 // group is there as a whole, or it is gone and the space of its snapshots is free
-// after the next start at the latest.
+// after the next successful call, or the next start.
 func (s *Store) RemoveGroup(ctx context.Context, id string) error {
 	p, dir, ok := s.Lookup(id)
 	if !ok {
@@ -287,12 +286,19 @@ func (s *Store) RemoveGroup(ctx context.Context, id string) error {
 	}
 	defer leave()
 	r, err := p.getGroup(dir)
-	switch {
-	case errors.Is(err, ErrNotFound):
-		return nil
-	case err != nil:
+	if err == nil {
+		err = s.removeGroup(ctx, p, dir, r)
+	}
+	if err != nil && !errors.Is(err, ErrNotFound) {
 		return err
 	}
+	return s.removeStrays(ctx, id)
+}
+
+// removeGroup removes the record of a group, so that its snapshots do not exist any
+// more; their files are there still.
+// Precondition: the group's lock is held.
+func (s *Store) removeGroup(ctx context.Context, p *Pool, dir string, r groupRecord) error {
 	// All of them first, so that the group is not gone while one is read.
 	for _, m := range r.Members {
 		if member, dir, ok := s.Lookup(m.Snapshot); ok {
@@ -303,9 +309,9 @@ func (s *Store) RemoveGroup(ctx context.Context, id string) error {
 			defer leave()
 		}
 	}
-	p.log(ctx).Info("Removing a group snapshot, as asked", "group", id, "snapshots", len(r.Members))
+	p.log(ctx).Info("Removing a group snapshot, as asked", "group", VolumeID(p.ID(), dir), "snapshots", len(r.Members))
 	gone := gonePrefix + dir + "-" + rand.Text()[:8]
-	err = renameNew(p.groups, dir, p.root, gone)
+	err := renameNew(p.groups, dir, p.root, gone)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return opError("remove", dir, err)
 	}
@@ -318,28 +324,12 @@ func (s *Store) RemoveGroup(ctx context.Context, id string) error {
 	delete(p.groupRecords, dir)
 	p.mu.Unlock()
 	await(ctx, p.eraseAll(gone))
-	return s.removeMembers(ctx, r)
-}
-
-// removeMembers removes the snapshots of a group that is gone.
-// Precondition: their locks are held.
-func (s *Store) removeMembers(ctx context.Context, r groupRecord) error {
-	var errs []error
 	for _, m := range r.Members {
-		p, dir, ok := s.Lookup(m.Snapshot)
-		if !ok {
-			continue // the opening of its pool removes it
-		}
-		member, err := p.getSnapshot(dir)
-		if err != nil {
-			continue
-		}
-		if err := p.removeSnapshot(ctx, dir, member); err != nil {
-			p.unsettle(dir, member)
-			errs = append(errs, err)
+		if p, dir, ok := s.Lookup(m.Snapshot); ok { // else the opening of its pool removes it
+			p.unsettle(dir)
 		}
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
 // loadGroups reads the records of group snapshots. One that cannot be read keeps
@@ -375,61 +365,4 @@ func (p *Pool) loadGroup(dir string) (groupRecord, error) {
 	}
 	defer d.Close()
 	return readRecord(d, groupFile, dir, parseGroup)
-}
-
-// settleGroups decides which of the found snapshots of groups exist: those that
-// their group's record names. Those of a group that has no record are removed, as
-// a call was interrupted. Where the record's pool is not open nobody can tell yet.
-func (s *Store) settleGroups(ctx context.Context) {
-	for _, p := range s.set.Load().pools {
-		for dir, r := range p.unsettledCuts() {
-			q, group, ok := s.Lookup(r.Group)
-			if !ok {
-				continue
-			}
-			record, err := q.getGroup(group)
-			switch {
-			case err == nil && slices.ContainsFunc(record.Members, func(m groupMember) bool { return m.Snapshot == VolumeID(p.ID(), dir) }):
-				p.settleCut(dir, r)
-			case err == nil, errors.Is(err, ErrNotFound):
-				p.dropCut(ctx, dir, r)
-			}
-		}
-	}
-}
-
-func (p *Pool) unsettledCuts() map[string]snapshotRecord {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return maps.Clone(p.unsettled)
-}
-
-func (p *Pool) settleCut(dir string, r snapshotRecord) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	delete(p.unsettled, dir)
-	p.cuts[dir] = r
-}
-
-// unsettle is for a snapshot whose group is gone and that could not be removed: it does
-// not exist any more, and settleGroups removes it.
-func (p *Pool) unsettle(dir string, r snapshotRecord) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	delete(p.cuts, dir)
-	p.unsettled[dir] = r
-}
-
-// dropCut removes a snapshot that never came to be.
-func (p *Pool) dropCut(ctx context.Context, dir string, r snapshotRecord) {
-	p.log(ctx).Info("Removing a snapshot that an interrupted call left", "snapshot", VolumeID(p.ID(), dir), "group", r.Group)
-	gone := gonePrefix + dir + "-" + rand.Text()[:8]
-	if err := renameNew(p.snapshots, dir, p.root, gone); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		p.leftBehind(snapshotsDir+"/"+dir, err)
-		return
-	}
-	await(ctx, p.eraseAll(gone))
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	delete(p.unsettled, dir)
 }

@@ -183,6 +183,7 @@ func (p *Pool) forgetSnapshot(dir string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.cuts, dir)
+	delete(p.unsettled, dir)
 }
 
 func (p *Pool) snapshotCount() int {
