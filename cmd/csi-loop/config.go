@@ -170,6 +170,8 @@ type plan struct {
 	stopTimeout   time.Duration
 	// transferRate bounds copies between nodes, in bytes a second; 0 is no bound.
 	transferRate int64
+	// eventInterval is how often problems of volumes are looked for; 0 is never.
+	eventInterval time.Duration
 }
 
 // resolve checks everything that can be checked without looking at the machine.
@@ -236,18 +238,21 @@ func (c *config) resolve(version string) (plan, error) {
 
 // resolveTrims checks how often thin volumes are trimmed.
 func (c *config) resolveTrims(d *driver.Config) error {
-	for _, v := range []struct {
-		flag string
-		text scalar
-		to   *time.Duration
-	}{{"--trim-interval", c.TrimInterval, &d.TrimInterval}, {"--trim-jitter", c.TrimJitter, &d.TrimJitter}} {
-		t, err := time.ParseDuration(string(v.text))
-		if err != nil || t < 0 {
-			return usagef("%s %q: is not a time such as 24h, or 0", v.flag, v.text)
-		}
-		*v.to = t
+	var err error
+	if d.TrimInterval, err = parseInterval("--trim-interval", c.TrimInterval); err != nil {
+		return err
 	}
-	return nil
+	d.TrimJitter, err = parseInterval("--trim-jitter", c.TrimJitter)
+	return err
+}
+
+// parseInterval reads how often something is done; 0 is never.
+func parseInterval(flag string, text scalar) (time.Duration, error) {
+	t, err := time.ParseDuration(string(text))
+	if err != nil || t < 0 {
+		return 0, usagef("%s %q: is not a time such as 24h, or 0", flag, text)
+	}
+	return t, nil
 }
 
 // resolveEphemeral checks the bounds of inline ephemeral volumes.

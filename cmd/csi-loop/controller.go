@@ -63,9 +63,15 @@ func serveController(ctx context.Context, p plan, m *metrics) (err error) {
 	}
 	roster := kube.NewRoster(client, p.driver.Name)
 	group.Go(func() error { roster.Run(ctx); return nil })
+	var notices router.Notices
+	if p.eventInterval > 0 {
+		events := kube.NewNotices(ctx, client, p.driver.Name)
+		group.Go(func() error { events.Run(ctx); return nil })
+		notices = events
+	}
 	return routeCSI(ctx, p, m, group, router.Config{
 		Auth:   &kube.Reviewer{Client: reviews, Namespace: p.link.Namespace, ServiceAccount: p.link.NodeServiceAccount},
-		Claims: &kube.Claims{Client: client, Driver: p.driver.Name},
+		Claims: &kube.Claims{Client: client, Driver: p.driver.Name}, Notices: notices,
 		Roster: roster, Certificate: func() (*tls.Certificate, error) { return certificate() },
 	}, func(ctx context.Context, tell func([]string)) {
 		(&kube.Replicas{Client: client, Namespace: p.link.Namespace, Driver: p.driver.Name, Self: p.link.LinkAdvertise, Tell: tell}).Run(ctx)
@@ -101,5 +107,8 @@ func routeCSI(ctx context.Context, p plan, m *metrics, group *errgroup.Group, cf
 	})
 	group.Go(func() error { replicas(ctx, r.SetReplicas); return nil })
 	group.Go(func() error { r.WatchOrphans(ctx); return nil })
+	if p.eventInterval > 0 {
+		group.Go(func() error { r.WatchProblems(ctx, p.eventInterval); return nil })
+	}
 	return group.Wait()
 }

@@ -107,6 +107,7 @@ func (f *serveFlags) linkFlags(fs *pflag.FlagSet) {
 	fs.StringVar(&f.LinkCAConfigMap, "link-ca-configmap", "", "controller: ConfigMap where the nodes find its CA (key ca.crt)")
 	fs.StringVar(&f.LinkTLSDir, "link-tls-dir", "", "controller: directory with a certificate that is given, tls.crt and tls.key, instead")
 	fs.StringVar(&f.Kubeconfig, "kubeconfig", "", "controller: file that says how to reach the API server, outside a cluster")
+	fs.Var(&f.EventInterval, "event-interval", "controller: how often volumes are looked at for problems that their claims get events of; 0 never")
 }
 
 // String, Set and Type make scalar a flag.
@@ -195,6 +196,7 @@ func (f *serveFlags) load(fs *pflag.FlagSet, lookup func(string) (string, bool))
 		"link-ca-configmap":     func() { c.LinkCAConfigMap = f.LinkCAConfigMap },
 		"link-tls-dir":          func() { c.LinkTLSDir = f.LinkTLSDir },
 		"kubeconfig":            func() { c.Kubeconfig = f.Kubeconfig },
+		"event-interval":        func() { c.EventInterval = f.EventInterval },
 		"endpoint":              func() { c.Endpoint = f.Endpoint },
 		"node-id":               func() { c.NodeID = f.NodeID },
 		"default-pool":          func() { c.DefaultPool = f.DefaultPool },

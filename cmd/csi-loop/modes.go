@@ -41,10 +41,14 @@ type linkConfig struct {
 	LinkCAConfigMap    string `json:"linkCAConfigMap"`
 	LinkTLSDir         string `json:"linkTLSDir"`
 	Kubeconfig         string `json:"kubeconfig"`
+	EventInterval      scalar `json:"eventInterval"`
 }
 
+// defaultEventInterval is how often the controller looks for problems to tell of.
+const defaultEventInterval = "5m"
+
 func defaultLinkConfig() linkConfig {
-	return linkConfig{ControllerName: link.DefaultName, LinkListen: ":9808", TransferRate: "0"}
+	return linkConfig{ControllerName: link.DefaultName, LinkListen: ":9808", TransferRate: "0", EventInterval: defaultEventInterval}
 }
 
 // setting is a flag of one mode, and what was said with it.
@@ -89,6 +93,7 @@ func (c *config) settings() []setting {
 		{"link-ca-configmap", c.LinkCAConfigMap, controller},
 		{"link-tls-dir", c.LinkTLSDir, controller},
 		{"kubeconfig", c.Kubeconfig, controller},
+		{"event-interval", said(string(c.EventInterval), defaultEventInterval), controller},
 	}
 }
 
@@ -187,6 +192,9 @@ func (c *config) resolveController(version string) (plan, error) {
 	}
 	var err error
 	if p.transferRate, err = c.resolveTransferRate(); err != nil {
+		return p, err
+	}
+	if p.eventInterval, err = parseInterval("--event-interval", c.EventInterval); err != nil {
 		return p, err
 	}
 	p.stopTimeout, err = c.stopTime()

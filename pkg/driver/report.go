@@ -172,6 +172,9 @@ func (d *Driver) addStaging(ctx context.Context, out *report.Volume, r stageReco
 	if now, ok := d.state.get(r.VolumeID); !ok || now.Device != r.Device || d.locks.busy(lockKey(r.VolumeID)) {
 		return
 	}
+	if text := d.tuning.problem(r.VolumeID); text != "" {
+		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonNotTuned, "mutable parameters are recorded, and not in force: %s", text)
+	}
 	for _, found := range p {
 		out.Problems = append(out.Problems, problem(kindOf(found.GetStatus()), found.GetReason(), found.GetMessage()))
 	}

@@ -34,6 +34,7 @@ import (
 
 	"github.com/csi-loop/csi-loop/internal/roottest"
 	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/report"
 	"github.com/csi-loop/csi-loop/pkg/router/link"
 )
 
@@ -204,6 +205,7 @@ type cluster struct {
 	auth   *fakeAuth
 	roster *fakeRoster
 	claims *fakeClaims
+	told   *fakeNotices
 	clock  *clock
 	dir    string
 	conn   *grpc.ClientConn // of the sidecars
@@ -229,6 +231,7 @@ func newCluster(tb testing.TB) *cluster {
 	c := &cluster{
 		tb: tb, ca: newAuthority(tb), dir: dir, clock: &clock{},
 		claims: &fakeClaims{refs: References{PVs: map[string]string{}, Claims: map[string]string{}}},
+		told:   &fakeNotices{},
 		auth:   &fakeAuth{tokens: map[string]Identity{}}, roster: &fakeRoster{registered: map[string]bool{}},
 	}
 	c.cert.Store(c.ca.issue(tb, link.DefaultName))
@@ -269,7 +272,7 @@ func (c *cluster) start() {
 	must(c.tb, err)
 	c.router = New(Config{
 		Driver: driver, Version: "v-controller", Controller: every,
-		Auth: c.auth, Roster: c.roster, Claims: c.claims, Self: c.address, Now: c.clock.now,
+		Auth: c.auth, Roster: c.roster, Claims: c.claims, Notices: c.told, Self: c.address, Now: c.clock.now,
 		Certificate: func() (*tls.Certificate, error) { return c.cert.Load(), nil },
 	})
 	ctx, cancel := context.WithCancel(context.Background())
@@ -396,6 +399,7 @@ type fakeNode struct {
 	sources  link.Sources         // nil: a node that knows no copies between nodes
 	proofs   func(p *link.Pool)
 	lies     string // ID of a pool that it speaks of and does not have
+	says     atomic.Pointer[report.Machine]
 
 	mu    sync.Mutex
 	token string

@@ -13,6 +13,9 @@ import (
 // Report lets a node of a test say what it has, and more.
 func (n *fakeNode) report(context.Context) (report.Machine, error) {
 	n.called("Report")
+	if m := n.says.Load(); m != nil {
+		return *m, nil
+	}
 	m := report.Machine{Time: time.Now()}
 	for _, p := range n.pools {
 		m.Pools = append(m.Pools, report.Pool{Name: p.name, ID: p.id})

@@ -54,6 +54,8 @@ type Config struct {
 	Auth   Authenticator
 	Roster Roster
 	Claims Claims
+	// Notices is for WatchProblems only.
+	Notices Notices
 	// Certificate is asked for at each connection.
 	Certificate func() (*tls.Certificate, error)
 

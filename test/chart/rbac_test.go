@@ -23,7 +23,7 @@ var clusterRights = map[string]string{
 	"/persistentvolumeclaims/status: patch":                  "csi-resizer: the new size and conditions",
 	"storage.k8s.io/storageclasses: list watch":              "csi-provisioner: parameters, capacity of each class",
 	"storage.k8s.io/volumeattributesclasses: get list watch": "csi-provisioner: that of a new claim; csi-resizer: that of a claim to be changed",
-	"/events: create patch":                                  "csi-provisioner and csi-resizer: what a person must know; leader elections",
+	"/events: create patch":                                  "csi-loop: what is wrong with volumes; csi-provisioner and csi-resizer: what a person must know; leader elections",
 }
 
 var snapshotRights = map[string]string{
