@@ -2,7 +2,11 @@ package main
 
 import (
 	"context"
+	"encoding/json"
+	"fmt"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +17,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	core "k8s.io/api/core/v1"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes/fake"
 
@@ -21,6 +26,7 @@ import (
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
+	"github.com/csi-loop/csi-loop/pkg/report"
 	"github.com/csi-loop/csi-loop/pkg/router"
 	"github.com/csi-loop/csi-loop/pkg/router/kube"
 	"github.com/csi-loop/csi-loop/pkg/router/link"
@@ -40,7 +46,9 @@ func (oneToken) Authenticate(_ context.Context, token string) (router.Identity, 
 // pools. The pool "late" is absent; moving late there brings it in.
 type halves struct {
 	socket, late, lateHome string
-	volume                 string // in the pool late
+	volume                 string // in the pool late, bound to the claim shop/data
+	metrics                *metrics
+	client                 *fake.Clientset
 }
 
 func newHalves(t *testing.T) *halves {
@@ -69,7 +77,8 @@ func newHalves(t *testing.T) *halves {
 	d, err := driver.New(driver.Config{Name: driver.DefaultName, Version: "v1", NodeID: "n1", StateDir: place.state, DefaultPool: "default"}, images, nil, loops, mount.New())
 	must(err)
 
-	client := fake.NewClientset()
+	client := fake.NewClientset(boundVolume(h.volume))
+	h.client, h.metrics = client, newMetrics(build{})
 	certificates := &kube.Certificates{Client: client, Namespace: "ns", Secret: "s", ConfigMap: "c", ServerName: link.DefaultName}
 	must(certificates.Ensure(ctx))
 	bundle, err := client.CoreV1().ConfigMaps("ns").Get(ctx, "c", meta.GetOptions{})
@@ -83,7 +92,7 @@ func newHalves(t *testing.T) *halves {
 	address := l.Addr().String()
 	must(l.Close())
 	p := plan{
-		mode: modeController, endpoint: "unix://" + h.socket, stopTimeout: time.Second, driver: driver.Config{Name: driver.DefaultName, Version: "v1", NodeID: "n1", DefaultPool: "default"},
+		mode: modeController, endpoint: "unix://" + h.socket, stopTimeout: time.Second, eventInterval: 20 * time.Millisecond, driver: driver.Config{Name: driver.DefaultName, Version: "v1", NodeID: "n1", DefaultPool: "default"},
 		link: linkConfig{LinkListen: address, LinkAdvertise: address, ControllerAddress: []string{address}, ControllerCA: ca, LinkTokenFile: token, ControllerName: link.DefaultName},
 	}
 	running, stop := context.WithCancel(context.Background())
@@ -92,10 +101,12 @@ func newHalves(t *testing.T) *halves {
 	settings.Refresh = 20 * time.Millisecond
 	agent := link.NewAgent(settings)
 	group.Go(func() error { agent.Run(running); return nil })
+	notices := kube.NewNotices(running, client, driver.DefaultName)
+	group.Go(func() error { notices.Run(running); return nil })
 	done := make(chan error, 1)
 	go func() {
-		done <- routeCSI(running, p, newMetrics(build{}), group, router.Config{
-			Auth: oneToken{}, Roster: noRoster{}, Claims: noClaims{}, Certificate: certificates.Get,
+		done <- routeCSI(running, p, h.metrics, group, router.Config{
+			Auth: oneToken{}, Roster: noRoster{}, Claims: noClaims{}, Notices: notices, Certificate: certificates.Get,
 		}, func(ctx context.Context, tell func([]string)) {
 			tell([]string{address})
 			<-ctx.Done()
@@ -113,6 +124,57 @@ func newHalves(t *testing.T) *halves {
 		}
 	})
 	return h
+}
+
+// boundVolume is a PersistentVolume on n1 that the claim shop/data has.
+func boundVolume(id string) *core.PersistentVolume {
+	return &core.PersistentVolume{
+		ObjectMeta: meta.ObjectMeta{Name: "pvc-late"},
+		Spec: core.PersistentVolumeSpec{
+			PersistentVolumeSource: core.PersistentVolumeSource{CSI: &core.CSIPersistentVolumeSource{Driver: driver.DefaultName, VolumeHandle: id}},
+			ClaimRef:               &core.ObjectReference{Namespace: "shop", Name: "data", UID: "u"},
+			NodeAffinity: &core.VolumeNodeAffinity{Required: &core.NodeSelector{NodeSelectorTerms: []core.NodeSelectorTerm{{
+				MatchExpressions: []core.NodeSelectorRequirement{{Key: "topology." + driver.DefaultName + "/node", Operator: core.NodeSelectorOpIn, Values: []string{"n1"}}},
+			}}}},
+		},
+		Status: core.PersistentVolumeStatus{Phase: core.VolumeBound},
+	}
+}
+
+// What the nodes report comes to who asks the controller, and what is wrong to the
+// claim: that its pool is absent, and that it is there again.
+func TestReportsOverTheLink(t *testing.T) {
+	roottest.Require(t)
+	h := newHalves(t)
+	event := func(reason string) func() error {
+		return func() error {
+			list, err := h.client.CoreV1().Events("shop").List(t.Context(), meta.ListOptions{})
+			if err != nil {
+				return err
+			}
+			for _, e := range list.Items {
+				if e.Reason == reason && e.InvolvedObject.Name == "data" && e.InvolvedObject.Kind == "PersistentVolumeClaim" && strings.Contains(e.Message, h.volume) {
+					return nil
+				}
+			}
+			return fmt.Errorf("events: %+v", list.Items)
+		}
+	}
+	eventually(t, "the claim has an event of its pool", event("PoolAbsent"))
+	if err := os.Rename(h.late, h.lateHome); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the claim has an event of its recovery", event("VolumeRecovered"))
+	w := httptest.NewRecorder()
+	h.metrics.showReport(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/report", nil))
+	var c report.Cluster
+	if err := json.Unmarshal(w.Body.Bytes(), &c); err != nil || len(c.Nodes) != 1 {
+		t.Fatal(w.Body, err)
+	}
+	n := c.Nodes[0]
+	if n.Name != "n1" || n.State != report.Linked || n.Error != "" || len(n.Pools) != 2 || len(n.Volumes) != 1 || n.Volumes[0].ID != h.volume {
+		t.Errorf("%+v", n)
+	}
 }
 
 // The two halves together: a volume is made and removed over the link; a pool that
