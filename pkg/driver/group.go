@@ -141,7 +141,7 @@ func (d *Driver) oneGroup(id string, snapshots []string) (image.Group, error) {
 }
 
 // DeleteVolumeGroupSnapshot removes a group snapshot with all its snapshots. One that is
-// unknown is gone already.
+// unknown is gone already; of a damaged one whatever there is goes.
 func (s *groupServer) DeleteVolumeGroupSnapshot(ctx context.Context, req *csi.DeleteVolumeGroupSnapshotRequest) (*csi.DeleteVolumeGroupSnapshotResponse, error) {
 	d, id := s.d, req.GetGroupSnapshotId()
 	if id == "" {
@@ -156,7 +156,7 @@ func (s *groupServer) DeleteVolumeGroupSnapshot(ctx context.Context, req *csi.De
 		return nil, err
 	}
 	defer unlock()
-	if _, err := d.oneGroup(id, req.GetSnapshotIds()); ignoreNotFound(err) != nil {
+	if _, err := d.oneGroup(id, req.GetSnapshotIds()); ignoreNotFound(err) != nil && !errors.Is(err, image.ErrDamaged) {
 		return nil, err
 	}
 	// Also if it is gone: an earlier call may not have removed all of its snapshots.

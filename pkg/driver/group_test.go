@@ -3,6 +3,8 @@ package driver
 import (
 	"errors"
 	"io"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 
@@ -76,6 +78,32 @@ func TestGroupSnapshotLife(t *testing.T) {
 		t.Errorf("left: %v", left)
 	}
 	v.down("pod")
+}
+
+// Of a damaged group nothing can be used, but it can be deleted.
+func TestDamagedGroupSnapshotIsDeleted(t *testing.T) {
+	n := newFake(t)
+	v := n.create("v", mib, blockCap(oneWriter), nil)
+	made, err := csi.NewGroupControllerClient(n.conn).CreateVolumeGroupSnapshot(t.Context(), &csi.CreateVolumeGroupSnapshotRequest{Name: "g", SourceVolumeIds: []string{v.id}})
+	n.must(err)
+	g := made.GetGroupSnapshot()
+	n.must(os.WriteFile(filepath.Join(n.pool[0].Path, "groups", "g", "group.json"), []byte("{"), 0o600))
+	n.restart()
+	groups := csi.NewGroupControllerClient(n.conn)
+	_, err = groups.GetVolumeGroupSnapshot(t.Context(), &csi.GetVolumeGroupSnapshotRequest{GroupSnapshotId: g.GetGroupSnapshotId()})
+	code(t, err, codes.DataLoss)
+	for range 2 {
+		_, err = groups.DeleteVolumeGroupSnapshot(t.Context(), &csi.DeleteVolumeGroupSnapshotRequest{
+			GroupSnapshotId: g.GetGroupSnapshotId(), SnapshotIds: []string{g.GetSnapshots()[0].GetSnapshotId()},
+		})
+		n.must(err)
+	}
+	_, err = groups.GetVolumeGroupSnapshot(t.Context(), &csi.GetVolumeGroupSnapshotRequest{GroupSnapshotId: g.GetGroupSnapshotId()})
+	code(t, err, codes.NotFound)
+	if left, err := os.ReadDir(filepath.Join(n.pool[0].Path, "snapshots")); err != nil || len(left) != 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	n.must(volume{n: n, id: v.id}.delete())
 }
 
 func TestSnapshotMetadata(t *testing.T) {

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"slices"
 	"time"
 )
@@ -140,8 +139,15 @@ func (s *Store) snapshotGroup(ctx context.Context, spec GroupSpec, quiesce Quies
 	if have, ok := s.FindGroup(spec.Name); ok {
 		return have, have.equal(spec)
 	}
-	if _, err := p.getGroup(g.dir); !errors.Is(err, ErrNotFound) {
+	switch r, err := p.getGroup(g.dir); {
+	case err == nil && r.Name == spec.Name: // not all of it is there
+		_, err := s.group(g.id(), r)
+		return Group{}, err
+	case !errors.Is(err, ErrNotFound):
 		return Group{}, errors.Join(err, fmt.Errorf("%w: another group has its directory", ErrIncompatible))
+	}
+	if err := p.clearGroup(g.dir); err != nil {
+		return Group{}, err
 	}
 	g.record = groupRecord{
 		FormatVersion: groupVersion, Name: spec.Name, Independent: spec.Independent,
@@ -203,6 +209,8 @@ func (g *cutGroup) commit(cuts []*cutting) error {
 	}
 	p.store.kill("group: renamed")
 	if err := p.groups.Sync(); err != nil {
+		// If it cannot be taken back it is a record of snapshots that are: clearGroup
+		// and the next start remove it.
 		if back := renameNew(p.groups, g.dir, p.root, work); back == nil {
 			p.discard(work)
 		}
@@ -269,100 +277,4 @@ func (s *Store) FindGroup(name string) (Group, bool) {
 		}
 	}
 	return Group{}, false
-}
-
-// RemoveGroup makes a group snapshot and all of its snapshots not exist; an ID that
-// is unknown here is success. Errors are those of RemoveSnapshot. After one, the
-// group is there as a whole, or it is gone and the space of its snapshots is free
-// after the next successful call, or the next start.
-func (s *Store) RemoveGroup(ctx context.Context, id string) error {
-	p, dir, ok := s.Lookup(id)
-	if !ok {
-		return nil
-	}
-	leave, err := p.enter(ctx, groupLock(dir))
-	if err != nil {
-		return err
-	}
-	defer leave()
-	r, err := p.getGroup(dir)
-	if err == nil {
-		err = s.removeGroup(ctx, p, dir, r)
-	}
-	if err != nil && !errors.Is(err, ErrNotFound) {
-		return err
-	}
-	return s.removeStrays(ctx, id)
-}
-
-// removeGroup removes the record of a group, so that its snapshots do not exist any
-// more; their files are there still.
-// Precondition: the group's lock is held.
-func (s *Store) removeGroup(ctx context.Context, p *Pool, dir string, r groupRecord) error {
-	// All of them first, so that the group is not gone while one is read.
-	for _, m := range r.Members {
-		if member, dir, ok := s.Lookup(m.Snapshot); ok {
-			leave, err := member.enter(ctx, snapshotLock(dir))
-			if err != nil {
-				return err
-			}
-			defer leave()
-		}
-	}
-	p.log(ctx).Info("Removing a group snapshot, as asked", "group", VolumeID(p.ID(), dir), "snapshots", len(r.Members))
-	gone := gonePrefix + dir + "-" + rand.Text()[:8]
-	err := renameNew(p.groups, dir, p.root, gone)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return opError("remove", dir, err)
-	}
-	p.store.kill("remove group: renamed")
-	if err := p.groups.Sync(); err != nil && renameNew(p.root, gone, p.groups, dir) == nil {
-		return opError("sync", groupsDir, err)
-	}
-	p.store.kill("remove group: committed")
-	p.mu.Lock()
-	delete(p.groupRecords, dir)
-	p.mu.Unlock()
-	await(ctx, p.eraseAll(gone))
-	for _, m := range r.Members {
-		if p, dir, ok := s.Lookup(m.Snapshot); ok { // else the opening of its pool removes it
-			p.unsettle(dir)
-		}
-	}
-	return nil
-}
-
-// loadGroups reads the records of group snapshots. One that cannot be read keeps
-// its snapshots from being served, and from being removed.
-func (p *Pool) loadGroups() error {
-	content, err := names(p.groups)
-	if err != nil {
-		return poolError(p.config, "%w", err)
-	}
-	for _, dir := range content {
-		r, err := p.loadGroup(dir)
-		if scarce(err) {
-			return poolError(p.config, "%s/%s: %w", groupsDir, dir, err)
-		}
-		if err != nil {
-			err = fmt.Errorf("%s/%s/%s: %w", p.Path(), groupsDir, dir, err)
-			p.once("refuse group "+dir).Error(err, "Refusing a group snapshot", "group", VolumeID(p.ID(), dir))
-			p.damagedCut[groupLock(dir)] = err
-			continue
-		}
-		p.groupRecords[dir] = r
-	}
-	return nil
-}
-
-func (p *Pool) loadGroup(dir string) (groupRecord, error) {
-	if !validDir(dir) {
-		return groupRecord{}, fmt.Errorf("%w: not a name that csi-loop gives", ErrDamaged)
-	}
-	d, err := openDirAt(p.groups, dir)
-	if err != nil {
-		return groupRecord{}, openError(dir, err)
-	}
-	defer d.Close()
-	return readRecord(d, groupFile, dir, parseGroup)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io/fs"
 	"maps"
 	"slices"
@@ -15,8 +16,10 @@ import (
 // settleGroups decides which of the found snapshots of groups exist: those that
 // their group's record names. Those of a group that has no record are removed, as
 // a call was interrupted. Where the record's pool is not open nobody can tell yet.
+// A record of which there is no snapshot is removed, too.
 func (s *Store) settleGroups(ctx context.Context) {
-	for _, p := range s.set.Load().pools {
+	pools := s.set.Load().pools
+	for _, p := range pools {
 		for dir, r := range p.unsettledCuts() {
 			q, group, ok := s.Lookup(r.Group)
 			if !ok {
@@ -31,6 +34,44 @@ func (s *Store) settleGroups(ctx context.Context) {
 			}
 		}
 	}
+	for _, p := range pools {
+		for dir, r := range p.groupList() {
+			p.dropEmptyGroup(ctx, dir, r)
+		}
+	}
+}
+
+// dropEmptyGroup removes a group's record if there is nothing of its snapshots: of a
+// commit that could not be taken back whole, or when they were removed by hand. While
+// a call works on the group its snapshots are not all known.
+func (p *Pool) dropEmptyGroup(ctx context.Context, dir string, r groupRecord) {
+	unlock, ok := p.locks.tryLock(groupLock(dir))
+	if !ok {
+		return
+	}
+	defer unlock()
+	for _, m := range r.Members {
+		q, member, open := p.store.Lookup(m.Snapshot)
+		if !open {
+			return
+		}
+		if _, err := q.getSnapshot(member); !errors.Is(err, ErrNotFound) {
+			return
+		}
+		if _, err := statAt(q.snapshots, member); !errors.Is(err, fs.ErrNotExist) {
+			return
+		}
+	}
+	p.log(ctx).Info("Removing a group snapshot of which there is nothing", "group", VolumeID(p.ID(), dir), "snapshots", len(r.Members))
+	if err := p.hideGroup(dir, func(string) {}); err != nil {
+		p.leftBehind(groupsDir+"/"+dir, err)
+	}
+}
+
+func (p *Pool) groupList() map[string]groupRecord {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return maps.Clone(p.groupRecords)
 }
 
 func (p *Pool) unsettledCuts() map[string]snapshotRecord {
@@ -95,4 +136,39 @@ func (p *Pool) dropCut(ctx context.Context, dir string, r snapshotRecord) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.unsettled, dir)
+}
+
+// loadGroups reads the records of group snapshots. One that cannot be read keeps
+// its snapshots from being served, and from being removed but with the group.
+func (p *Pool) loadGroups() error {
+	content, err := names(p.groups)
+	if err != nil {
+		return poolError(p.config, "%w", err)
+	}
+	for _, dir := range content {
+		r, err := p.loadGroup(dir)
+		if scarce(err) {
+			return poolError(p.config, "%s/%s: %w", groupsDir, dir, err)
+		}
+		if err != nil {
+			err = fmt.Errorf("%s/%s/%s: %w", p.Path(), groupsDir, dir, err)
+			p.once("refuse group "+dir).Error(err, "Refusing a group snapshot", "group", VolumeID(p.ID(), dir))
+			p.damagedCut[groupLock(dir)] = err
+			continue
+		}
+		p.groupRecords[dir] = r
+	}
+	return nil
+}
+
+func (p *Pool) loadGroup(dir string) (groupRecord, error) {
+	if !validDir(dir) {
+		return groupRecord{}, fmt.Errorf("%w: not a name that csi-loop gives", ErrDamaged)
+	}
+	d, err := openDirAt(p.groups, dir)
+	if err != nil {
+		return groupRecord{}, openError(dir, err)
+	}
+	defer d.Close()
+	return readRecord(d, groupFile, dir, parseGroup)
 }

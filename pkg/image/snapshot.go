@@ -184,6 +184,7 @@ func (p *Pool) forgetSnapshot(dir string) {
 	defer p.mu.Unlock()
 	delete(p.cuts, dir)
 	delete(p.unsettled, dir)
+	delete(p.damagedCut, snapshotLock(dir)) // of a group that was removed
 }
 
 func (p *Pool) snapshotCount() int {

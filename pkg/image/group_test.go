@@ -1,0 +1,217 @@
+package image
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// sabotage is a store's kill points at which a directory of the pool becomes one that
+// every call fails on, as a disk does that has gone.
+type sabotage struct {
+	t     *testing.T
+	point string
+	dir   **os.File // nil is nothing
+	whole *os.File
+}
+
+func (s *sabotage) at(point string) {
+	if s.dir == nil || point != s.point {
+		return
+	}
+	f, err := os.Open(s.t.TempDir())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		s.t.Fatal(err)
+	}
+	s.whole, *s.dir = *s.dir, f
+}
+
+func (s *sabotage) mend() { *s.dir, s.dir = s.whole, nil }
+
+// pair is a pool with two volumes, and the group that is made of them.
+func pair(t *testing.T, dir string, options ...Option) (*Store, *Pool, GroupSpec) {
+	t.Helper()
+	s, p := openPool(t, dir, options...)
+	v, w := create(t, p, Spec{Name: "v", Size: MiB}), create(t, p, Spec{Name: "w", Size: MiB})
+	return s, p, GroupSpec{Name: "g", Sources: []string{v.ID, w.ID}}
+}
+
+// wantNoGroup fails unless there is nothing of a group, nor of any snapshot.
+func wantNoGroup(t *testing.T, s *Store, p *Pool, name string) {
+	t.Helper()
+	_, err := s.GetGroup(VolumeID(p.ID(), DirName(name)))
+	wantError(t, err, ErrNotFound)
+	groups, err := os.ReadDir(filepath.Join(p.Path(), groupsDir))
+	if err != nil || len(groups) != 0 || len(s.ListSnapshots()) != 0 || p.snapshotEntries(t) != 0 {
+		t.Errorf("groups %v, snapshots %v and %d entries are left: %v", groups, s.ListSnapshots(), p.snapshotEntries(t), err)
+	}
+	if h := p.Health(); len(h) != 0 {
+		t.Errorf("problems %+v", h)
+	}
+}
+
+// A commit that fails, and cannot be taken back either, leaves the group's record. It
+// is not in the way of the next try, and the next start does not take it for a group.
+func TestGroupThatCouldNotBeTakenBack(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		dir, broken := poolDir(t), &sabotage{t: t, point: "group: renamed"}
+		s, p, spec := pair(t, dir, withKill(broken.at))
+		broken.dir = &p.groups
+		if _, err := s.SnapshotGroup(ctx, spec, nil); err == nil {
+			t.Fatal("a group was made without a disk")
+		}
+		broken.mend()
+		if left, err := os.ReadDir(filepath.Join(dir, groupsDir)); err != nil || len(left) != 1 {
+			t.Fatalf("the record is not left: the test shows nothing: %v %v", left, err)
+		}
+		if restart {
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			s, p = openPool(t, dir)
+			wantNoGroup(t, s, p, spec.Name)
+		}
+		g, err := s.SnapshotGroup(ctx, spec, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := s.GetGroup(g.ID); err != nil || len(got.Snapshots) != 2 || !got.Created.Equal(g.Created) {
+			t.Errorf("%+v, %v", got, err)
+		}
+		if err := s.RemoveGroup(ctx, g.ID); err != nil {
+			t.Fatal(err)
+		}
+		wantNoGroup(t, s, p, spec.Name)
+		wantClean(t, dir)
+		wantAccount(t, s, p)
+	}
+}
+
+// A group that is gone has no snapshots, also if they could not be removed with it.
+func TestNoSnapshotOfAGroupThatIsGone(t *testing.T) {
+	dir, broken := poolDir(t), &sabotage{t: t, point: "remove group: committed"}
+	s, p, spec := pair(t, dir, withKill(broken.at))
+	g, err := s.SnapshotGroup(ctx, spec, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	broken.dir = &p.snapshots
+	if s.RemoveGroup(ctx, g.ID) == nil {
+		t.Fatal("removed without a disk")
+	}
+	broken.mend()
+	if p.snapshotEntries(t) != 2 {
+		t.Fatal("its snapshots were removed: the test shows nothing")
+	}
+	if left := s.ListSnapshots(); len(left) != 0 {
+		t.Errorf("snapshots of a group that is gone: %+v", left)
+	}
+	for _, member := range g.Snapshots {
+		_, err := s.GetSnapshot(member.ID)
+		wantError(t, err, ErrNotFound)
+	}
+	if err := s.RemoveGroup(ctx, g.ID); err != nil { // as CSI wants it
+		t.Error(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s, p = openPool(t, dir)
+	wantNoGroup(t, s, p, spec.Name)
+	wantClean(t, dir)
+	wantAccount(t, s, p)
+}
+
+// A damaged group is refused, and can be removed with all that there is of it.
+func TestDamagedGroupCanBeRemoved(t *testing.T) {
+	for name, damage := range map[string]func(dir, member string) error{
+		"record": func(dir, _ string) error {
+			return os.WriteFile(filepath.Join(dir, groupsDir, "g", groupFile), []byte(`{"formatVersion": 1}`), 0o600)
+		},
+		"no record": func(dir, _ string) error { return os.Remove(filepath.Join(dir, groupsDir, "g", groupFile)) },
+		"record of a snapshot": func(dir, member string) error {
+			return os.WriteFile(filepath.Join(dir, snapshotsDir, member, snapshotFile), []byte(`{}`), 0o600)
+		},
+		"a snapshot is gone": func(dir, member string) error { return os.RemoveAll(filepath.Join(dir, snapshotsDir, member)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := poolDir(t)
+			s, p, spec := pair(t, dir)
+			other := snap(t, p, "other", spec.Sources[0])
+			g, err := s.SnapshotGroup(ctx, spec, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			_, member, _ := ParseID(g.Snapshots[1].ID)
+			if err := damage(dir, member); err != nil {
+				t.Fatal(err)
+			}
+			s, p = openPool(t, dir)
+			_, err = s.GetGroup(g.ID)
+			wantError(t, err, ErrDamaged)
+			_, err = s.SnapshotGroup(ctx, spec, nil)
+			wantError(t, err, ErrDamaged)
+			for range 2 {
+				if err := s.RemoveGroup(ctx, g.ID); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if left := s.ListSnapshots(); len(left) != 1 || left[0].ID != other.ID {
+				t.Errorf("%+v", left)
+			}
+			if err := p.RemoveSnapshot(ctx, other.ID); err != nil {
+				t.Error(err)
+			}
+			wantNoGroup(t, s, p, spec.Name)
+			wantClean(t, dir)
+			wantAccount(t, s, p)
+		})
+	}
+}
+
+// A record of which there is no snapshot is not a group; one of whose snapshots some
+// may be in a pool that is not open may be one.
+func TestGroupOfNothing(t *testing.T) {
+	dirs := []string{poolDir(t), poolDir(t)}
+	s := poolPair(t, dirs)
+	pools := s.Pools()
+	v, w := create(t, pools[0], Spec{Name: "v", Size: MiB}), create(t, pools[1], Spec{Name: "w", Size: MiB})
+	g, err := s.SnapshotGroup(ctx, GroupSpec{Name: "g", Sources: []string{v.ID, w.ID}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, member := range g.Snapshots { // of one pool each
+		poolID, dir, _ := ParseID(member.ID)
+		at := dirs[0]
+		if poolID == pools[1].ID() {
+			at = dirs[1]
+		}
+		if err := os.RemoveAll(filepath.Join(at, snapshotsDir, dir)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	poolID, _, _ := ParseID(g.ID)
+	record := 0
+	if poolID == pools[1].ID() {
+		record = 1
+	}
+	alone, _ := openPool(t, dirs[record])
+	if _, err = alone.GetGroup(g.ID); err == nil || errors.Is(err, ErrNotFound) {
+		t.Errorf("without its other pool the group is certainly not there: %v", err)
+	}
+	if err := alone.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s = poolPair(t, dirs)
+	wantNoGroup(t, s, s.Pools()[record], "g")
+}
