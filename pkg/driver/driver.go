@@ -218,15 +218,15 @@ func (c Config) HasRecords() bool {
 }
 
 // Close ends the jobs that calls started, which take back what they did, and lets go
-// of the held devices, which stay bound for the next start, and of the state
-// directory. It must be called after the last request has ended, before the pools
+// of the held devices, which stay bound for the next start, of the process that
+// freezes, and of the state directory. It must be called after the last request has ended, before the pools
 // are closed.
 func (d *Driver) Close() error {
 	d.jobs.stop()
 	d.tuning.end()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	var errs []error
+	errs := []error{d.freezer.EndHelper()}
 	for ref, dev := range d.held {
 		errs = append(errs, dev.Close())
 		delete(d.held, ref)

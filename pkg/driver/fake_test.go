@@ -283,6 +283,9 @@ type fakeFrozen struct {
 	paths []string
 }
 
+// EndHelper has nothing to end.
+func (k *fakeKernel) EndHelper() error { return nil }
+
 // Freeze stops nobody, and notes what is frozen.
 func (k *fakeKernel) Freeze(_ context.Context, s mount.FreezeSpec) (frozen, error) {
 	k.mu.Lock()

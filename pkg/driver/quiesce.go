@@ -21,6 +21,7 @@ import (
 type freezer interface {
 	Freeze(ctx context.Context, s mount.FreezeSpec) (frozen, error)
 	Thaw(path string) error
+	EndHelper() error
 }
 
 // frozen is filesystems that are frozen until Thaw.

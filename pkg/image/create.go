@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"sync"
 	"syscall"
 
 	"k8s.io/klog/v2"
@@ -251,9 +250,7 @@ func note(d *os.File, r record) (wait func() error, err error) {
 	if err != nil {
 		return nil, err
 	}
-	done := make(chan error, 1)
-	go func() { done <- opError("write", recordFile, writeSynced(d, recordFile, content)) }()
-	return sync.OnceValue(func() error { return <-done }), nil
+	return writeAside(d, recordFile, content), nil
 }
 
 // furnish makes the filesystem, or makes that of a copy one of its own, and syncs the

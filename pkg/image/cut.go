@@ -27,6 +27,7 @@ type cutting struct {
 	data     int64 // bytes that a copy, which is no reflink, has to copy
 	space    *reservation
 	record   snapshotRecord
+	noted    func() error // waits until the record is synced; nil as long as nobody writes it
 }
 
 // cutAll makes snapshots of one moment: all of them, or none.
@@ -209,7 +210,17 @@ func (c *cutting) make() (err error) {
 		return opError("make", imageFile, err)
 	}
 	c.p.store.kill("snapshot: made")
-	return nil
+	return c.note()
+}
+
+// note begins to write and sync the record, which is of no use before the rename: the
+// disk does that while the writers are brought to hold still.
+func (c *cutting) note() error {
+	b, err := c.record.encode()
+	if err == nil {
+		c.noted = writeAside(c.d, snapshotFile, b)
+	}
+	return err
 }
 
 // cut copies the image.
@@ -263,12 +274,8 @@ func (c *cutting) finish() error {
 	}
 	c.space.release()
 	c.p.store.kill("snapshot: image synced")
-	b, err := c.record.encode()
-	if err != nil {
+	if err := c.noted(); err != nil {
 		return err
-	}
-	if err := writeSynced(c.d, snapshotFile, b); err != nil {
-		return opError("write", snapshotFile, err)
 	}
 	c.p.store.kill("snapshot: record synced")
 	return nil
@@ -312,6 +319,7 @@ func (c *cutting) undo() error {
 	if c.made || c.work == "" && c.to == nil {
 		return nil
 	}
+	c.settle()
 	if c.work == "" {
 		c.work = newPrefix + c.dir + "-" + rand.Text()[:8]
 		if err := renameNew(c.p.snapshots, c.dir, c.p.root, c.work); err != nil {
@@ -330,7 +338,15 @@ func (c *cutting) undo() error {
 	return nil
 }
 
+// settle waits until nothing is written to the snapshot's directory any more.
+func (c *cutting) settle() {
+	if c.noted != nil {
+		_ = c.noted() // whoever needs the record has asked
+	}
+}
+
 func (c *cutting) close() {
+	c.settle()
 	c.space.release()
 	for _, f := range []*os.File{c.to, c.from, c.d} {
 		if f != nil {

@@ -5,6 +5,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"sync"
 )
 
 // fileStat is what the package wants to know of a file.
@@ -40,6 +41,14 @@ func writeSynced(dir *os.File, name string, content []byte) error {
 		err = f.Sync()
 	}
 	return errors.Join(err, f.Close())
+}
+
+// writeAside begins writeSynced. The function that it returns waits for that, and may be
+// called again.
+func writeAside(dir *os.File, name string, content []byte) (wait func() error) {
+	done := make(chan error, 1)
+	go func() { done <- opError("write", name, writeSynced(dir, name, content)) }()
+	return sync.OnceValue(func() error { return <-done })
 }
 
 // replaceSynced makes name have the given content, or keep the old one, whatever

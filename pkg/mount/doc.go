@@ -25,7 +25,8 @@
 //
 // What is mounted is observed, never remembered. The only state of a Mounter is
 // a lock per target, and one per device that is grown or checked, held for one
-// call, so that two equal calls at once make one mount. No call holds two.
+// call, so that two equal calls at once make one mount (no call holds two); and an
+// idle process for the next Freeze, after the first (EndHelper).
 //
 // A read-only bind of a device node does not make the device read-only: the flag
 // protects the node's inode (its mode, owner and times), and the block layer does

@@ -1,15 +1,12 @@
 package mount
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
-	"os/exec"
+	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -40,11 +37,10 @@ type FreezeSpec struct {
 // Frozen is filesystems that are frozen until Thaw.
 type Frozen struct {
 	dirs    []*os.File
-	helper  *exec.Cmd
-	control io.WriteCloser
-	answers *os.File
-	lines   *bufio.Reader
+	helpers *helpers
+	helper  *helperProcess
 	asked   bool // the helper was told to freeze, and did not say that all is thawed
+	again   bool // the helper can be used again: it holds and owes nothing
 	once    sync.Once
 	err     error
 }
@@ -54,15 +50,16 @@ const graceTime = 5 * time.Second
 
 // Freeze writes out what the filesystems have in memory, and then stops all writers
 // to all of them, until Thaw or until the limit is over, whichever is first: also
-// when this process dies. A helper process of this same program sees to that. After
-// an error nothing is frozen by this call, unless it is ErrNotThawed.
+// when this process dies. A helper process of this same program sees to that; one is
+// kept for the next Freeze, until EndHelper or the end of this process. After an error
+// nothing is frozen by this call, unless it is ErrNotThawed.
 //
 // ErrBusy: one of them is frozen by somebody else already, and is left so; or another
 // mount than the one that was meant is at its path.
 //
 // ctx is looked at before. The kernel's calls cannot be interrupted.
 func (m *Mounter) Freeze(ctx context.Context, s FreezeSpec) (_ *Frozen, err error) {
-	f := &Frozen{}
+	f := &Frozen{helpers: &m.helpers}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, f.close())
@@ -71,24 +68,25 @@ func (m *Mounter) Freeze(ctx context.Context, s FreezeSpec) (_ *Frozen, err erro
 	if err := f.open(s); err != nil {
 		return nil, err
 	}
-	if err := f.start(s); err != nil { //nolint:contextcheck // the helper outlives the call
+	kept, err := f.take() //nolint:contextcheck // the helper outlives the call
+	if err != nil {
 		return nil, fmt.Errorf("start the helper that thaws: %w", err)
 	}
-	// So that little is left to be written while writers wait. The helper, which takes
+	// So that little is left to be written while writers wait. A new helper, which takes
 	// some milliseconds to come up, does so meanwhile.
 	for _, dir := range f.dirs {
 		if err := syncFilesystem(dir); err != nil {
 			return nil, &OpError{Op: "sync", Path: dir.Name(), Err: err}
 		}
 	}
-	if err := f.ready(s.Limit); err != nil {
+	if err := f.handOver(s, kept); err != nil { //nolint:contextcheck // as above
 		return nil, fmt.Errorf("start the helper that thaws: %w", err)
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
 	f.asked = true
-	answer, err := f.ask("freeze", s.Limit)
+	answer, err := f.ask("freeze "+s.Limit.String()+" "+strconv.Itoa(len(f.dirs)), s.Limit)
 	if err != nil {
 		return nil, errors.Join(err, f.abandon())
 	}
@@ -122,57 +120,36 @@ func (f *Frozen) open(s FreezeSpec) error {
 	return nil
 }
 
-// start runs the helper.
-func (f *Frozen) start(s FreezeSpec) error {
-	control, ours, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	defer control.Close()
-	f.control = ours
-	answers, theirs, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	defer theirs.Close()
-	f.answers, f.lines = answers, bufio.NewReader(answers)
-	cmd := helperCommand(s.Limit, len(f.dirs))
-	cmd.ExtraFiles = append([]*os.File{control, theirs}, f.dirs...)
-	if s.Keep != nil {
-		cmd.ExtraFiles = append(cmd.ExtraFiles, s.Keep)
-	}
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	f.helper = cmd
-	return nil
+// take gets a helper: the one that is kept, or a new one.
+func (f *Frozen) take() (kept bool, err error) {
+	f.helper, kept, err = f.helpers.take()
+	return kept, err
 }
 
-// ready waits until the helper is up.
-func (f *Frozen) ready(limit time.Duration) error {
-	answer, err := f.answer(limit)
-	if err == nil && answer != "ready" {
-		err = fmt.Errorf("it says %q", answer)
+// handOver gives the helper what it will freeze and hold. One that was kept may have
+// died meanwhile, and is replaced.
+func (f *Frozen) handOver(s FreezeSpec, kept bool) error {
+	files := f.dirs
+	if s.Keep != nil {
+		files = append(slices.Clip(files), s.Keep)
 	}
-	return err
+	err := f.helper.hold(files, s.Limit)
+	if err == nil || !kept {
+		return err
+	}
+	f.helper.kill()
+	if f.helper, err = startHelper(); err != nil {
+		return err
+	}
+	return f.helper.hold(files, s.Limit)
 }
 
 func (f *Frozen) ask(command string, limit time.Duration) (string, error) {
-	if _, err := io.WriteString(f.control, command+"\n"); err != nil {
-		return "", fmt.Errorf("%w: the helper is gone: %w", ErrThawed, err)
-	}
-	return f.answer(limit)
-}
-
-func (f *Frozen) answer(limit time.Duration) (string, error) {
-	if err := f.answers.SetReadDeadline(time.Now().Add(limit + graceTime)); err != nil {
-		return "", err
-	}
-	line, err := f.lines.ReadString('\n')
+	answer, err := f.helper.ask(command, nil, limit)
 	if err != nil {
 		return "", fmt.Errorf("%w: the helper is gone: %w", ErrThawed, err)
 	}
-	return strings.TrimSuffix(line, "\n"), nil
+	return answer, nil
 }
 
 // failure makes an error of the helper's "failed <index> <errno>".
@@ -203,7 +180,7 @@ func (f *Frozen) Thaw() error {
 		case answer != "thawed":
 			f.err = errors.Join(f.failure("thaw", answer), f.abandon())
 		default:
-			f.asked = false
+			f.asked, f.again = false, true
 		}
 		f.err = errors.Join(f.err, f.close())
 	})
@@ -213,8 +190,7 @@ func (f *Frozen) Thaw() error {
 // abandon is for a helper that does not do its work: it is ended, and this process
 // thaws what may be frozen.
 func (f *Frozen) abandon() error {
-	_ = f.helper.Process.Kill()
-	_ = f.helper.Wait() // its status tells nothing
+	f.helper.kill()
 	f.helper, f.asked = nil, false
 	var errs []error
 	for _, dir := range f.dirs {
@@ -225,26 +201,23 @@ func (f *Frozen) abandon() error {
 	return errors.Join(errs...)
 }
 
-// close ends the helper, which has nothing to thaw any more, or does so now.
-func (f *Frozen) close() error {
-	var errs []error
-	if f.control != nil {
-		errs = append(errs, f.control.Close())
-	}
-	if f.helper != nil {
-		err := f.helper.Wait()
-		if err != nil && f.asked {
+// close ends the helper, which has nothing to thaw any more, or does so now. One that
+// did all it was told to is kept.
+func (f *Frozen) close() (err error) {
+	switch {
+	case f.helper == nil:
+	case f.again:
+		err = f.helpers.put(f.helper)
+	default:
+		if err = f.helper.end(); err != nil && f.asked {
 			err = fmt.Errorf("%w: the helper that thaws: %w", ErrNotThawed, err)
 		}
-		errs = append(errs, err)
 	}
-	if f.answers != nil {
-		errs = append(errs, f.answers.Close())
-	}
+	f.helper = nil
 	for _, dir := range f.dirs {
 		_ = dir.Close()
 	}
-	return errors.Join(errs...)
+	return err
 }
 
 // Thaw thaws the filesystem mounted at path, whoever froze it; one that is not frozen
@@ -259,27 +232,4 @@ func (m *Mounter) Thaw(path string) error {
 		return &OpError{Op: "thaw", Path: path, Err: err}
 	}
 	return nil
-}
-
-// helperName is the name under which this program is the helper of Freeze.
-const helperName = "csi-loop-freeze-helper"
-
-func helperCommand(limit time.Duration, dirs int) *exec.Cmd {
-	// Outlives its caller by design, hence no context.
-	cmd := exec.CommandContext(context.Background(), "/proc/self/exe")
-	cmd.Args = []string{helperName, limit.String(), strconv.Itoa(dirs)}
-	cmd.Env = []string{"GOMAXPROCS=1"}
-	cmd.Dir = "/"
-	// Away from our process group: a Ctrl-C for us must not end it.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	return cmd
-}
-
-// Any program that uses this package is its helper, too, when it is started under
-// that name. Were it for main to call, one that forgot would start itself again
-// and again.
-func init() { //nolint:gochecknoinits // see above
-	if len(os.Args) == 3 && os.Args[0] == helperName {
-		os.Exit(beHelper(os.Args[1], os.Args[2]))
-	}
 }

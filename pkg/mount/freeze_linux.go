@@ -1,6 +1,8 @@
 package mount
 
 import (
+	"errors"
+	"net"
 	"os"
 	"runtime"
 
@@ -45,4 +47,24 @@ func mountNumberOf(f *os.File) (uint64, error) {
 	err := unix.Statx(int(f.Fd()), "", flags, unix.STATX_MNT_ID, &st)
 	runtime.KeepAlive(f)
 	return st.Mnt_id, err
+}
+
+// socketPair makes two ends of a connection that keeps messages apart; the second is
+// for another process.
+func socketPair() (ours *net.UnixConn, theirs *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, os.NewSyscallError("socketpair", err)
+	}
+	one, theirs := os.NewFile(uintptr(fds[0]), "helper"), os.NewFile(uintptr(fds[1]), "caller")
+	defer one.Close()
+	conn, err := net.FileConn(one)
+	if err != nil {
+		return nil, nil, errors.Join(err, theirs.Close())
+	}
+	ours, ok := conn.(*net.UnixConn)
+	if !ok {
+		return nil, nil, errors.Join(errors.ErrUnsupported, conn.Close(), theirs.Close())
+	}
+	return ours, theirs, nil
 }

@@ -32,6 +32,18 @@ func frozenFS(t *testing.T, m *Mounter, fsType string) (dir string) {
 	return dir
 }
 
+// freezer is a Mounter that leaves no helper.
+func freezer(t *testing.T) *Mounter {
+	t.Helper()
+	m := New()
+	t.Cleanup(func() {
+		if err := m.EndHelper(); err != nil {
+			t.Error(err)
+		}
+	})
+	return m
+}
+
 // isFrozen tells whether a write waits. It writes in another process, since one that
 // waits cannot be ended.
 func isFrozen(t *testing.T, dir string) bool {
@@ -68,7 +80,7 @@ func waitThawed(t *testing.T, dir string) {
 
 func TestFreezeAndThaw(t *testing.T) {
 	roottest.Require(t)
-	m := New()
+	m := freezer(t)
 	for _, fsType := range []string{"ext4", "xfs", "btrfs"} {
 		t.Run(fsType, func(t *testing.T) {
 			dir := frozenFS(t, m, fsType)
@@ -101,7 +113,7 @@ func TestFreezeAndThaw(t *testing.T) {
 // when one member cannot be.
 func TestFreezeAllOrNone(t *testing.T) {
 	roottest.Require(t)
-	m := New()
+	m := freezer(t)
 	one, two := frozenFS(t, m, "ext4"), frozenFS(t, m, "ext4")
 	f, err := m.Freeze(context.Background(), FreezeSpec{Paths: []string{one, two}, Limit: time.Minute})
 	if err != nil {
@@ -128,7 +140,7 @@ func TestFreezeAllOrNone(t *testing.T) {
 
 func TestFreezeEndsInTime(t *testing.T) {
 	roottest.Require(t)
-	m := New()
+	m := freezer(t)
 	dir := frozenFS(t, m, "ext4")
 	f, err := m.Freeze(context.Background(), FreezeSpec{Paths: []string{dir}, Limit: 50 * time.Millisecond})
 	if err != nil {
@@ -142,7 +154,7 @@ func TestFreezeEndsInTime(t *testing.T) {
 
 func TestSomebodyElseThaws(t *testing.T) {
 	roottest.Require(t)
-	m := New()
+	m := freezer(t)
 	dir := frozenFS(t, m, "ext4")
 	f, err := m.Freeze(context.Background(), FreezeSpec{Paths: []string{dir}, Limit: time.Minute})
 	if err != nil {
@@ -158,13 +170,13 @@ func TestSomebodyElseThaws(t *testing.T) {
 
 func TestHelperDies(t *testing.T) {
 	roottest.Require(t)
-	m := New()
+	m := freezer(t)
 	dir := frozenFS(t, m, "ext4")
 	f, err := m.Freeze(context.Background(), FreezeSpec{Paths: []string{dir}, Limit: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := f.helper.Process.Kill(); err != nil {
+	if err := f.helper.cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	if err := f.Thaw(); !errors.Is(err, ErrThawed) {
@@ -178,7 +190,7 @@ func TestHelperDies(t *testing.T) {
 // What cannot be thawed is told apart from what was thawed early.
 func TestHelperDiesAndNobodyCanThaw(t *testing.T) {
 	roottest.Require(t)
-	m := New()
+	m := freezer(t)
 	dir := frozenFS(t, m, "ext4")
 	f, err := m.Freeze(context.Background(), FreezeSpec{Paths: []string{dir}, Limit: time.Minute})
 	if err != nil {
@@ -188,7 +200,7 @@ func TestHelperDiesAndNobodyCanThaw(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(f.helper.Process.Kill(), f.dirs[0].Close()); err != nil {
+	if err := errors.Join(f.helper.cmd.Process.Kill(), f.dirs[0].Close()); err != nil {
 		t.Fatal(err)
 	}
 	err = f.Thaw()
@@ -207,7 +219,7 @@ func TestHelperDiesAndNobodyCanThaw(t *testing.T) {
 // covers it or it is gone.
 func TestFreezeOfAnotherMount(t *testing.T) {
 	roottest.Require(t)
-	m := New()
+	m := freezer(t)
 	dir := frozenFS(t, m, "ext4")
 	meant, _, err := m.At(dir)
 	if err != nil {
@@ -257,7 +269,7 @@ func TestOwnerDies(t *testing.T) {
 		return
 	}
 	roottest.Require(t)
-	m := New()
+	m := freezer(t)
 	dir := frozenFS(t, m, "ext4")
 	cmd := exec.Command(os.Args[0], "-test.run", "TestOwnerDies")
 	cmd.Env = append(os.Environ(), "CSI_LOOP_FREEZE="+dir)

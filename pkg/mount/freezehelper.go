@@ -1,13 +1,14 @@
 package mount
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/signal"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -15,59 +16,98 @@ import (
 // helper is the process that freezes and thaws. Its parent's death ends its input,
 // whatever the parent was doing.
 type helper struct {
-	dirs    []*os.File
+	held    []*os.File // what it was given: the directories first
 	frozen  []*os.File
 	answers io.Writer
 	late    bool // something was thawed before it was asked for
-	limit   time.Duration
 	freeze  func(*os.File) error
 	thaw    func(*os.File) error
 }
 
-// beHelper is the helper's main function. Descriptors 3 and 4 are its input and
-// output; the directories follow.
-func beHelper(limit, dirs string) int {
+// order is what the parent wants: a word and its arguments, and open files.
+//
+//	hold                  keep these files; the answer is "held" and how many it has
+//	freeze LIMIT COUNT    freeze the first of them; "frozen", or a failure
+//	thaw                  "thawed", "late" or a failure; after "thawed" no file is held
+type order struct {
+	words []string
+	files []*os.File
+}
+
+// messageSize bounds an order and an answer, in bytes.
+const messageSize = 128
+
+// beHelper is the helper's main function. Descriptor 3 is its socket.
+func beHelper() int {
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
-	d, err := time.ParseDuration(limit)
-	n, countErr := strconv.Atoi(dirs)
-	if err != nil || countErr != nil {
+	f := os.NewFile(3, "socket")
+	conn, err := net.FileConn(f)
+	if err != nil {
 		return 2
 	}
-	h := &helper{limit: d, answers: os.NewFile(4, "answers"), freeze: freezeFilesystem, thaw: thawFilesystem}
-	for i := range n {
-		h.dirs = append(h.dirs, os.NewFile(uintptr(5+i), "directory "+strconv.Itoa(i)))
+	_ = f.Close()
+	socket, ok := conn.(*net.UnixConn)
+	if !ok {
+		return 2
 	}
-	if h.run(os.NewFile(3, "control")) != nil {
+	orders := make(chan order)
+	go receive(socket, orders)
+	h := &helper{answers: socket, freeze: freezeFilesystem, thaw: thawFilesystem}
+	if h.run(orders) != nil {
 		return 1
 	}
 	return 0
 }
 
-// run obeys until its input ends. The error is that of thawing at the end.
-func (h *helper) run(control io.Reader) error {
-	commands := make(chan string)
-	go func() {
-		defer close(commands)
-		for lines := bufio.NewScanner(control); lines.Scan(); {
-			commands <- lines.Text()
+// receive passes on what comes, until nothing does any more.
+func receive(socket *net.UnixConn, orders chan<- order) {
+	defer close(orders)
+	text, rights := make([]byte, messageSize), make([]byte, syscall.CmsgSpace(4*filesPerMessage))
+	for {
+		n, rightsLen, _, _, err := socket.ReadMsgUnix(text, rights)
+		if err != nil {
+			return
 		}
-	}()
-	h.say("ready")
+		orders <- order{words: strings.Fields(string(text[:n])), files: filesOf(rights[:rightsLen])}
+	}
+}
+
+// filesOf returns the open files that came with a message. Some missing are noticed by
+// whoever counts them.
+func filesOf(rights []byte) (files []*os.File) {
+	messages, err := syscall.ParseSocketControlMessage(rights)
+	if err != nil {
+		return nil
+	}
+	for _, m := range messages {
+		numbers, err := syscall.ParseUnixRights(&m)
+		if err != nil {
+			continue
+		}
+		for _, fd := range numbers {
+			files = append(files, os.NewFile(uintptr(fd), "held "+strconv.Itoa(fd)))
+		}
+	}
+	return files
+}
+
+// run obeys until its input ends. The error is that of thawing at the end.
+func (h *helper) run(orders <-chan order) error {
 	var deadline <-chan time.Time
 	for {
 		select {
 		case <-deadline:
 			h.late = true
 			_ = h.thawAll() // again when the input ends
-		case command, ok := <-commands:
+		case o, ok := <-orders:
 			switch {
 			case !ok:
 				return h.thawAll()
-			case command == "freeze":
-				started := time.Now()
-				h.say(h.freezeAll())
-				// Freezing, which cannot be interrupted, counts.
-				deadline = time.After(h.limit - time.Since(started))
+			case len(o.words) == 1 && o.words[0] == "hold":
+				h.held = append(h.held, o.files...)
+				h.say("held " + strconv.Itoa(len(h.held)))
+			case len(o.words) == 3 && o.words[0] == "freeze":
+				deadline = h.freezeFor(o.words[1], o.words[2])
 			default:
 				deadline = nil
 				h.say(h.thawed(h.thawAll()))
@@ -76,7 +116,21 @@ func (h *helper) run(control io.Reader) error {
 	}
 }
 
-func (h *helper) say(answer string) { _, _ = io.WriteString(h.answers, answer+"\n") } // gone: the input ends too
+// freezeFor freezes the first directories, and returns what tells that the time is up.
+func (h *helper) freezeFor(limit, count string) (deadline <-chan time.Time) {
+	d, err := time.ParseDuration(limit)
+	n, countErr := strconv.Atoi(count)
+	if err != nil || countErr != nil || n < 0 || n > len(h.held) {
+		h.say("not understood")
+		return nil
+	}
+	started := time.Now()
+	h.say(h.freezeAll(h.held[:n]))
+	// Freezing, which cannot be interrupted, counts.
+	return time.After(d - time.Since(started))
+}
+
+func (h *helper) say(answer string) { _, _ = io.WriteString(h.answers, answer) } // gone: the input ends too
 
 // indexError is a failure for one of the directories.
 type indexError struct {
@@ -93,8 +147,8 @@ func (e *indexError) Error() string {
 }
 
 // freezeAll freezes all, or none.
-func (h *helper) freezeAll() string {
-	for i, dir := range h.dirs {
+func (h *helper) freezeAll(dirs []*os.File) string {
+	for i, dir := range dirs {
 		if err := h.freeze(dir); err != nil {
 			_ = h.thawAll() // at the end once more
 			return (&indexError{i, err}).Error()
@@ -121,6 +175,8 @@ func (h *helper) thawAll() error {
 	return failed
 }
 
+// thawed is the answer to an order to thaw. Before the parent hears that all went well
+// the files are closed: whoever hears of it may unmount at once.
 func (h *helper) thawed(err error) string {
 	switch {
 	case err != nil:
@@ -128,5 +184,9 @@ func (h *helper) thawed(err error) string {
 	case h.late:
 		return "late"
 	}
+	for _, f := range h.held {
+		_ = f.Close()
+	}
+	h.held = nil
 	return "thawed"
 }

@@ -1,8 +1,6 @@
 package mount
 
 import (
-	"bytes"
-	"io"
 	"os"
 	"slices"
 	"strings"
@@ -34,40 +32,54 @@ func (f *fakeFilesystems) thaw(dir *os.File) error {
 	return nil
 }
 
+// answerLog is what the helper said.
+type answerLog []string
+
+func (a *answerLog) Write(b []byte) (int, error) {
+	*a = append(*a, string(b))
+	return len(b), nil
+}
+
 func TestHelperObeys(t *testing.T) {
 	for name, c := range map[string]struct {
-		commands []string
+		commands []string      // with two directories, for a second
 		pause    time.Duration // after each command
 		fail     map[string]error
 		want     string
 		left     []string
 	}{
-		"freeze and thaw":            {commands: []string{"freeze", "thaw"}, want: "ready frozen thawed"},
-		"the caller dies":            {commands: []string{"freeze"}, want: "ready frozen"},
-		"the caller dies before":     {want: "ready"},
-		"too late":                   {commands: []string{"freeze", "thaw"}, pause: 2 * time.Second, want: "ready frozen late"},
-		"the second is busy":         {commands: []string{"freeze"}, fail: map[string]error{"freeze b": syscall.EBUSY}, want: "ready failed 1 16"},
-		"somebody else thawed":       {commands: []string{"freeze", "thaw"}, fail: map[string]error{"thaw a": syscall.EINVAL}, want: "ready frozen late", left: []string{"a"}},
-		"the kernel refuses to thaw": {commands: []string{"freeze", "thaw"}, fail: map[string]error{"thaw a": syscall.EIO}, want: "ready frozen failed 0 5", left: []string{"a"}},
+		"freeze and thaw":            {commands: []string{"hold", "freeze", "thaw"}, want: "held 2,frozen,thawed"},
+		"the caller dies":            {commands: []string{"hold", "freeze"}, want: "held 2,frozen"},
+		"the caller dies before":     {commands: []string{"hold"}, want: "held 2"},
+		"too late":                   {commands: []string{"hold", "freeze", "thaw"}, pause: 2 * time.Second, want: "held 2,frozen,late"},
+		"the second is busy":         {commands: []string{"hold", "freeze"}, fail: map[string]error{"freeze b": syscall.EBUSY}, want: "held 2,failed 1 16"},
+		"somebody else thawed":       {commands: []string{"hold", "freeze", "thaw"}, fail: map[string]error{"thaw a": syscall.EINVAL}, want: "held 2,frozen,late", left: []string{"a"}},
+		"twice":                      {commands: []string{"hold", "freeze", "thaw", "hold", "freeze", "thaw"}, want: "held 2,frozen,thawed,held 2,frozen,thawed"},
+		"nothing to freeze":          {commands: []string{"freeze"}, want: "not understood"},
+		"the kernel refuses to thaw": {commands: []string{"hold", "freeze", "thaw"}, fail: map[string]error{"thaw a": syscall.EIO}, want: "held 2,frozen,failed 0 5", left: []string{"a"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				fake := &fakeFilesystems{fail: c.fail}
-				var out bytes.Buffer
-				h := &helper{
-					dirs: []*os.File{os.NewFile(^uintptr(0)>>1, "a"), os.NewFile(^uintptr(0)>>1, "b")}, answers: &out,
-					limit: time.Second, freeze: fake.freeze, thaw: fake.thaw,
-				}
-				in, commands := io.Pipe()
+				var out answerLog
+				h := &helper{answers: &out, freeze: fake.freeze, thaw: fake.thaw}
+				orders := make(chan order)
 				go func() {
+					defer close(orders)
 					for _, command := range c.commands {
-						_, _ = io.WriteString(commands, command+"\n")
+						o := order{words: []string{command}}
+						switch command {
+						case "hold":
+							o.files = []*os.File{os.NewFile(^uintptr(0)>>1, "a"), os.NewFile(^uintptr(0)>>1, "b")}
+						case "freeze":
+							o.words = append(o.words, "1s", "2")
+						}
+						orders <- o
 						time.Sleep(c.pause)
 					}
-					_ = commands.Close()
 				}()
-				err := h.run(in)
-				if got := strings.Join(strings.Split(strings.TrimSpace(out.String()), "\n"), " "); got != c.want {
+				err := h.run(orders)
+				if got := strings.Join(out, ","); got != c.want {
 					t.Errorf("answers %q, want %q", got, c.want)
 				}
 				if !slices.Equal(fake.frozen, c.left) {

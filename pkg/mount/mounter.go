@@ -22,6 +22,7 @@ type Mounter struct {
 	busyTime  time.Duration // how long an unmount insists
 	statmount bool          // ask statmount(2) before mountinfo
 	targets   locks
+	helpers   helpers
 }
 
 // Option changes how New sets up a Mounter.

@@ -32,7 +32,7 @@ var programs = map[string][]string{
 // runners are the only functions that may start a program, and where the name
 // of it comes from: "mkfs." and a filesystem, or a literal in their calls.
 // helperCommand starts the driver itself.
-var runners = map[string]string{"image/format.go": "command", "mount/check.go": "runWhole", "mount/freeze.go": "helperCommand"}
+var runners = map[string]string{"image/format.go": "command", "mount/check.go": "runWhole", "mount/freezecaller.go": "helperCommand"}
 
 func TestProgramsAreAllThatTheDriverCalls(t *testing.T) {
 	called := map[string]bool{}
