@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"sync"
 	"time"
 
@@ -51,7 +50,9 @@ func serveMachine(ctx context.Context, p plan, m *metrics) (err error) {
 			err = nil
 		}
 	}()
-	limitProcessors()
+	scheduler := newProcessors()
+	defer scheduler.stop()
+	p.driver.Running = scheduler.note
 	loops, err := loop.New(ctx, loop.WithWarm(p.warm), loop.WithMax(p.max))
 	if err != nil {
 		return err
@@ -140,19 +141,5 @@ func keepWarm(ctx context.Context, loops *loop.Manager) {
 			return
 		case <-tick.C:
 		}
-	}
-}
-
-// processorsEach is how many of the machine's processors there are for each one
-// that runs Go code at a time.
-const processorsEach = 8
-
-// limitProcessors keeps the Go scheduler on few processors, unless GOMAXPROCS says
-// otherwise. The driver waits for the kernel and for mkfs, which this does not
-// limit, and computes next to nothing. With more processors each call pays for
-// waking the others (docs/performance.md).
-func limitProcessors() {
-	if os.Getenv("GOMAXPROCS") == "" {
-		runtime.GOMAXPROCS(max(1, runtime.NumCPU()/processorsEach))
 	}
 }

@@ -41,6 +41,9 @@ type Config struct {
 	DefaultPool string
 	// Observe is told of each CSI call that was answered; it may be nil.
 	Observe func(method, code string, took time.Duration)
+	// Running is told 1 when a call begins and -1 when it was answered; it may be nil.
+	// Any number of goroutines call it, and calls wait for it.
+	Running func(change int)
 	// EphemeralMaxSize bounds inline ephemeral volumes, in bytes; 0 refuses them.
 	EphemeralMaxSize int64
 	// EphemeralMaxVolumes bounds their number on this node, since the scheduler

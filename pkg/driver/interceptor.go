@@ -29,14 +29,29 @@ var quiet = map[string]bool{
 
 // running counts the calls in flight, so that a stop can wait for them even
 // after their connections are gone.
-type running struct{ wg sync.WaitGroup }
+type running struct {
+	wg   sync.WaitGroup
+	tell func(change int) // nil, or told of each beginning (1) and end (-1)
+}
+
+// begin counts one call, until end.
+func (r *running) begin() (end func()) {
+	r.wg.Add(1)
+	if r.tell == nil {
+		return r.wg.Done
+	}
+	r.tell(1)
+	return func() {
+		r.tell(-1)
+		r.wg.Done()
+	}
+}
 
 // intercept puts method and volume into the logger, turns errors into
 // statuses, logs the outcome once, and keeps a panic from ending the other calls.
 func (r *running) intercept(logger klog.Logger, observe func(method, code string, took time.Duration)) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
-		r.wg.Add(1)
-		defer r.wg.Done()
+		defer r.begin()()
 		method := path.Base(info.FullMethod)
 		log := logger.WithValues("method", method)
 		if v, ok := req.(interface{ GetVolumeId() string }); ok && v.GetVolumeId() != "" {

@@ -125,7 +125,7 @@ func (d *Driver) RegisterController(r grpc.ServiceRegistrar) {
 
 // Interceptor is what turns errors of this package into gRPC statuses, and logs.
 func (d *Driver) Interceptor(logger klog.Logger) grpc.UnaryServerInterceptor {
-	return (&running{}).intercept(logger, d.cfg.Observe)
+	return (&running{tell: d.cfg.Running}).intercept(logger, d.cfg.Observe)
 }
 
 func (d *Driver) serve(ctx context.Context, l net.Listener, grace time.Duration, register func(grpc.ServiceRegistrar)) error {
@@ -133,7 +133,7 @@ func (d *Driver) serve(ctx context.Context, l net.Listener, grace time.Duration,
 		grace = stopTime
 	}
 	logger := klog.FromContext(ctx)
-	calls := &running{}
+	calls := &running{tell: d.cfg.Running}
 	// Windows of a fixed size: growing them costs a ping for each call, and CSI
 	// messages are small.
 	srv := grpc.NewServer(grpc.UnaryInterceptor(calls.intercept(logger, d.cfg.Observe)), grpc.InitialWindowSize(window), grpc.InitialConnWindowSize(window))
