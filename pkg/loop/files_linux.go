@@ -61,8 +61,9 @@ func (hostFiles) Stat(f *os.File) (out fileStat, err error) {
 }
 
 // marking makes Sole atomic for all managers of the process: two of them may be
-// given the same open file.
-var marking sync.Mutex
+// given the same open file. There are several, by inode: files of different volumes
+// should not wait for each other.
+var marking [64]sync.Mutex
 
 // mark is the value of F_SETSIG that says "handed to a loop device". It is kept in
 // the open file itself, so that it holds for all its descriptors and for as long as
@@ -76,10 +77,15 @@ const mark = int(unix.SIGURG)
 // file systems without leases. Should somebody open the file in between, he waits
 // until the lease is dropped and we get SIGIO, which the Go runtime ignores.
 func (hostFiles) Sole(f *os.File, use leaseUse) (bool, error) {
-	marking.Lock()
-	defer marking.Unlock()
+	st, err := fstat(f)
+	if err != nil {
+		return false, err
+	}
+	mu := &marking[st.Ino%uint64(len(marking))]
+	mu.Lock()
+	defer mu.Unlock()
 	sole := false
-	err := withFD(f, func(fd int) error {
+	err = withFD(f, func(fd int) error {
 		signal, err := unix.FcntlInt(uintptr(fd), unix.F_GETSIG, 0)
 		if err != nil || (use != afterBind && signal == mark) {
 			return err
