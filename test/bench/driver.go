@@ -31,7 +31,8 @@ type driver struct {
 	conn   *grpc.ClientConn
 	ctrl   csi.ControllerClient
 	node   csi.NodeClient
-	slot   string // directory of one client's paths
+	slot   string        // directory of one client's paths
+	delay  time.Duration // before each call of a cycle
 
 	mu  *sync.Mutex
 	ids map[string]string // guarded by mu; volume IDs by name
@@ -166,6 +167,14 @@ func (d *driver) cycle(ctx context.Context, kind, name string, size int64) (timi
 			return err
 		},
 		"delete": func() error { return d.delete(ctx, id) },
+	}
+	if d.delay > 0 {
+		for step, call := range calls {
+			calls[step] = func() error {
+				time.Sleep(d.delay)
+				return call()
+			}
+		}
 	}
 	return measure(calls)
 }

@@ -34,6 +34,7 @@ func guard(ctx context.Context, dir string, o options) (err error) {
 	if err != nil {
 		return err
 	}
+	d.delay = o.delay
 	defer func() { err = errors.Join(err, d.stop()) }()
 	fl, err := newFloor(ctx, filepath.Join(dir, "floor"), o.size)
 	if err != nil {
@@ -42,14 +43,7 @@ func guard(ctx context.Context, dir string, o options) (err error) {
 	defer func() { err = errors.Join(err, fl.close()) }()
 	var slow []error
 	check := func(what string, ours, floor time.Duration, bound float64) {
-		if bound == 0 {
-			return
-		}
-		limit := time.Duration(bound * float64(floor+slack))
-		fmt.Printf("%-34s %10s beside %10s: %6s of at most %.2fx\n", what, ms(ours), ms(floor), ratio(ours, floor), float64(limit)/float64(floor))
-		if ours > limit {
-			slow = append(slow, fmt.Errorf("%s takes %s, %s of the floor", what, ms(ours), ratio(ours, floor)))
-		}
+		slow = append(slow, judge(what, ours, floor, bound))
 	}
 	for _, kind := range []string{"ext4", "xfs", "btrfs", "block"} {
 		mkfs, copied, ours, err := compare(ctx, d, fl, kind, o)
@@ -68,4 +62,17 @@ func guard(ctx context.Context, dir string, o options) (err error) {
 		check(fmt.Sprintf("ext4 cycle among %d volumes", o.volumes), percentile(many[cycleStep], 50), percentile(none[cycleStep], 50), crowdBound)
 	}
 	return errors.Join(slow...)
+}
+
+// judge prints what was measured, and returns an error if it is above the bound; none is 0.
+func judge(what string, ours, floor time.Duration, bound float64) error {
+	if bound == 0 {
+		return nil
+	}
+	limit := time.Duration(bound * float64(floor+slack))
+	fmt.Printf("%-34s %10s beside %10s: %6s of at most %.2fx\n", what, ms(ours), ms(floor), ratio(ours, floor), float64(limit)/float64(floor))
+	if ours > limit {
+		return fmt.Errorf("%s takes %s, %s of the floor", what, ms(ours), ratio(ours, floor))
+	}
+	return nil
 }

@@ -10,7 +10,8 @@
 //
 //	bench [-part calls] [-driver bin/csi-loop] [-dir DIR] [-n CYCLES] [-volumes N]
 //	bench -part scale [-counts 1000,5000] [-attached 250] [-clients 1,4,16,64] [-svg FILE]
-//	bench -part guard
+//	bench -part clients [-clients 1,4,16,64]
+//	bench -part guard [-delay 3ms]
 package main
 
 import (
@@ -43,6 +44,7 @@ type options struct {
 	svg      string
 	mutex    string
 	commit   string
+	delay    time.Duration
 }
 
 func main() {
@@ -52,11 +54,12 @@ func main() {
 	flag.IntVar(&o.cycles, "n", 40, "cycles of each kind")
 	flag.IntVar(&o.volumes, "volumes", 1000, "other volumes present in the second part; 0 leaves it out")
 	size := flag.Int64("size", 1024, "size of the volumes, MiB")
-	flag.StringVar(&o.part, "part", "calls", "calls, scale or guard")
+	flag.StringVar(&o.part, "part", "calls", "calls, scale, clients or guard")
 	flag.StringVar(&o.commit, "commit", "unknown", "what was built, for the output")
 	flag.IntVar(&o.attached, "attached", 250, "scale: volumes attached at a restart")
 	flag.StringVar(&o.svg, "svg", "", "scale: file for a picture")
 	flag.StringVar(&o.mutex, "mutexprofile", "", "scale: file for the profile of waits for locks")
+	flag.DurationVar(&o.delay, "delay", 0, "make each call of the driver take so much longer, to see the guard fail")
 	counts := flag.String("counts", "1000,5000", "scale: numbers of other volumes")
 	clients := flag.String("clients", "1,4,16,64", "scale: numbers of clients")
 	flag.Parse()
@@ -87,12 +90,14 @@ func run(ctx context.Context, o options) (err error) {
 	switch o.part {
 	case "scale":
 		return scale(ctx, dir, o)
+	case "clients":
+		return errors.Join(parallel(ctx, dir, o, &plot{}), contention(ctx, filepath.Join(dir, "mutex"), o))
 	case "guard":
 		return guard(ctx, dir, o)
 	case "calls":
 		return calls(ctx, dir, o)
 	}
-	return fmt.Errorf("-part %s: must be calls, scale or guard", o.part)
+	return fmt.Errorf("-part %s: must be calls, scale, clients or guard", o.part)
 }
 
 // numbers reads a list.

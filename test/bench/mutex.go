@@ -29,7 +29,8 @@ import (
 // for which lock. A lock that is held across I/O shows as a wait of the length of I/O
 // for each call.
 func contention(ctx context.Context, dir string, o options) (err error) {
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(runtime.NumCPU()))
+	// As many as serve uses while many calls run.
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(4 * runtime.NumCPU()))
 	d, stop, err := inProcess(ctx, dir)
 	if err != nil {
 		return err
