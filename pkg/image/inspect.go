@@ -50,6 +50,7 @@ type PoolView struct {
 	Leftovers []string
 	Volumes   []VolumeView   // by directory
 	Snapshots []SnapshotView // by directory
+	Templates []TemplateView // by directory
 }
 
 // VolumeView is what a look at a volume found.
@@ -137,7 +138,10 @@ func (p *Pool) inspect(ctx context.Context) PoolView {
 	if v.Volumes, v.Err = p.inspectVolumes(ctx); v.Err != nil {
 		return v
 	}
-	if v.Snapshots, v.Err = p.inspectSnapshots(ctx); v.Err == nil {
+	if v.Snapshots, v.Err = p.inspectSnapshots(ctx); v.Err != nil {
+		return v
+	}
+	if v.Templates, v.Err = p.inspectTemplates(ctx); v.Err == nil {
 		p.inspectSharing()
 	}
 	return v

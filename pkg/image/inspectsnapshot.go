@@ -99,7 +99,7 @@ func (p *Pool) inspectSnapshot(dir string) (SnapshotView, bool) {
 // inspectSharing counts what the volumes share, as loadSharing does, but waits for
 // nothing to be written.
 func (p *Pool) inspectSharing() {
-	if len(p.cuts) == 0 || !reflinks(p.root, p.fsType) {
+	if !p.copied() || !reflinks(p.root, p.fsType) {
 		return
 	}
 	for dir, r := range p.records {

@@ -177,6 +177,9 @@ func TestSite(t *testing.T) {
 		"a group snapshot under way": {change: func(s *Site, _ *Config) {
 			s.Snapshots = []Snapshot{{ID: "d", State: Unfinished, Group: "g"}}
 		}, serving: true, want: []string{"note snapshot d"}},
+		"templates": {change: func(s *Site, _ *Config) {
+			s.Pools[0].Templates = []image.TemplateView{{ID: "a.sound"}, {ID: "a.refused", Err: image.ErrDamaged}, {ID: "a.short", ImageErr: image.ErrDamaged}}
+		}, want: []string{"problem template a.refused: damaged -> stop csi-loop, rm -r /p/templates/refused", "problem template a.short: damaged"}},
 		"what cannot be looked at": {change: func(s *Site, _ *Config) {
 			s.Blind, s.Devices = []error{os.ErrPermission}, nil
 		}, want: []string{"problem node: cannot look: permission denied"}},

@@ -58,6 +58,9 @@ func CheckSite(s *Site, cfg Config, serving bool) []Finding {
 		for _, v := range p.Volumes {
 			f.volume(p, v)
 		}
+		for _, v := range p.Templates {
+			f.template(p, v)
+		}
 	}
 	for _, v := range s.Snapshots {
 		f.snapshot(v, serving)
@@ -88,8 +91,8 @@ func (f *findings) pool(p image.PoolView, cfg image.Config, serving bool) {
 	case p.New:
 		f.addf(Note, subject, "", "%s on %s is empty: csi-loop makes the pool at its start", p.Path, p.Filesystem)
 	default:
-		f.addf(OK, subject, "", "%s (%s) on %s, %s of %s free, %d volumes, %d snapshots",
-			p.Path, p.ID, p.Filesystem, Bytes(p.Usage.Free), Bytes(p.Usage.Size), len(p.Volumes), len(p.Snapshots))
+		f.addf(OK, subject, "", "%s (%s) on %s, %s of %s free, %d volumes, %d snapshots, %d templates",
+			p.Path, p.ID, p.Filesystem, Bytes(p.Usage.Free), Bytes(p.Usage.Size), len(p.Volumes), len(p.Snapshots), len(p.Templates))
 	}
 	if p.NoThick {
 		f.addf(Warning, subject, "put the pool on ext4, XFS or btrfs", "%s cannot promise space: only thin volumes can be made", p.Filesystem)
@@ -207,6 +210,19 @@ func (f *findings) snapshot(v Snapshot, serving bool) {
 		}
 		f.addf(level, subject, "start csi-loop: it removes the snapshot", "it is part of a group snapshot (%s) that was not completed", v.Group)
 	}
+}
+
+func (f *findings) template(p image.PoolView, v image.TemplateView) {
+	err := v.Err
+	if err == nil {
+		err = v.ImageErr
+	}
+	if err == nil {
+		return
+	}
+	_, dir, _ := strings.Cut(v.ID, ".")
+	path := Quote(filepath.Join(p.Path, "templates", dir))
+	f.addf(Problem, "template "+v.ID, "stop csi-loop, rm -r "+path+", start it, and make the template anew: no volume needs the old one", "%v", err)
 }
 
 func (f *findings) devices(s *Site) {
