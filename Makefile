@@ -89,6 +89,12 @@ test-powercut: ## cut the power of virtual machines N times for each pool's file
 test-powercut: VM_KERNELS = 6.12
 N ?= 10
 
+test-disk: VM_PKGS = ./test/integration
+test-disk: VM_ARGS = -timeout 1h
+test-disk: ## let the pool's disk fail under volumes in use, in virtual machines with a device mapper, needs no root
+	@hack/deps vm
+	$(GO) run ./test/vm -kernels $(VM_KERNELS) $(VM_ARGS) $(VM_PKGS) -- -test.v -test.run TestFailingDisk
+
 test-growth: VM_KERNELS = 6.1
 test-growth: VM_PKGS = ./test/vm/guest ./pkg/mount ./test/sanity
 test-growth: test-vm ## run what needs CAP_SYS_RESOURCE (growing a mounted ext4) in a virtual machine, needs no root

@@ -401,14 +401,27 @@ func commitBtrfs(f *os.File) error {
 	return ioctl(f, btrfsIocWaitSync, unsafe.Pointer(&transaction))
 }
 
-// probeWrite changes an access time, to learn whether a filesystem takes changes: one
-// that shut itself after an error does not always say so in statfs. ENOSPC is not an
-// answer to that.
+// probeWrite changes an access time, and makes a file without a name, to learn whether a
+// filesystem takes changes: one that shut itself after an error does not always say so in
+// statfs, and an ext4 whose journal was aborted takes the first all the same on Linux 6.1.
+// ENOSPC is not an answer to that.
 func probeWrite(dir *os.File) error {
 	times := []unix.Timespec{{Nsec: unix.UTIME_NOW}, {Nsec: unix.UTIME_OMIT}}
 	err := ignoringEINTR(func() error { return unix.UtimesNanoAt(unix.AT_FDCWD, procPath(dir), times, 0) })
+	if err == nil {
+		err = ignoringEINTR(func() error {
+			fd, err := unix.Openat(int(dir.Fd()), ".", unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
+			if err == nil {
+				err = unix.Close(fd)
+			}
+			return err
+		})
+	}
 	runtime.KeepAlive(dir)
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+	switch {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		return nil
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EISDIR): // a filesystem without such files
 		return nil
 	}
 	return err

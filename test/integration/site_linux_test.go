@@ -46,6 +46,7 @@ type site struct {
 type siteConfig struct {
 	poolFS   string // file system of the pool; "" is that of the temporary directory
 	poolSize int64  // default 4 GiB, sparse
+	pool     string // the pool's directory, if it is there already
 	args     []string
 	noStart  bool
 }
@@ -65,6 +66,9 @@ func newSite(t testing.TB, c siteConfig) *site {
 	}
 	for _, d := range []string{"images", "stage", "pods", "pool"} {
 		must(t, os.Mkdir(filepath.Join(dir, d), 0o750))
+	}
+	if c.pool != "" {
+		s.pool = c.pool
 	}
 	if c.poolFS != "" {
 		if c.poolSize == 0 {

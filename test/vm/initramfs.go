@@ -20,8 +20,8 @@ const (
 	requiredTools = `mke2fs mkfs.ext2 mkfs.ext3 mkfs.ext4 e2fsck resize2fs tune2fs dumpe2fs
 		mkfs.xfs xfs_growfs xfs_repair xfs_db xfs_io xfs_admin
 		mkfs.btrfs btrfs btrfstune
-		losetup mount umount blkid blockdev fallocate fstrim fsfreeze unshare nsenter`
-	optionalTools = "debugfs findmnt setpriv lsattr chattr filefrag dmsetup strace"
+		losetup mount umount blkid blockdev fallocate fstrim fsfreeze unshare nsenter dmsetup`
+	optionalTools = "debugfs findmnt setpriv lsattr chattr filefrag strace"
 )
 
 // Names of busybox that would stand in for a real tool badly, or that the kernel
