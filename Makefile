@@ -226,13 +226,17 @@ e2e-build: ## build all that the cluster and its tests consist of, and print whe
 	@hack/deps cluster
 	@bin=$$($(E2E) run ./build) && ($(E2E) run ./images $$bin) && echo $$bin
 
+# Another architecture than this machine's, with qemu: make test-image IMAGE_ARCH=arm64
+export IMAGE_ARCH
+EMULATE := $(if $(IMAGE_ARCH),$(CURDIR)/test/e2e/image/emulate $(IMAGE_ARCH))
+
 image-archive: ## build the image without a container engine, to bin/image.tar (root)
 	@hack/deps image
-	$(ROOT) $(CURDIR)/test/e2e/image/build $(IMAGE):$(VERSION) $(CURDIR)/bin/image.tar \
+	$(ROOT) $(EMULATE) $(CURDIR)/test/e2e/image/build $(IMAGE):$(VERSION) $(CURDIR)/bin/image.tar \
 	  --build-arg VERSION=$(VERSION) --build-arg COMMIT=$(COMMIT)
 
 test-image: image-archive ## prove that the image has every program that the driver can call (root)
-	cd test/e2e && CSI_LOOP_IMAGE=$(CURDIR)/bin/image.tar $(GO) test -exec $(ROOT) -count=1 -v ./image
+	cd test/e2e && CSI_LOOP_IMAGE=$(CURDIR)/bin/image.tar $(GO) test -exec '$(ROOT) $(EMULATE)' -count=1 -v ./image
 
 # The same flags as the build, or client-go is compiled a second time. Linting the
 # rest of test/e2e would compile all of Kubernetes; the build does that.
