@@ -61,9 +61,7 @@ type noticeKey struct{ uid, reason string }
 
 // noticeState is what is known of it.
 type noticeState struct {
-	bound Bound
-	first time.Time // when it was first seen
-	told  time.Time // when it was told last, or zero
+	told time.Time // when it was told last, or zero
 }
 
 // notices are the problems that were seen. One goroutine uses it.
@@ -108,46 +106,56 @@ func (r *Router) tellProblems(ctx context.Context, n *notices) (fresh bool, err 
 	if err != nil {
 		return false, fmt.Errorf("read the volumes of Kubernetes: %w", err)
 	}
-	view, now := r.viewOf(c), r.cfg.Now()
-	before := n.seen
+	view, before := r.viewOf(c), n.seen
 	n.seen = make(map[noticeKey]*noticeState, len(before))
-	told, healthy := map[string]bool{}, map[string]Bound{} // claims by UID
+	healthy := map[string]Bound{} // by the claim's UID
 	for _, b := range bound {
 		problems, known := view.problems(b)
-		if known && len(problems) == 0 {
+		switch {
+		case !known: // what was is as far as anybody knows
+			n.keep(b, before)
+		case len(problems) == 0:
 			healthy[b.UID] = b
 		}
-		for _, p := range problems {
-			key := noticeKey{b.UID, p.Reason}
-			if n.seen[key] != nil {
-				continue // of two with one reason, one is told
-			}
-			s := before[key]
-			switch {
-			case s == nil:
-				s, fresh = &noticeState{first: now}, true
-			case s.told.IsZero() || now.Sub(s.told) >= noticeAgain:
-				s.told = now
-				r.cfg.Notices.Tell(b, Notice{Reason: p.Reason, Message: p.Message})
-			}
-			s.bound = b
-			n.seen[key] = s
-		}
-		if !known { // what was is as far as anybody knows
-			for key, s := range before {
-				if key.uid == b.UID && n.seen[key] == nil {
-					n.seen[key] = s
-				}
-			}
-		}
+		fresh = r.tellOf(n, b, problems, before) || fresh
 	}
 	for key, s := range before {
-		if b, is := healthy[key.uid]; is && !s.told.IsZero() && !told[key.uid] {
-			told[key.uid] = true
-			r.cfg.Notices.Tell(b, Notice{Solved: true, Reason: noticeRecovered, Message: fmt.Sprintf("nothing is wrong any more with volume %s", b.Volume)})
+		if b, is := healthy[key.uid]; is && !s.told.IsZero() {
+			delete(healthy, key.uid) // once
+			r.cfg.Notices.Tell(b, Notice{Solved: true, Reason: noticeRecovered, Message: "nothing is wrong any more with volume " + b.Volume})
 		}
 	}
 	return fresh, nil
+}
+
+// keep takes over what was known of a claim.
+func (n *notices) keep(b Bound, before map[noticeKey]*noticeState) {
+	for key, s := range before {
+		if key.uid == b.UID {
+			n.seen[key] = s
+		}
+	}
+}
+
+// tellOf tells the problems of one claim that are due, and says whether one is new.
+func (r *Router) tellOf(n *notices, b Bound, problems []report.Problem, before map[noticeKey]*noticeState) (fresh bool) {
+	now := r.cfg.Now()
+	for _, p := range problems {
+		key := noticeKey{b.UID, p.Reason}
+		if n.seen[key] != nil {
+			continue // of two with one reason, one is told
+		}
+		s := before[key]
+		switch {
+		case s == nil:
+			s, fresh = &noticeState{}, true
+		case s.told.IsZero() || now.Sub(s.told) >= noticeAgain:
+			s.told = now
+			r.cfg.Notices.Tell(b, Notice{Reason: p.Reason, Message: p.Message})
+		}
+		n.seen[key] = s
+	}
+	return fresh
 }
 
 // clusterView is a report by what a volume's claim knows of it.

@@ -128,7 +128,8 @@ func TestMissingVolumesAreTold(t *testing.T) {
 		want  string
 	}{
 		"its pool is absent": {
-			[]report.Pool{{Name: "disk2", Problems: []report.Problem{{Kind: report.Inaccessible, Reason: "PoolAbsent", Message: "/mnt/disk2 is not a mount point"}}}}, "n1",
+			[]report.Pool{{Name: "disk2", Problems: []report.Problem{{Kind: report.Inaccessible, Reason: "PoolAbsent", Message: "/mnt/disk2 is not a mount point"}}}},
+			"n1",
 			`false PoolAbsent: its pool is not there. Pool "disk2" is absent: /mnt/disk2 is not a mount point (node n1`,
 		},
 		"nobody knows its pool": {nil, "n1", "false PoolMissing: the node has no pool with the ID"},
@@ -136,7 +137,8 @@ func TestMissingVolumesAreTold(t *testing.T) {
 		"its node is away":      {nil, "n3", ""},
 		"nobody knows its node": {nil, "", ""},
 		"its pool is sick": {
-			[]report.Pool{{Name: "default", Problems: []report.Problem{{Kind: report.Inaccessible, Reason: "PoolFilesystem", Message: "read-only"}, {Kind: report.Degraded, Reason: "ReserveUsed"}}}}, "known",
+			[]report.Pool{{Name: "default", Problems: []report.Problem{{Kind: report.Inaccessible, Reason: "PoolFilesystem", Message: "read-only"}, {Kind: report.Degraded, Reason: "ReserveUsed"}}}},
+			"known",
 			"false PoolFilesystem: read-only (node n1",
 		},
 	} {

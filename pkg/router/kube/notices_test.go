@@ -3,6 +3,7 @@ package kube
 import (
 	"context"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -74,11 +75,11 @@ func TestTellMakesEvents(t *testing.T) {
 		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 			list, err := client.CoreV1().Events("shop").List(ctx, meta.ListOptions{})
 			must(t, err)
-			got = ""
+			var all strings.Builder
 			for _, e := range list.Items {
-				got += fmt.Sprintf("%s %s/%s %s %s %s %s x%d\n", e.Source.Component, e.InvolvedObject.Kind, e.InvolvedObject.Name, e.InvolvedObject.UID, e.Type, e.Reason, e.Message, e.Count)
+				fmt.Fprintf(&all, "%s %s/%s %s %s %s %s x%d\n", e.Source.Component, e.InvolvedObject.Kind, e.InvolvedObject.Name, e.InvolvedObject.UID, e.Type, e.Reason, e.Message, e.Count)
 			}
-			if got == want {
+			if got = all.String(); got == want {
 				return
 			}
 		}
