@@ -1,0 +1,225 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/csi-loop/csi-loop/pkg/driver"
+)
+
+const forgetHelp = `Delete the PersistentVolumes of a node that is gone for ever, and with --claims the
+claims that are bound to them, so that a StatefulSet makes new ones elsewhere.
+
+It refuses while Kubernetes has the Node or its CSINode object: a node that is only
+away comes back, and everything goes on by itself. Delete the Node object first
+(kubectl delete node NAME), which ends its pods. Without --apply it says what it would
+do, and does nothing.
+
+With --apply, for one volume after the other:
+
+  1. the PersistentVolume, with the policy Retain, and its claim are written to the
+     file --save, which must not be there;
+  2. its policy becomes Retain, so that no deletion reaches the data, should the disk
+     turn up again;
+  3. the claim is deleted, if --claims is given; a volume that has a claim is passed
+     over otherwise;
+  4. the PersistentVolume is deleted, with its finalizers.
+
+No image is deleted. If the node or its disk comes back after all, csi-loop orphans
+lists the volumes, and the saved file has what is to be made again.`
+
+// forgetting is what forget was told.
+type forgetting struct {
+	node, driver, kubeconfig, save string
+	claims, apply                  bool
+}
+
+func newForgetCommand() *cobra.Command {
+	var f forgetting
+	c := &cobra.Command{Use: "forget NODE", Short: "Delete the PersistentVolumes of a node that is gone for ever", Long: forgetHelp, Args: cobra.ExactArgs(1)}
+	c.Flags().StringVar(&f.kubeconfig, "kubeconfig", "", "how to reach the cluster; required")
+	c.Flags().StringVar(&f.driver, "driver-name", driver.DefaultName, "name of the driver")
+	c.Flags().StringVar(&f.save, "save", "", "file for what is deleted (default: csi-loop-forget-<NODE>.yaml)")
+	c.Flags().BoolVar(&f.claims, "claims", false, "delete the claims of the volumes too")
+	c.Flags().BoolVar(&f.apply, "apply", false, "do it")
+	c.RunE = func(c *cobra.Command, args []string) error {
+		if f.node = args[0]; f.save == "" {
+			f.save = "csi-loop-forget-" + f.node + ".yaml"
+		}
+		if f.kubeconfig == "" {
+			return usagef("no cluster: give --kubeconfig")
+		}
+		cfg, err := clientcmd.BuildConfigFromFlags("", f.kubeconfig)
+		if err != nil {
+			return usagef("--kubeconfig: %w", err)
+		}
+		client, err := kubernetes.NewForConfig(cfg)
+		if err != nil {
+			return failed(err)
+		}
+		return failed(f.run(c.Context(), client, c.OutOrStdout()))
+	}
+	return c
+}
+
+// lost is a volume of the node, and the claim that is bound to it.
+type lost struct {
+	pv    *corev1.PersistentVolume
+	claim *corev1.PersistentVolumeClaim // nil: there is none
+}
+
+// run deletes, or says what would be deleted.
+func (f *forgetting) run(ctx context.Context, client kubernetes.Interface, out io.Writer) error {
+	if err := f.gone(ctx, client); err != nil {
+		return err
+	}
+	all, err := f.volumes(ctx, client)
+	if err != nil {
+		return err
+	}
+	var chosen []lost
+	for _, l := range all {
+		what := "no claim"
+		if l.claim != nil {
+			what = "claim " + l.claim.Namespace + "/" + l.claim.Name
+		}
+		if l.claim != nil && !f.claims {
+			fmt.Fprintf(out, "%s\t%s\tpassed over: --claims deletes the claim too\n", l.pv.Name, what)
+			continue
+		}
+		fmt.Fprintf(out, "%s\t%s\n", l.pv.Name, what)
+		chosen = append(chosen, l)
+	}
+	switch {
+	case len(chosen) == 0:
+		fmt.Fprintln(out, "Nothing to do.")
+		return nil
+	case !f.apply:
+		fmt.Fprintf(out, "%d PersistentVolumes would be deleted; --apply does it.\n", len(chosen))
+		return nil
+	}
+	if err := f.keep(chosen); err != nil {
+		return err
+	}
+	for _, l := range chosen {
+		if err := f.delete(ctx, client, l); err != nil {
+			return fmt.Errorf("PersistentVolume %s: %w (what was to be deleted is in %s)", l.pv.Name, err, f.save)
+		}
+	}
+	fmt.Fprintf(out, "%d PersistentVolumes deleted. They are in %s.\n", len(chosen), f.save)
+	return nil
+}
+
+// gone returns an error unless Kubernetes has no such node.
+func (f *forgetting) gone(ctx context.Context, client kubernetes.Interface) error {
+	_, err := client.CoreV1().Nodes().Get(ctx, f.node, metav1.GetOptions{})
+	if err == nil {
+		return fmt.Errorf("node %s is in the cluster: if it is gone for ever, kubectl delete node %s", f.node, f.node)
+	}
+	if !apierrors.IsNotFound(err) {
+		return err
+	}
+	_, err = client.StorageV1().CSINodes().Get(ctx, f.node, metav1.GetOptions{})
+	if err == nil {
+		return fmt.Errorf("CSINode %s is in the cluster: Kubernetes deletes it after its node, try again soon", f.node)
+	}
+	if !apierrors.IsNotFound(err) {
+		return err
+	}
+	return nil
+}
+
+// volumes lists those that can be on the node only.
+func (f *forgetting) volumes(ctx context.Context, client kubernetes.Interface) ([]lost, error) {
+	list, err := client.CoreV1().PersistentVolumes().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	a := adoption{node: f.node, driver: f.driver}
+	var all []lost
+	for i := range list.Items {
+		pv := &list.Items[i]
+		if pv.Spec.CSI == nil || pv.Spec.CSI.Driver != f.driver || !a.there(pv) {
+			continue
+		}
+		l := lost{pv: pv}
+		if ref := pv.Spec.ClaimRef; ref != nil {
+			claim, err := client.CoreV1().PersistentVolumeClaims(ref.Namespace).Get(ctx, ref.Name, metav1.GetOptions{})
+			switch {
+			case err == nil && claim.UID == ref.UID && claim.Spec.VolumeName == pv.Name:
+				l.claim = claim
+			case err != nil && !apierrors.IsNotFound(err):
+				return nil, err
+			}
+		}
+		all = append(all, l)
+	}
+	return all, nil
+}
+
+// keep saves what is to be deleted, durably. An earlier file is never written over.
+func (f *forgetting) keep(all []lost) error {
+	file, err := os.OpenFile(f.save, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return fmt.Errorf("--save: %w", err)
+	}
+	var objects []any
+	for _, l := range all {
+		pv := l.pv.DeepCopy()
+		pv.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "PersistentVolume"}
+		// Made again it has no claim, and what is so and is not retained is deleted.
+		pv.Spec.PersistentVolumeReclaimPolicy = corev1.PersistentVolumeReclaimRetain
+		objects = append(objects, pv)
+		if l.claim != nil {
+			claim := l.claim.DeepCopy()
+			claim.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "PersistentVolumeClaim"}
+			objects = append(objects, claim)
+		}
+	}
+	err = printManifests(file, objects...)
+	if err == nil {
+		err = file.Sync()
+	}
+	return errors.Join(err, file.Close())
+}
+
+// delete deletes one volume, unless the node is there again.
+func (f *forgetting) delete(ctx context.Context, client kubernetes.Interface, l lost) error {
+	if err := f.gone(ctx, client); err != nil {
+		return err
+	}
+	volumes := client.CoreV1().PersistentVolumes()
+	// With it in force no deletion of the object reaches the data.
+	patch := `{"spec":{"persistentVolumeReclaimPolicy":"Retain"},"metadata":{"uid":"` + string(l.pv.UID) + `"}}`
+	if _, err := volumes.Patch(ctx, l.pv.Name, types.MergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
+		return err
+	}
+	if l.claim != nil {
+		err := client.CoreV1().PersistentVolumeClaims(l.claim.Namespace).Delete(ctx, l.claim.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &l.claim.UID}})
+		if err != nil && !apierrors.IsNotFound(err) {
+			return err
+		}
+	}
+	err := volumes.Delete(ctx, l.pv.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &l.pv.UID}})
+	if err != nil && !apierrors.IsNotFound(err) {
+		return err
+	}
+	// One waits for the claim, the provisioner's for a node that is gone.
+	patch = `{"metadata":{"finalizers":null,"uid":"` + string(l.pv.UID) + `"}}`
+	_, err = volumes.Patch(ctx, l.pv.Name, types.MergePatchType, []byte(patch), metav1.PatchOptions{})
+	if err != nil && !apierrors.IsNotFound(err) {
+		return err
+	}
+	return nil
+}

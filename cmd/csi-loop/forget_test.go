@@ -1,0 +1,185 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	storagev1 "k8s.io/api/storage/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes/fake"
+	clienttesting "k8s.io/client-go/testing"
+
+	"github.com/csi-loop/csi-loop/pkg/driver"
+)
+
+// lossy is a cluster without the node "a", with volumes of it that have a claim, lost
+// it, and whose claim's name another one has; and volumes of others.
+func lossy(more ...runtime.Object) *fake.Clientset {
+	bound := persistent("bound", movedPool, "a", corev1.PersistentVolumeReclaimDelete)
+	released := persistent("released", movedPool, "a", corev1.PersistentVolumeReclaimDelete)
+	reused := persistent("reused", movedPool, "a", corev1.PersistentVolumeReclaimDelete)
+	foreign := persistent("foreign", movedPool, "a", corev1.PersistentVolumeReclaimDelete)
+	foreign.Spec.CSI.Driver = "other.io"
+	objects := []runtime.Object{
+		bound, released, reused, foreign, persistent("elsewhere", movedPool, "b", corev1.PersistentVolumeReclaimDelete),
+		claimFor("bound", "claim-1", "bound"), claimFor("reused", "claim-2", "somewhere"), claimFor("elsewhere", "claim-1", "elsewhere"),
+	}
+	return fake.NewClientset(append(objects, more...)...)
+}
+
+func claimFor(name, uid, volume string) *corev1.PersistentVolumeClaim {
+	return &corev1.PersistentVolumeClaim{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name, UID: types.UID(uid)}, Spec: corev1.PersistentVolumeClaimSpec{VolumeName: volume},
+	}
+}
+
+func forgets(t *testing.T) forgetting {
+	t.Helper()
+	return forgetting{node: "a", driver: driver.DefaultName, save: filepath.Join(t.TempDir(), "saved.yaml")}
+}
+
+// left lists what the cluster still has.
+func left(t *testing.T, client *fake.Clientset) (volumes, claims []string) {
+	t.Helper()
+	pvs, err := client.CoreV1().PersistentVolumes().List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pv := range pvs.Items {
+		volumes = append(volumes, pv.Name)
+	}
+	pvcs, err := client.CoreV1().PersistentVolumeClaims("shop").List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range pvcs.Items {
+		claims = append(claims, c.Name)
+	}
+	slices.Sort(volumes)
+	slices.Sort(claims)
+	return volumes, claims
+}
+
+func wantLeft(t *testing.T, client *fake.Clientset, wantVolumes, wantClaims string) {
+	t.Helper()
+	volumes, claims := left(t, client)
+	if v, c := strings.Join(volumes, " "), strings.Join(claims, " "); v != wantVolumes || c != wantClaims {
+		t.Errorf("left: volumes %s, claims %s; want %s and %s", v, c, wantVolumes, wantClaims)
+	}
+}
+
+const (
+	everyVolume = "bound elsewhere foreign released reused"
+	everyClaim  = "bound elsewhere reused"
+)
+
+func TestForgetSaysWhatItWouldDo(t *testing.T) {
+	client, f := lossy(), forgets(t)
+	var out bytes.Buffer
+	if err := f.run(t.Context(), client, &out); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"bound\tclaim shop/bound\tpassed over", "released\tno claim\n", "reused\tno claim\n", "2 PersistentVolumes would be deleted"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("%q is not in\n%s", want, out.String())
+		}
+	}
+	for _, a := range client.Actions() {
+		if !slices.Contains([]string{"get", "list"}, a.GetVerb()) {
+			t.Errorf("it did %s", a.GetVerb())
+		}
+	}
+	if _, err := os.Stat(f.save); !os.IsNotExist(err) {
+		t.Error("it saved something", err)
+	}
+}
+
+func TestForgetDeletesWhatHasNoClaim(t *testing.T) {
+	client, f := lossy(), forgets(t)
+	f.apply = true
+	if err := f.run(t.Context(), client, &bytes.Buffer{}); err != nil {
+		t.Fatal(err)
+	}
+	wantLeft(t, client, "bound elsewhere foreign", everyClaim)
+	b, err := os.ReadFile(f.save)
+	if err != nil || !strings.Contains(string(b), "name: released") || strings.Contains(string(b), "name: bound") || !strings.Contains(string(b), "persistentVolumeReclaimPolicy: Retain") {
+		t.Errorf("saved: %s, %v", b, err)
+	}
+	// The policy is Retain before anything is deleted.
+	var retained bool
+	for _, a := range client.Actions() {
+		switch p, is := a.(clienttesting.PatchAction); {
+		case is && strings.Contains(string(p.GetPatch()), "Retain"):
+			retained = true
+		case a.GetVerb() == "delete" && !retained:
+			t.Error("deleted before the policy is Retain")
+		}
+	}
+	again := f
+	if err := again.run(t.Context(), client, &bytes.Buffer{}); err != nil {
+		t.Errorf("nothing is left to do: %v", err)
+	}
+}
+
+func TestForgetWithClaims(t *testing.T) {
+	client, f := lossy(), forgets(t)
+	f.apply, f.claims = true, true
+	if err := f.run(t.Context(), client, &bytes.Buffer{}); err != nil {
+		t.Fatal(err)
+	}
+	wantLeft(t, client, "elsewhere foreign", "elsewhere reused")
+	b, err := os.ReadFile(f.save)
+	if err != nil || strings.Count(string(b), "kind: PersistentVolumeClaim\n") < 1 {
+		t.Errorf("saved: %s, %v", b, err)
+	}
+}
+
+// Nothing is done while the node may come back, also when it does in the middle; nor
+// over an earlier file.
+func TestForgetRefuses(t *testing.T) {
+	for name, tt := range map[string]struct {
+		more   []runtime.Object
+		change func(client *fake.Clientset, f *forgetting)
+		want   string
+	}{
+		"the node is there":    {[]runtime.Object{&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}}}, nil, "kubectl delete node a"},
+		"its CSINode is there": {[]runtime.Object{&storagev1.CSINode{ObjectMeta: metav1.ObjectMeta{Name: "a"}}}, nil, "CSINode a"},
+		"it cannot be known": {nil, func(client *fake.Clientset, _ *forgetting) {
+			client.PrependReactor("get", "nodes", func(clienttesting.Action) (bool, runtime.Object, error) { return true, nil, os.ErrPermission })
+		}, "permission"},
+		"the file is there": {nil, func(_ *fake.Clientset, f *forgetting) {
+			if err := os.WriteFile(f.save, []byte("earlier"), 0o600); err != nil {
+				panic(err)
+			}
+		}, "--save"},
+		"the node comes back": {nil, func(client *fake.Clientset, _ *forgetting) {
+			asked := 0
+			client.PrependReactor("get", "nodes", func(clienttesting.Action) (bool, runtime.Object, error) {
+				if asked++; asked > 1 {
+					return true, &corev1.Node{}, nil
+				}
+				return false, nil, nil
+			})
+		}, "node a is in the cluster"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			client, f := lossy(tt.more...), forgets(t)
+			f.apply, f.claims = true, true
+			if tt.change != nil {
+				tt.change(client, &f)
+			}
+			err := f.run(t.Context(), client, &bytes.Buffer{})
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("%v does not say %q", err, tt.want)
+			}
+			wantLeft(t, client, everyVolume, everyClaim)
+		})
+	}
+}
