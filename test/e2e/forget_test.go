@@ -1,0 +1,81 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// ghost is a bound volume of a node that is not in the cluster.
+func (e *env) ghost(node string) (volume string) {
+	e.Helper()
+	volume = e.namespace + "-ghost"
+	pv := mappedVolume(volume, node, nil)
+	pv.Spec.CSI.VolumeHandle = strings.Repeat("a", 20) + "." + volume
+	pv.Spec.PersistentVolumeReclaimPolicy = corev1.PersistentVolumeReclaimDelete
+	volumes := e.client.CoreV1().PersistentVolumes()
+	must[*corev1.PersistentVolume](e)(volumes.Create(e.Context(), pv, metav1.CreateOptions{}))
+	e.Cleanup(func() {
+		if err := ignoreGone(volumes.Delete(context.Background(), volume, metav1.DeleteOptions{})); err != nil {
+			e.Error(err)
+		}
+	})
+	c := claim("ghost", pv.Spec.StorageClassName, pv.Spec.Capacity.Storage().String())
+	c.Spec.VolumeName, c.Spec.AccessModes, c.Spec.VolumeMode = volume, pv.Spec.AccessModes, pv.Spec.VolumeMode
+	e.createClaim(c)
+	e.volumeOf("ghost")
+	return volume
+}
+
+// TestNodeThatIsGoneIsForgotten: a claim learns that its node is gone; csi-loop forget
+// refuses a node that is there, and deletes volume and claim of the one that is not.
+func TestNodeThatIsGoneIsForgotten(t *testing.T) {
+	e := volumes(t)
+	const node = "csi-loop-e2e-no-such-node"
+	volume := e.ghost(node)
+	e.eventSays("ghost", "Warning", "NodeGone", node)
+
+	program, saved := e.compile("csi-loop"), filepath.Join(e.TempDir(), "saved.yaml")
+	forget := func(node string, args ...string) (string, error) {
+		args = append([]string{"forget", node, "--kubeconfig=" + os.Getenv("KUBECONFIG"), "--save=" + saved}, args...)
+		out, err := exec.CommandContext(e.Context(), program, args...).CombinedOutput()
+		return string(out), err
+	}
+	if out, err := forget(e.nodes()[0], "--claims", "--apply"); err == nil || !strings.Contains(out, "is in the cluster") {
+		t.Fatalf("a node that is there: %s, %v", out, err)
+	}
+	if out, err := forget(node); err != nil || !strings.Contains(out, volume) || !strings.Contains(out, "passed over") {
+		t.Errorf("%s, %v", out, err)
+	}
+	if out, err := forget(node, "--claims", "--apply"); err != nil || !strings.Contains(out, "1 PersistentVolumes deleted") {
+		t.Fatalf("%s, %v", out, err)
+	}
+	e.eventually("volume and claim are gone", patience, func(ctx context.Context) error {
+		_, err := e.client.CoreV1().PersistentVolumes().Get(ctx, volume, metav1.GetOptions{})
+		_, claimErr := e.client.CoreV1().PersistentVolumeClaims(e.namespace).Get(ctx, "ghost", metav1.GetOptions{})
+		if !apierrors.IsNotFound(err) || !apierrors.IsNotFound(claimErr) {
+			return fmt.Errorf("volume %w, claim %w", or(err), or(claimErr))
+		}
+		return nil
+	})
+	if b, err := os.ReadFile(saved); err != nil || !strings.Contains(string(b), volume) || !strings.Contains(string(b), "Retain") {
+		t.Errorf("saved: %s, %v", b, err)
+	}
+}
+
+// or turns success into an error that says so.
+func or(err error) error {
+	if err == nil {
+		return errors.New("is there")
+	}
+	return err
+}
