@@ -4,11 +4,15 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
+
+	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/transfer"
 )
 
 // FuzzCapacity: whatever the numbers, a size that is chosen satisfies them.
@@ -30,6 +34,33 @@ func FuzzCapacity(f *testing.F) {
 		}
 		if err != nil && limit == 0 {
 			t.Errorf("nothing is large enough for required %d: %v", required, err)
+		}
+	})
+}
+
+// FuzzOffered: what another node says of a source is something this node could have
+// made itself, or is refused in a way that a CO asks again after.
+func FuzzOffered(f *testing.F) {
+	f.Add(int64(16<<20), "ext4", 4096, "-m 1")
+	f.Add(int64(300<<20), "xfs", 512, "")
+	f.Add(int64(1<<20), "", 4096, "-m 1")
+	f.Add(int64(-1), "ntfs", 0, "-E discard")
+	f.Add(int64(1<<62), "btrfs", 3000, "/dev/sda")
+	f.Fuzz(func(t *testing.T, size int64, filesystem string, blockSize int, options string) {
+		o := &transfer.Offer{Source: transfer.Description{Size: size, Filesystem: filesystem, BlockSize: blockSize, MkfsOptions: strings.Fields(options)}}
+		s, err := offered(o)
+		if err != nil {
+			if codeOf(err) != codes.Unavailable {
+				t.Errorf("%v", err)
+			}
+			return
+		}
+		again, err := image.ParseMkfsOptions(s.Filesystem, s.MkfsOptions)
+		if s.Size <= 0 || s.Size%sizeUnit != 0 || !slices.Contains([]int{512, 1024, 2048, 4096}, s.BlockSize) || err != nil || !slices.Equal(again, s.MkfsOptions) {
+			t.Errorf("%+v: %v", s, err)
+		}
+		if s.Filesystem != "" && image.MinimumSize(s.Filesystem) == 0 {
+			t.Errorf("filesystem %q", s.Filesystem)
 		}
 	})
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -48,6 +49,8 @@ func scenario() []step {
 		{"unsnapshot", Spec{Name: "thin"}},
 		{"copy", Spec{Name: "restored", Size: 8 * MiB, Source: &Source{Snapshot: "of thick"}}},
 		{"copy", Spec{Name: "cloned", Size: 7 * MiB, Allocation: Thin, Source: &Source{Volume: "thick"}}},
+		{"stream", Spec{Name: "streamed", Size: 8 * MiB}},
+		{"stream", Spec{Name: "streamed thin", Size: 4 * MiB, Allocation: Thin}},
 		{"remove", Spec{Name: "made/of fs"}},
 		{"ungroup", Spec{Name: "all"}},
 		{"create", Spec{Name: "made/of fs", Size: 9 * MiB, Filesystem: filesystem}},
@@ -82,6 +85,10 @@ func (s step) run(p *Pool) error {
 		}
 		_, err := p.CreateFrom(ctx, s.spec, held)
 		return err
+	case "stream": // of another node
+		s.spec.Source = &Source{Snapshot: VolumeID("aaaaaaaaaaaaaaaaaaaa", "elsewhere")}
+		_, err := p.CreateFromInflow(ctx, s.spec, Spec{Size: 4 * MiB, BlockSize: 4096}, &halves{})
+		return err
 	case "snapshot":
 		_, err := p.Snapshot(ctx, SnapshotSpec{Name: "of " + s.spec.Name, Source: id}, held)
 		return err
@@ -104,6 +111,19 @@ func (s step) run(p *Pool) error {
 		return err
 	}
 	return p.Remove(ctx, id)
+}
+
+// halves is an Inflow of the pattern in two pieces.
+type halves struct{ came int }
+
+func (h *halves) Next(context.Context) (int64, []byte, error) {
+	half := len(pattern) / 2
+	from := h.came * half
+	if from >= len(pattern) {
+		return 0, nil, io.EOF
+	}
+	h.came++
+	return 3*MiB + int64(from), pattern[from : from+half], nil
 }
 
 // held is a Quiesce for what nobody writes to.

@@ -2,10 +2,27 @@ package link
 
 import (
 	"bytes"
+	"context"
 	"crypto/ed25519"
+	"crypto/x509"
+	"encoding/json"
+	"io"
+	"net"
+	"strings"
+	"sync/atomic"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+	"k8s.io/klog/v2"
+
 	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/transfer"
 )
 
 // FuzzFrame: bytes from anybody are a hello or an error, and nothing behind the
@@ -41,6 +58,106 @@ func FuzzFrame(f *testing.F) {
 			}
 		}
 	})
+}
+
+// FuzzOffer: what came with a call is refused, or is an offer that can be made again.
+func FuzzOffer(f *testing.F) {
+	good, err := json.Marshal(Offer{
+		Source: transfer.Description{Size: 1 << 20, Filesystem: "ext4", BlockSize: 4096, MkfsOptions: []string{"-m", "1"}},
+		Ticket: make([]byte, TicketSize), Address: "c:1",
+	})
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, seed := range []string{string(good), "", "{}", "null", "[]", `{"source":{"size":-1}}`, `{"source":{"size":1e30}}`, `{"ticket":"!"}`, strings.Repeat("{", maxOffer+1)} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, header string) {
+		ctx := metadata.NewIncomingContext(t.Context(), metadata.Pairs(OfferKey, header))
+		o, err := offerOf(ctx)
+		a := &Agent{}
+		with, accepted := a.accept(ctx)
+		if (err == nil) != (accepted == nil) || err == nil && len(header) > maxOffer {
+			t.Fatalf("%v, %v", err, accepted)
+		}
+		if err != nil {
+			if transfer.OfferOf(with) != nil {
+				t.Error("what is no offer is one")
+			}
+			return
+		}
+		if got := transfer.OfferOf(with); !cmp.Equal(got.Source, o.Source) {
+			t.Errorf("%+v of %+v", got.Source, o.Source)
+		}
+		out, err := WithOffer(t.Context(), *o)
+		if err != nil {
+			return // too large by now
+		}
+		sent, _ := metadata.FromOutgoingContext(out)
+		again, err := offerOf(metadata.NewIncomingContext(t.Context(), sent))
+		if err != nil || !cmp.Equal(again, o, cmpopts.EquateEmpty()) {
+			t.Errorf("%+v became %+v: %v", o, again, err)
+		}
+	})
+}
+
+// silent is a node that sends nothing, and counts how often it should.
+type silent struct{ sent atomic.Int32 }
+
+func (*silent) Describe(_ context.Context, r transfer.Request) (transfer.Description, error) {
+	return transfer.Description{Size: int64(len(r.ID())), BlockSize: len(r.Parameters)}, nil
+}
+
+func (s *silent) Send(context.Context, transfer.Request, io.Writer) error {
+	s.sent.Add(1)
+	return nil
+}
+
+// FuzzOrders: whatever a controller orders a node to describe or to send, the node
+// answers, and never sends anything but on a connection that the order's ticket opened.
+func FuzzOrders(f *testing.F) {
+	order, err := json.Marshal(sendOrder{Request: transfer.Request{Snapshot: "p.s", Parameters: map[string]string{"a": "b"}}, Ticket: make([]byte, TicketSize), Address: "c:1"})
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, seed := range []string{string(order), "", "null", "{}", `{"snapshot":"p.s"}`, `{"volume":"p.v","parameters":{"a":"b"}}`, `{"request":{"volume":1}}`, `{"ticket":"AAAA","address":"x"}`} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, req []byte) {
+		sources := &silent{}
+		ctx := klog.NewContext(t.Context(), klog.Logger{})
+		a := &Agent{cfg: Config{Sources: sources, CA: func() (*x509.CertPool, error) { return nil, net.ErrClosed }}} // no order gets a connection
+		server := &recorder{}
+		registerTransfer(server, &session{agent: a, ctx: ctx})
+		for _, m := range server.methods {
+			resp, err := m.Handler(nil, ctx, func(v any) error {
+				b, ok := v.(*wrapperspb.BytesValue)
+				if !ok {
+					t.Fatalf("%T", v)
+				}
+				b.Value = req
+				return nil
+			}, func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+				return handle(ctx, req)
+			})
+			var o sendOrder
+			valid := json.Unmarshal(req, &o) == nil && len(o.Ticket) == TicketSize && o.Address != ""
+			if code := status.Code(err); code != codes.OK && code != codes.InvalidArgument || err == nil && resp == nil || m.MethodName == sendMethod && (err == nil) != valid {
+				t.Errorf("%s: %v, %v", m.MethodName, resp, err)
+			}
+		}
+		a.wg.Wait()
+		if n := sources.sent.Load(); n != 0 {
+			t.Errorf("sent %d times, without a connection", n)
+		}
+	})
+}
+
+// recorder is a server that only takes note of its methods.
+type recorder struct{ methods []grpc.MethodDesc }
+
+func (r *recorder) RegisterService(d *grpc.ServiceDesc, _ any) {
+	r.methods = append(r.methods, d.Methods...)
 }
 
 // FuzzHello: no hello is let in with a pool whose key it does not have. The one
