@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"maps"
-	"math"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -234,8 +233,7 @@ func (d *Driver) trimParts(ctx context.Context, r stageRecord, due *trimDue) (lo
 		return "", errTrimHeld
 	}
 	defer end()
-	info, err := d.table.Status(ctx, r.Device.ref())
-	if err != nil {
+	if _, err := d.table.Status(ctx, r.Device.ref()); err != nil {
 		return "", err
 	}
 	for length := int64(trimPart); due.next >= 0; {
@@ -249,12 +247,6 @@ func (d *Driver) trimParts(ctx context.Context, r stageRecord, due *trimDue) (lo
 			return load, nil
 		}
 		part := mount.TrimSpec{Path: r.StagingPath, Device: r.Device.Device, Start: uint64(due.next), Length: uint64(length)}
-		whole := due.next >= info.Size && r.FSType == "btrfs"
-		if whole {
-			// Its addresses are not those of the device. And parts left some tens of MiB
-			// of 96 on 6.18; after them the whole is quick.
-			part.Start, part.Length = 0, math.MaxUint64
-		}
 		began := time.Now()
 		n, err := d.trimmer.Trim(ctx, part)
 		switch {
@@ -265,9 +257,7 @@ func (d *Driver) trimParts(ctx context.Context, r stageRecord, due *trimDue) (lo
 			return "", err
 		}
 		due.trimmed += n
-		if due.next += length; whole {
-			due.next = -1
-		}
+		due.next += length
 		length = nextPart(length, time.Since(began))
 	}
 	return "", nil

@@ -44,5 +44,5 @@ func freezeFilesystem(*os.File) error                  { return errors.ErrUnsupp
 func thawFilesystem(*os.File) error                    { return errors.ErrUnsupported }
 func syncFilesystem(*os.File) error                    { return errors.ErrUnsupported }
 
-func socketPair() (*net.UnixConn, *os.File, error)         { return nil, nil, errors.ErrUnsupported }
-func trimRange(string, int, uint64, uint64) (int64, error) { return 0, errors.ErrUnsupported }
+func socketPair() (*net.UnixConn, *os.File, error)             { return nil, nil, errors.ErrUnsupported }
+func trimRange(_, _ string, _ int, _, _ uint64) (int64, error) { return 0, errors.ErrUnsupported }

@@ -11,8 +11,9 @@ import (
 type TrimSpec struct {
 	Path   string // where it is mounted, writable
 	Device Device // the device that has to be mounted there
-	// Bytes of the filesystem. Length is a request: the kernel rounds to its groups of
-	// blocks (128 MiB on ext4).
+	// Bytes of the filesystem, by its own addresses: those of btrfs may go beyond the
+	// size of its device. Length is a request: the kernel rounds to its groups of
+	// blocks (128 MiB on ext4, chunks of up to 1 GiB on btrfs).
 	Start, Length uint64
 }
 
@@ -36,7 +37,7 @@ func (m *Mounter) Trim(ctx context.Context, spec TrimSpec) (int64, error) {
 	case !found.IsOf(spec.Device):
 		return 0, &ForeignError{Target: spec.Path, Found: found, Reason: fmt.Sprintf("want device %d:%d", spec.Device.Major, spec.Device.Minor)}
 	}
-	n, err := trimRange(spec.Path, found.ID, spec.Start, spec.Length)
+	n, err := trimRange(spec.Path, found.FSType, found.ID, spec.Start, spec.Length)
 	if errors.Is(err, syscall.EINVAL) && spec.Start > 0 {
 		return 0, fmt.Errorf("trim %s: %w", shorten(spec.Path), ErrRange)
 	}
