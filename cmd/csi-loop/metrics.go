@@ -180,6 +180,11 @@ func (m *metrics) node(images *image.Store, loops *loop.Manager) {
 			gauge("pool_reserved_bytes", "What is kept free for others, by configuration.", u.Reserved, "pool", p.Name())
 			gauge("pool_available_bytes", "The largest thick volume that could be made.", p.Capacity(image.Thick), "pool", p.Name())
 			gauge("pool_volumes", "Volumes in the pool.", int64(u.Volumes), "pool", p.Name())
+			templates := p.Templates()
+			gauge("pool_templates", "Templates in the pool.", int64(len(templates)), "pool", p.Name())
+			for _, t := range templates {
+				gauge("template_size_bytes", "Size of a template.", t.Size, "pool", p.Name(), "template", t.Name)
+			}
 			fragments(p, gauge)
 			c := p.Copies()
 			gauge("pool_copies", "Copies of data that are under way in the pool.", int64(c.Running), "pool", p.Name())

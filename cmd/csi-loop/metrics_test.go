@@ -4,6 +4,7 @@ import (
 	"context"
 	"maps"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -35,6 +36,19 @@ func TestMetrics(t *testing.T) {
 	defer store.Close()
 	pool, _ := store.Pool("default")
 	if _, err := pool.Create(t.Context(), image.Spec{Name: "v", Size: image.MiB, Allocation: image.Thick, BlockSize: 4096}); err != nil {
+		t.Fatal(err)
+	}
+	golden, err := os.Create(filepath.Join(t.TempDir(), "golden.img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer golden.Close()
+	if err := golden.Truncate(2 * image.MiB); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pool.AddTemplate(t.Context(), image.TemplateSpec{Name: "golden", Size: 2 * image.MiB, BlockSize: 4096}, image.FileContent{
+		File: golden, Path: golden.Name(), Length: 2 * image.MiB, Method: image.Copy,
+	}); err != nil {
 		t.Fatal(err)
 	}
 	for deadline := time.Now().Add(20 * time.Second); len(pool.Fragments()) == 0; time.Sleep(time.Millisecond) {
@@ -98,6 +112,9 @@ func TestMetrics(t *testing.T) {
 	}
 	if !maps.Equal(shown, listed) {
 		t.Errorf("shown: %q\nin docs/operations.md: %q", shown, listed)
+	}
+	if _, body := get(t, m.handler(), "/metrics"); !strings.Contains(body, `csi_loop_pool_templates{pool="default"} 1`) || !strings.Contains(body, `csi_loop_template_size_bytes{pool="default",template="golden"} 2.097152e+06`) {
+		t.Error(body)
 	}
 	// The one with most blocks has metrics, and the other is counted.
 	if _, body := get(t, m.handler(), "/metrics"); !strings.Contains(body, "csi_loop_volumes_not_shown 1\n") ||
