@@ -54,7 +54,10 @@ type pairNode struct {
 	stop             func()
 }
 
-func newPair(t *testing.T, pools [2]string) *pair {
+func newPair(t *testing.T, pools [2]string) *pair { t.Helper(); return newPairAt(t, pools, 1<<30) }
+
+// newPairAt is newPair with a bound for transfers, in bytes a second.
+func newPairAt(t *testing.T, pools [2]string, rate int64) *pair {
 	t.Helper()
 	p := &pair{t: t, place: newPlace(t)}
 	client := fake.NewClientset()
@@ -75,7 +78,7 @@ func newPair(t *testing.T, pools [2]string) *pair {
 	go func() {
 		done <- routeCSI(running, plan{
 			mode: modeController, endpoint: "unix://" + p.place.socket, stopTimeout: time.Second, driver: driver.Config{Name: driver.DefaultName, Version: "v1"},
-			link: linkConfig{LinkListen: p.address, LinkAdvertise: p.address}, transferRate: 1 << 30,
+			link: linkConfig{LinkListen: p.address, LinkAdvertise: p.address}, transferRate: rate,
 		}, newMetrics(build{}), group, router.Config{
 			Auth: podTokens{}, Roster: noRoster{}, Claims: noClaims{}, Certificate: certificates.Get,
 		}, func(ctx context.Context, tell func([]string)) {
