@@ -22,10 +22,10 @@ func schemaKeys(t *testing.T, kind string) []string {
 		Definitions map[string]struct {
 			Properties struct {
 				Parameters struct {
-					Properties map[string]any
-				}
-			}
-		}
+					Properties map[string]any `json:"properties"`
+				} `json:"parameters"`
+			} `json:"properties"`
+		} `json:"definitions"`
 	}
 	if err := json.Unmarshal(b, &schema); err != nil {
 		t.Fatal(err)

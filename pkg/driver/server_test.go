@@ -142,7 +142,6 @@ func TestPanicIsInternal(t *testing.T) {
 }
 
 func TestNewRefuses(t *testing.T) {
-	t.Parallel()
 	n := newFake(t)
 	for name, c := range map[string]struct {
 		change func(*Config)

@@ -305,7 +305,6 @@ func copyIdentity(t *testing.T, from, to Config) {
 
 // Late pools meet the same checks, and a refusal leaves the others alone.
 func TestMistakesThatAppearLater(t *testing.T) {
-	t.Parallel()
 	a, b := madePool(t, "a"), madePool(t, "b")
 	for words, appear := range map[string]func(t *testing.T) (gone func()){
 		"copy of the other": func(t *testing.T) func() {
