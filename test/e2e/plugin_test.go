@@ -56,7 +56,7 @@ func TestPluginShowsTheCluster(t *testing.T) {
 			Volumes          int
 		}
 	}
-	if err := json.Unmarshal([]byte(plugin("nodes", "-o", "json", "--node="+node)), &nodes); err != nil {
+	if err := json.Unmarshal([]byte(plugin("nodes", "-o", "json", "--node="+node)), &nodes); err != nil { //nolint:musttag // names match in any case
 		t.Fatal(err)
 	}
 	if len(nodes) != 1 || nodes[0].State != "linked" || nodes[0].Error != "" || len(nodes[0].Pools) != 1 || nodes[0].Pools[0].Size == 0 || nodes[0].Pools[0].Volumes == 0 {
@@ -71,7 +71,7 @@ func TestPluginShowsTheCluster(t *testing.T) {
 		Known                 bool
 	}
 	out := plugin("volumes", "shown", "-o", "json", "--namespace="+e.namespace)
-	if err := json.Unmarshal([]byte(out), &shown); err != nil {
+	if err := json.Unmarshal([]byte(out), &shown); err != nil { //nolint:musttag // as above
 		t.Fatal(err)
 	}
 	if len(shown) != 1 {
