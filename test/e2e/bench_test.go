@@ -17,6 +17,8 @@ import (
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/watch"
 )
 
 const (
@@ -135,14 +137,6 @@ func (w *witness) of(name string, change func(m *moment)) {
 // watch begins to look, and returns a function that waits for its end.
 func (w *witness) watch(ctx context.Context) (wait func() error) {
 	w.Helper()
-	claims, err := w.client.CoreV1().PersistentVolumeClaims(w.namespace).Watch(ctx, metav1.ListOptions{})
-	if err != nil {
-		w.Fatal(err)
-	}
-	pods, err := w.client.CoreV1().Pods(w.namespace).Watch(ctx, metav1.ListOptions{})
-	if err != nil {
-		w.Fatal(err)
-	}
 	var g errgroup.Group
 	first := func(t *time.Time, is bool) {
 		if is && t.IsZero() {
@@ -150,25 +144,38 @@ func (w *witness) watch(ctx context.Context) (wait func() error) {
 		}
 	}
 	g.Go(func() error {
-		for event := range claims.ResultChan() {
-			if c, ok := event.Object.(*corev1.PersistentVolumeClaim); ok {
+		return follow(ctx, w.client.CoreV1().PersistentVolumeClaims(w.namespace).Watch, func(o runtime.Object) {
+			if c, ok := o.(*corev1.PersistentVolumeClaim); ok {
 				w.of(c.Name, func(m *moment) { first(&m.bound, c.Status.Phase == corev1.ClaimBound) })
 			}
-		}
-		return ctx.Err()
+		})
 	})
 	g.Go(func() error {
-		for event := range pods.ResultChan() {
-			if p, ok := event.Object.(*corev1.Pod); ok {
+		return follow(ctx, w.client.CoreV1().Pods(w.namespace).Watch, func(o runtime.Object) {
+			if p, ok := o.(*corev1.Pod); ok {
 				w.of(p.Name, func(m *moment) {
 					first(&m.scheduled, p.Spec.NodeName != "")
 					first(&m.running, running(p))
 				})
 			}
-		}
-		return ctx.Err()
+		})
 	})
 	return g.Wait
+}
+
+// follow tells of what a watch says until ctx ends. The API server may end a watch at
+// any time; the next one begins with the state that things are in.
+func follow(ctx context.Context, begin func(context.Context, metav1.ListOptions) (watch.Interface, error), tell func(o runtime.Object)) error {
+	for ctx.Err() == nil {
+		events, err := begin(ctx, metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		for event := range events.ResultChan() {
+			tell(event.Object)
+		}
+	}
+	return ctx.Err()
 }
 
 // wait returns the moments of n claims once all have all of them.
@@ -204,6 +211,9 @@ func (e *env) scrape(selector string, port int) map[string]call {
 	calls := map[string]call{}
 	pods := must[*corev1.PodList](e)(e.client.CoreV1().Pods(installed).List(e.Context(), metav1.ListOptions{LabelSelector: selector}))
 	for _, p := range pods.Items {
+		if p.DeletionTimestamp != nil { // of before the chart was installed
+			continue
+		}
 		text, err := e.client.CoreV1().Pods(installed).ProxyGet("http", p.Name, strconv.Itoa(port), "metrics", nil).DoRaw(e.Context())
 		if err != nil {
 			e.Logf("no metrics of %s: %v", p.Name, err)
