@@ -50,6 +50,13 @@ func TestScrapes(t *testing.T) {
 	if err := os.Truncate(filepath.Join(p.pool, "volumes", "pvc-hurt", "disk.img"), 1<<20); err != nil {
 		t.Fatal(err)
 	}
+	golden := filepath.Join(p.dir, "golden.img")
+	if err := os.WriteFile(golden, make([]byte, 2<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, trouble, err := run(t, "", "template", "add", "golden", golden, "--raw", "--endpoint="+p.socket); err != nil {
+		t.Fatal(out, trouble, err)
+	}
 	scrape := func(n int) string {
 		// On a machine of its own there are no copies between nodes.
 		text := fetch(t, "http://"+address+"/metrics") + copiesText(t)
@@ -84,6 +91,7 @@ func TestScrapes(t *testing.T) {
 		`csi_loop_volume_problem{kind="DataLoss",name="pvc-hurt",pool="default",reason="ImageTruncated",volume="` + hurt.id + `"} 1`,
 		`csi_loop_volume_staged{name="pvc-files",pool="default",volume="` + v.id + `"} 1`,
 		`csi_loop_pool_absent{pool="gone"} 1`,
+		`csi_loop_template_size_bytes{pool="default",template="golden"} 2.097152e+06`,
 	} {
 		if !strings.Contains(after, want) {
 			t.Errorf("%s is not in\n%s", want, after)
