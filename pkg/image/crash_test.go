@@ -277,8 +277,11 @@ var errCrash = errors.New("crash")
 func TestCrashByPanic(t *testing.T) {
 	t.Parallel()
 	steps := scenario()
-	points := 0
-	for n := int64(1); ; n++ {
+	points, stride := 0, int64(1)
+	if testing.Short() {
+		stride = 3
+	}
+	for n := int64(1); ; n += stride {
 		dir := poolDir(t)
 		var count atomic.Int64
 		var armed atomic.Bool
@@ -306,7 +309,7 @@ func TestCrashByPanic(t *testing.T) {
 		}
 		points++
 	}
-	if points < 30 {
+	if points*int(stride) < 30 {
 		t.Errorf("only %d kill points were met", points)
 	}
 }
@@ -334,7 +337,11 @@ func runUntilCrash(t *testing.T, p *Pool, steps []step) (done int, crashed bool)
 // the pool on.
 func TestCrashByKill(t *testing.T) {
 	t.Parallel()
-	crashByKill(t, poolDir, 1)
+	stride := 1
+	if testing.Short() {
+		stride = 6
+	}
+	crashByKill(t, poolDir, stride)
 }
 
 // crashByKill kills at every stride-th point.

@@ -271,7 +271,10 @@ func TestGate(t *testing.T) {
 
 // The same over TCP: idle connections do not keep a node out.
 func TestIdleConnections(t *testing.T) {
-	t.Parallel() // it waits for a deadline of 10 s
+	if testing.Short() {
+		t.Skip("waits for a deadline of 10 s")
+	}
+	t.Parallel()
 	c := newCluster(t)
 	for range maxHellos / 2 {
 		conn, err := net.Dial("tcp", c.address)

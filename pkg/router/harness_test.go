@@ -248,6 +248,7 @@ func (c *cluster) replica() *cluster {
 	r.halt()
 	r.ca, r.auth, r.roster = c.ca, c.auth, c.roster
 	r.cert.Store(c.cert.Load())
+	r.address = "127.0.0.1:0"
 	r.start()
 	return r
 }
@@ -264,8 +265,12 @@ var every = []csi.ControllerServiceCapability_RPC_Type{
 // start starts the controller, at the address it had before.
 func (c *cluster) start() {
 	c.tb.Helper()
-	nodes, err := net.Listen("tcp", c.address)
-	must(c.tb, err)
+	var nodes net.Listener
+	eventually(c.tb, "nobody has the port meanwhile", func() (ok bool) {
+		var err error
+		nodes, err = net.Listen("tcp", c.address)
+		return err == nil
+	})
 	c.address = nodes.Addr().String()
 	socket := filepath.Join(c.dir, fmt.Sprintf("%d.sock", time.Now().UnixNano()))
 	sidecars, err := net.Listen("unix", socket)
