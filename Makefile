@@ -47,7 +47,8 @@ test: ## run every test: unit, chart, root, sanity, and a virtual machine where 
 	@if hack/has-capability sys_resource; then vm=; else vm=test-growth; fi; \
 	  MAKE='$(MAKE)' hack/steps test-unit chart-test test-root sanity $$vm
 
-# The long ones of them are in test-root, which leaves nothing out.
+# The long ones of them are in test-root, which leaves nothing out. Four packages at a
+# time: they mostly wait, for disks and for clocks.
 test-unit: ## run the tests that need no root, with the race detector
 	@hack/deps unit
 	$(GO) test -exec $(USER) -race -short -p 4 -timeout 5m $(TESTARGS) $(PKGS)
