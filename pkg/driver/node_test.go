@@ -330,6 +330,29 @@ func TestMapped(t *testing.T) {
 	}
 }
 
+// Nodes that are containers share a kernel: each sees the loop devices of the other.
+func TestMappedVolumesOfOneNameOnTwoNodesOfAKernel(t *testing.T) {
+	a := newFake(t)
+	b := &node{t: t, dir: t.TempDir(), fake: a.fake, pods: newFakePods()}
+	b.defaults(filepath.Join(b.dir, "pool"))
+	b.cfg.NodeID = "node-b"
+	b.start()
+	volumeOn := func(n *node) volume {
+		path := filepath.Join(n.dirs[0], "disk.raw")
+		n.must(os.WriteFile(path, make([]byte, 4*mib), 0o600))
+		return volume{n: n, id: "vm-disk", cap: blockCap(manyWriters), context: map[string]string{"image": path}}
+	}
+	va, vb := volumeOn(a), volumeOn(b)
+	b.must(vb.stage())
+	b.must(vb.publish("b", false))
+	a.must(va.unstage()) // it is not staged there, and b's device is none of its own
+	a.must(va.stage())
+	a.must(va.unstage())
+	a.must(va.unstage())
+	b.must(vb.unpublish("b"))
+	b.must(vb.unstage())
+}
+
 // tableOf is an MBR with one partition, in sectors.
 func tableOf(start, sectors uint32) []byte {
 	b := make([]byte, 512)

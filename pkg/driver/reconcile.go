@@ -101,7 +101,7 @@ func (d *Driver) reconcileBlock(ctx context.Context, r *stageRecord, all []loop.
 	before := *r
 	for _, i := range all {
 		switch {
-		case i.Autoclear || i.Image != r.Image || i.Tag != tagOf(r.VolumeID, r.Mapped != nil),
+		case i.Autoclear || i.Image != r.Image || i.Tag != d.tagOf(r.VolumeID, r.Mapped != nil),
 			i.Ref == r.Device.ref(), i.Ref == r.ReadDevice.ref():
 			continue
 		}

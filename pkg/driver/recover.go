@@ -109,13 +109,13 @@ func compareBool(a, b bool) int {
 
 // devicesOf finds the devices that were bound for the volume of r: those with its
 // tag and over its image. The tag alone counts only where no image is known: for
-// mapped volumes, whose tags have a prefix that nobody else gives, and for
+// mapped volumes, whose tags have a prefix that nobody else gives and the node, and for
 // volumes whose image is gone, whose tags hold the pool's ID.
 func (d *Driver) devicesOf(ctx context.Context, r stageRecord) ([]loop.Info, error) {
-	tag := tagOf(r.VolumeID, !isPooled(r.VolumeID))
+	tag := d.tagOf(r.VolumeID, !isPooled(r.VolumeID))
 	v, err := d.volumeNamed(r.VolumeID)
 	if err == nil {
-		tag = tagOf(v.ID, false)
+		tag = poolTag(v.ID)
 	}
 	all, findErr := d.table.FindAll(ctx)
 	if findErr != nil {

@@ -181,7 +181,7 @@ func TestReadOnlyDeviceIsNotForgotten(t *testing.T) {
 func (n *node) vanishStopped(id string) {
 	n.t.Helper()
 	for number, d := range n.fake.devices {
-		if d.info.Tag == tagOf(id, false) && !d.info.ReadOnly {
+		if d.info.Tag == poolTag(id) && !d.info.ReadOnly {
 			delete(n.fake.devices, number)
 		}
 	}

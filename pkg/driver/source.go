@@ -68,7 +68,7 @@ func (d *Driver) poolSource(v image.Volume) source {
 			BlockSize: v.BlockSize,
 			DirectIO:  directIO(v.DirectIO),
 			Discard:   v.Allocation == image.Thin,
-			Tag:       tagOf(v.ID, false),
+			Tag:       poolTag(v.ID),
 		},
 		fsType: v.Filesystem,
 		raw:    v.Filesystem == "",
@@ -87,7 +87,7 @@ func (d *Driver) mappedSource(id string, m *mappedAttributes) source {
 		mapping: loop.Mapping{
 			Offset: m.Offset, SizeLimit: m.SizeLimit, BlockSize: m.BlockSize,
 			DirectIO: directIO(m.DirectIO),
-			Tag:      tagOf(id, true),
+			Tag:      d.mappedTag(id),
 		},
 		fixed:    true,
 		readOnly: m.ReadOnly,
@@ -165,19 +165,34 @@ func (s source) superblock(f *os.File) (mount.Superblock, error) {
 	return sb, nil
 }
 
-// tagOf is what the devices of a volume show as lo_file_name, which has room for
-// 63 bytes (fact 22): the volume's ID, or as much of it as fits and a hash of it
-// all. Mapped volumes have a prefix, since their IDs are free text and may equal
-// the path that losetup puts there. A tag says which volume a device was bound
-// for; that it was bound by us is for the image to prove, where there is one.
-func tagOf(id string, mapped bool) string {
+// poolTag is what the devices of a pool's volume show as lo_file_name: the volume's
+// ID, which holds that of its pool. A tag says which volume a device was bound for;
+// that it was bound by us is for the image to prove, where there is one.
+func poolTag(id string) string { return shortTag(id) }
+
+// mappedTag is the same for a mapped volume. Its ID is free text, and may equal the
+// path that losetup puts there, hence the prefix; and several nodes may have a volume
+// of that ID and share a kernel, as nodes that are containers do, hence the node.
+func (d *Driver) mappedTag(id string) string {
+	node := sha256.Sum256([]byte(d.cfg.NodeID))
+	return shortTag("mapped:" + hex.EncodeToString(node[:4]) + ":" + id)
+}
+
+// tagOf is the tag of a volume of either kind.
+func (d *Driver) tagOf(id string, mapped bool) string {
 	if mapped {
-		id = "mapped:" + id
+		return d.mappedTag(id)
 	}
+	return poolTag(id)
+}
+
+// shortTag is as much of a tag as lo_file_name has room for, 63 bytes (fact 22), and
+// a hash of it all if that is not the whole.
+func shortTag(tag string) string {
 	const room, head = 63, 40
-	if len(id) <= room {
-		return id
+	if len(tag) <= room {
+		return tag
 	}
-	sum := sha256.Sum256([]byte(id))
-	return id[:head] + "~" + hex.EncodeToString(sum[:(room-head-1)/2])
+	sum := sha256.Sum256([]byte(tag))
+	return tag[:head] + "~" + hex.EncodeToString(sum[:(room-head-1)/2])
 }

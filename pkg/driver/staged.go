@@ -111,5 +111,5 @@ func (s *nodeState) parse(path string, data []byte) (r stageRecord, ok bool) {
 	return r, err == nil && r.Version == recordVersion && r.BootID == s.bootID && r.VolumeID != "" && s.path(r.VolumeID) == path
 }
 
-// TagOf is what the loop devices of a volume show as their tag (losetup's REF).
-func TagOf(volumeID string, mapped bool) string { return tagOf(volumeID, mapped) }
+// TagOf is what the loop devices of a pool's volume show as their tag (losetup's REF).
+func TagOf(volumeID string) string { return poolTag(volumeID) }
