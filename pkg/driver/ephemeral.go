@@ -39,10 +39,10 @@ func (d *Driver) parseEphemeral(context map[string]string, a access) (params, in
 		switch key {
 		case paramSize:
 			size, err = parseBytes(key, context[key])
-		case paramPool, paramAllocation, paramDirectIO:
-			err = p.set(key, context[key])
 		default:
-			err = invalidf("attribute %q is not known; an inline ephemeral volume has %s, %s, %s and %s", key, paramSize, paramPool, paramAllocation, paramDirectIO)
+			if err = knownKey("attribute", key, EphemeralVolume); err == nil {
+				err = p.set(key, context[key])
+			}
 		}
 		if err != nil {
 			return p, 0, err

@@ -61,6 +61,9 @@ func parseMapped(context map[string]string) (*mappedAttributes, error) {
 }
 
 func (m *mappedAttributes) set(key, value string) (err error) {
+	if err := knownKey("attribute", key, MappedVolume); err != nil {
+		return err
+	}
 	switch key {
 	case attrImage:
 		if !strings.HasPrefix(value, "/") {
@@ -95,8 +98,7 @@ func (m *mappedAttributes) set(key, value string) (err error) {
 			m.DirectIO = p.directIO
 		}
 	default:
-		return invalidf("attribute %q is not known; a mapped volume has %s, %s, %s, %s, %s, %s and %s", key,
-			attrImage, attrOffset, attrSizeLimit, attrPartition, attrReadOnly, paramBlockSize, paramDirectIO)
+		return unreadable(key)
 	}
 	return err
 }

@@ -19,7 +19,6 @@ const (
 	paramReadAhead      = "readAhead"      // bytes, a quantity
 	paramTrim           = "trim"           // whether a thin volume is trimmed in the background: true or false
 
-	mutableKeys = paramReadIOPS + ", " + paramWriteIOPS + ", " + paramReadBandwidth + ", " + paramWriteBandwidth + ", " + paramReadAhead + " and " + paramTrim
 	// unlimited is io.max's word for no limit.
 	unlimited = "max"
 )
@@ -41,6 +40,9 @@ func parseMutable(m map[string]string) (image.Tuning, error) {
 
 // setMutable takes one mutable parameter.
 func setMutable(t *image.Tuning, key, value string) (err error) {
+	if err := knownKey("mutable parameter", key, AttributesClass); err != nil {
+		return err
+	}
 	switch key {
 	case paramReadIOPS:
 		t.ReadIOPS, err = parseIOPS(key, value)
@@ -55,7 +57,7 @@ func setMutable(t *image.Tuning, key, value string) (err error) {
 	case paramTrim:
 		t.Trim, err = parseTrim(key, value)
 	default:
-		return invalidf("mutable parameter %q is not known; known are %s", key, mutableKeys)
+		return unreadable(key)
 	}
 	return err
 }

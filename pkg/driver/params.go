@@ -62,6 +62,9 @@ func parseParams(m map[string]string) (params, error) {
 
 // set takes one parameter.
 func (p *params) set(key, value string) error {
+	if err := knownKey("parameter", key, StorageClass, AttributesClass); err != nil {
+		return err
+	}
 	switch key {
 	case paramPool:
 		if value == "" {
@@ -109,8 +112,7 @@ func (p *params) set(key, value string) error {
 	case paramReadIOPS, paramWriteIOPS, paramReadBandwidth, paramWriteBandwidth, paramReadAhead, paramTrim:
 		return setMutable(&p.tuning, key, value)
 	default:
-		return invalidf("parameter %q is not known; known are %s, %s, %s, %s, %s, %s, %s, %s, %s and the mutable ones: %s", key,
-			paramPool, paramAllocation, paramDirectIO, paramBlockSize, paramMkfsOptions, paramTemplate, paramFreezeTimeout, paramCopyInUse, paramSourceNode, mutableKeys)
+		return unreadable(key)
 	}
 	return nil
 }

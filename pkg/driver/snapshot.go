@@ -59,6 +59,9 @@ func parseSnapshotParams(m map[string]string) (snapshotParams, error) {
 
 // set takes one parameter.
 func (p *snapshotParams) set(key, value string) (err error) {
+	if err := knownKey("parameter", key, SnapshotClass); err != nil {
+		return err
+	}
 	switch key {
 	case paramFreezeTimeout:
 		p.freezeTimeout, err = time.ParseDuration(value)
@@ -70,7 +73,7 @@ func (p *snapshotParams) set(key, value string) (err error) {
 	case paramIndependent:
 		p.independent, err = strconv.ParseBool(value)
 	default:
-		return invalidf("parameter %q is not known; known are %s, %s and %s", key, paramFreezeTimeout, paramCopyInUse, paramIndependent)
+		return unreadable(key)
 	}
 	if err != nil {
 		return invalidf("parameter %q: %q: %v", key, value, err)

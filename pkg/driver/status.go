@@ -59,64 +59,82 @@ func unavailablef(format string, args ...any) error {
 }
 
 // sentinelCodes is the one table from the errors of the packages below to gRPC
-// codes. The first match wins.
+// codes, and to what a person does about them, in Markdown. The first match wins.
 var sentinelCodes = []struct {
-	err  error
-	code codes.Code
+	err    error
+	code   codes.Code
+	advice string
 }{
-	{context.Canceled, codes.Canceled},
-	{context.DeadlineExceeded, codes.DeadlineExceeded},
+	{context.Canceled, codes.Canceled, "the caller gave up, or csi-loop was stopped; it asks again"},
+	{context.DeadlineExceeded, codes.DeadlineExceeded, "it took longer than the caller waits; it asks again and finds what was done so far. If it never ends, look at the disk of the pool"},
 
-	{image.ErrNotFound, codes.NotFound},
-	{image.ErrIncompatible, codes.AlreadyExists},
-	{image.ErrNoSpace, codes.ResourceExhausted},
-	{image.ErrSize, codes.OutOfRange},
-	{image.ErrSource, codes.InvalidArgument},
-	{image.ErrContent, codes.InvalidArgument},
-	{image.ErrInGroup, codes.InvalidArgument},
+	{image.ErrNotFound, codes.NotFound, "there is no such volume, snapshot or template on this node. A volume that Kubernetes has a PersistentVolume of was deleted behind its back, or its pool is another: `csi-loop volumes`"},
+	{image.ErrIncompatible, codes.AlreadyExists, "a volume or snapshot of this name is there and was asked for differently: delete it, or ask for the same"},
+	{image.ErrNoSpace, codes.ResourceExhausted, "delete what is not needed, grow the pool's filesystem, or use another pool or node. In Kubernetes the scheduler chooses again"},
+	{image.ErrSize, codes.OutOfRange, "ask for a size within the limits that the message names"},
+	{image.ErrSource, codes.InvalidArgument, "the volume cannot begin as this snapshot, volume or template, for the reason in the message: usually it is smaller than its source, or has another filesystem"},
+	{image.ErrContent, codes.InvalidArgument, "the file does not hold what was said, or is in use: see [images and templates](../operations.md#images-and-templates)"},
+	{image.ErrInGroup, codes.InvalidArgument, "delete the group snapshot instead, which has it"},
 	// A copy from another node that did not come whole. It is begun anew.
-	{image.ErrInflow, codes.Unavailable},
-	{transfer.ErrCut, codes.Unavailable},
-	{transfer.ErrCorrupt, codes.Unavailable},
-	{image.ErrNotAllowed, codes.InvalidArgument},
-	{image.ErrUnsupported, codes.InvalidArgument},
+	{image.ErrInflow, codes.Unavailable, "a copy from another node did not come whole; it is begun anew by itself"},
+	{transfer.ErrCut, codes.Unavailable, "a copy from another node was cut off; it is begun anew by itself. If that goes on, look at the links: [CSILoopNodeNotLinked](../operations.md#csiloopnodenotlinked)"},
+	{transfer.ErrCorrupt, codes.Unavailable, "it is begun anew by itself. If that goes on, suspect the memory or the network of one of the nodes"},
+	{image.ErrNotAllowed, codes.InvalidArgument, "put the image beneath a directory that `--image-dir` allows, as a regular file with one link and no symbolic links on the way"},
+	{image.ErrUnsupported, codes.InvalidArgument, "the pool's filesystem or this kernel cannot do it: leave the parameter out, or use another pool"},
 	// The bytes are not what the record says. A person has to look; nothing a
 	// CO can repeat will mend it.
-	{image.ErrDamaged, codes.DataLoss},
+	{image.ErrDamaged, codes.DataLoss, "the files of the volume are not what its record says, and nothing will touch them: see [CSILoopVolumesDamaged](../operations.md#csiloopvolumesdamaged)"},
 	// The pool is not what it should be (not mounted, read-only): it may come
 	// back by itself, and until then nothing is known about the volume.
-	{image.ErrPool, codes.Unavailable},
+	{image.ErrPool, codes.Unavailable, "the disk of the pool is not mounted, fails, or is another than configured: see [CSILoopPoolUnreachable](../operations.md#csilooppoolunreachable)"},
 
-	{loop.ErrBusy, codes.Aborted},
-	{loop.ErrLimit, codes.ResourceExhausted},
-	{loop.ErrDirectIO, codes.FailedPrecondition},
+	{loop.ErrBusy, codes.Aborted, "somebody has the loop device open; it is tried again. `fuser -vm` on the node says who"},
+	{loop.ErrLimit, codes.ResourceExhausted, "raise `--loop-devices-max` (`loopDevices.max` in the chart), or spread the pods: see [CSILoopDevicesRunOut](../operations.md#csiloopdevicesrunout)"},
+	{loop.ErrDirectIO, codes.FailedPrecondition, "the pool cannot do direct I/O with blocks of this size: use `directIO: auto`, or a `blockSize` that is not below that of the disk"},
 	// The device went away under us: detached by hand, or by a reboot.
-	{loop.ErrNotBound, codes.FailedPrecondition},
-	{loop.ErrNotExist, codes.FailedPrecondition},
+	{loop.ErrNotBound, codes.FailedPrecondition, "the loop device was detached by hand: delete the pods that use the volume, so that it is staged anew"},
+	{loop.ErrNotExist, codes.FailedPrecondition, "the loop device is gone: delete the pods that use the volume, so that it is staged anew"},
 
 	// The writers did not hold still long enough; what was copied is thrown away.
-	{mount.ErrThawed, codes.Aborted},
+	{mount.ErrThawed, codes.Aborted, "the snapshot took longer than the filesystem may be frozen; it is tried again. Raise `freezeTimeout`, or make snapshots when less is written"},
 	// Something is left: a filesystem that only the next start can thaw.
-	{mount.ErrNotThawed, codes.Aborted},
-	{mount.ErrBusy, codes.Aborted},
-	{mount.ErrRefused, codes.FailedPrecondition},
-	{mount.ErrUnknownFilesystem, codes.FailedPrecondition},
-	{partition.ErrNoTable, codes.FailedPrecondition},
-	{partition.ErrTable, codes.FailedPrecondition},
-	{partition.ErrNotFound, codes.FailedPrecondition},
-	{mount.ErrPermission, codes.FailedPrecondition},
-	{mount.ErrUnsupported, codes.FailedPrecondition},
+	{mount.ErrNotThawed, codes.Aborted, "a filesystem may still be frozen: restart csi-loop on the node, which thaws it"},
+	{mount.ErrBusy, codes.Aborted, "something still uses the mount; it is tried again. `fuser -vm` on the node says who"},
+	{mount.ErrRefused, codes.FailedPrecondition, "the kernel does not mount it: its log (`dmesg`) on the node has the reason"},
+	{mount.ErrUnknownFilesystem, codes.FailedPrecondition, "there is no filesystem in the image that this driver mounts: ext2, ext3, ext4, XFS or btrfs. It is never formatted; use it as a raw block volume"},
+	{partition.ErrNoTable, codes.FailedPrecondition, "the image has neither a GPT nor an MBR: leave `partition` out, or give `offset` and `sizeLimit`"},
+	{partition.ErrTable, codes.FailedPrecondition, "mend the partition table with `sgdisk` or `fdisk`"},
+	{partition.ErrNotFound, codes.FailedPrecondition, "look at the image with `fdisk -l`, and name a partition that is there"},
+	{mount.ErrPermission, codes.FailedPrecondition, "the container lacks a capability; growing a mounted ext4 needs CAP_SYS_RESOURCE"},
+	{mount.ErrUnsupported, codes.FailedPrecondition, "this kernel or filesystem cannot do it: see [limitations](../limitations.md)"},
 
 	// What the kernel answers for the moment: the CO asks again, and does not take
 	// the call for one that had no effect (fact 57).
-	{syscall.EINTR, codes.Aborted},
-	{syscall.EAGAIN, codes.Aborted},
-	{syscall.EBUSY, codes.Aborted},
-	{syscall.ENOMEM, codes.Unavailable},
-	{syscall.EMFILE, codes.Unavailable},
-	{syscall.ENFILE, codes.Unavailable},
-	{syscall.ENOSPC, codes.ResourceExhausted},
-	{syscall.EDQUOT, codes.ResourceExhausted},
+	{syscall.EINTR, codes.Aborted, "it is tried again"},
+	{syscall.EAGAIN, codes.Aborted, "it is tried again"},
+	{syscall.EBUSY, codes.Aborted, "something has it open; it is tried again"},
+	{syscall.ENOMEM, codes.Unavailable, "the node is short of memory; it is tried again"},
+	{syscall.EMFILE, codes.Unavailable, "csi-loop has too many files open: raise its limit (`ulimit -n`)"},
+	{syscall.ENFILE, codes.Unavailable, "the node has too many files open: `fs.file-max`"},
+	{syscall.ENOSPC, codes.ResourceExhausted, "the disk is full, beside what csi-loop counts: free space on it"},
+	{syscall.EDQUOT, codes.ResourceExhausted, "a quota of the pool's filesystem is used up"},
+}
+
+// ErrorKind is a class of errors that calls end with, for people.
+type ErrorKind struct {
+	Text   string // is in the message
+	Code   codes.Code
+	Advice string // what to do, in Markdown
+}
+
+// ErrorKinds lists what calls end with because of the pool, the devices, the mounts or
+// the kernel, in the order in which they are told apart.
+func ErrorKinds() []ErrorKind {
+	kinds := make([]ErrorKind, len(sentinelCodes))
+	for i, s := range sentinelCodes {
+		kinds[i] = ErrorKind{s.err.Error(), s.code, s.advice}
+	}
+	return kinds
 }
 
 // codeOf finds the gRPC code of an error.
