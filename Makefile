@@ -201,7 +201,7 @@ CHART := cd test/chart && $(GO)
 chart-test: ## render the chart with many values, and check what comes out; needs no cluster
 	$(CHART) test -count=1 $(TESTARGS) ./...
 
-deploy-manifests: ## write deploy/ and the table of values in the chart's README
+deploy-manifests: ## write deploy/ and the tables of values in the chart's README and docs/reference
 	$(CHART) run ./generate
 
 check-chart: $(LINT)

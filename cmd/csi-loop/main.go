@@ -72,7 +72,7 @@ func newCommand(out, errOut io.Writer) *cobra.Command {
 	})
 	root.AddCommand(
 		newServeCommand(), newDoctorCommand(), newVolumesCommand(), newSnapshotsCommand(), newDevicesCommand(), newNodesCommand(), newOrphansCommand(),
-		newPoolCommand(), newImportCommand(), newTemplateCommand(), newAdoptCommand(), newForgetCommand(), newDemoCommand(), newVersionCommand(),
+		newPoolCommand(), newImportCommand(), newTemplateCommand(), newAdoptCommand(), newForgetCommand(), newDemoCommand(), newVersionCommand(), newReferenceCommand(),
 	)
 	return root
 }

@@ -22,7 +22,7 @@ import (
 	"github.com/csi-loop/csi-loop/pkg/router"
 )
 
-// What is shown is named by Prometheus' rules, and is what docs/operations.md lists.
+// What is shown is named by Prometheus' rules, and is what docs/reference lists.
 func TestMetrics(t *testing.T) {
 	roottest.Require(t)
 	dir := t.TempDir() + "/p"
@@ -97,7 +97,7 @@ func TestMetrics(t *testing.T) {
 		}
 		shown[f.GetName()] = kind(f) + " " + strings.Join(labels, " ")
 	}
-	text, err := os.ReadFile("../../docs/operations.md")
+	text, err := os.ReadFile("../../docs/reference/metrics.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -111,7 +111,7 @@ func TestMetrics(t *testing.T) {
 		listed[row[1]] = row[2] + " " + strings.Join(labels, " ")
 	}
 	if !maps.Equal(shown, listed) {
-		t.Errorf("shown: %q\nin docs/operations.md: %q", shown, listed)
+		t.Errorf("shown: %q\nin docs/reference/metrics.md: %q", shown, listed)
 	}
 	if _, body := get(t, m.handler(), "/metrics"); !strings.Contains(body, `csi_loop_pool_templates{pool="default"} 1`) || !strings.Contains(body, `csi_loop_template_size_bytes{pool="default",template="golden"} 2.097152e+06`) {
 		t.Error(body)

@@ -75,7 +75,7 @@ reads and writes. It changes nothing.`,
 	fs.DurationVar(&o.timeout, "timeout", 30*time.Second, "how long the cluster may take to answer")
 	fs.StringVar(&o.node, "node", "", "only what is on this node")
 	fs.StringVar(&o.pool, "pool", "", "only what is in pools of this name")
-	c.AddCommand(o.newNodes(), o.newVolumes(), o.newSnapshots(), o.newTop(), newKubectlCompletion())
+	c.AddCommand(o.newNodes(), o.newVolumes(), o.newSnapshots(), o.newTop(), newKubectlCompletion(), newReference())
 	_ = c.RegisterFlagCompletionFunc("node", o.completeNodes)
 	return c
 }

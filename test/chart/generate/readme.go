@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -21,18 +22,14 @@ const (
 
 // readme writes the table of values into the chart's README.
 func readme() error {
-	values, err := os.ReadFile(filepath.Join(chart.Dir(), "values.yaml"))
+	all, err := readValues()
 	if err != nil {
-		return err
-	}
-	var doc yaml.Node
-	if err := yaml.Unmarshal(values, &doc); err != nil {
 		return err
 	}
 	var b bytes.Buffer
 	b.WriteString("| Value | Default | |\n|---|---|---|\n")
-	if err := rows(&b, "", doc.Content[0]); err != nil {
-		return err
+	for _, v := range all {
+		fmt.Fprintf(&b, "| `%s` | %s | %s |\n", strings.Join(v.path, "."), v.preset, v.text)
 	}
 	file := filepath.Join(chart.Dir(), "README.md")
 	text, err := os.ReadFile(file)
@@ -48,29 +45,51 @@ func readme() error {
 	return os.WriteFile(file, text, 0o644)
 }
 
-// rows writes one row for each value that has a comment. A value without one must
-// have below it only values with one.
-func rows(b *bytes.Buffer, prefix string, m *yaml.Node) error {
+// value is one value of the chart that is explained.
+type value struct {
+	path         []string
+	preset, text string
+}
+
+// readValues reads values.yaml.
+func readValues() ([]value, error) {
+	text, err := os.ReadFile(filepath.Join(chart.Dir(), "values.yaml"))
+	if err != nil {
+		return nil, err
+	}
+	var doc yaml.Node
+	if err := yaml.Unmarshal(text, &doc); err != nil {
+		return nil, err
+	}
+	return valuesOf(nil, doc.Content[0])
+}
+
+// valuesOf lists each value that has a comment. A value without one must have below
+// it only values with one.
+func valuesOf(path []string, m *yaml.Node) ([]value, error) {
+	var all []value
 	for i := 0; i+1 < len(m.Content); i += 2 {
-		key, value := m.Content[i], m.Content[i+1]
-		name := prefix + key.Value
+		key, node := m.Content[i], m.Content[i+1]
+		at := append(slices.Clone(path), key.Value)
 		text, ok := comment(key.HeadComment)
 		switch {
 		case ok:
-			preset, err := inline(value)
+			preset, err := inline(node)
 			if err != nil {
-				return fmt.Errorf("%s: %w", name, err)
+				return nil, fmt.Errorf("%s: %w", strings.Join(at, "."), err)
 			}
-			fmt.Fprintf(b, "| `%s` | %s | %s |\n", name, preset, text)
-		case value.Kind == yaml.MappingNode && len(value.Content) > 0:
-			if err := rows(b, name+".", value); err != nil {
-				return err
+			all = append(all, value{at, preset, text})
+		case node.Kind == yaml.MappingNode && len(node.Content) > 0:
+			below, err := valuesOf(at, node)
+			if err != nil {
+				return nil, err
 			}
+			all = append(all, below...)
 		default:
-			return fmt.Errorf("values.yaml: %s has no comment that begins with \"# --\"", name)
+			return nil, fmt.Errorf("values.yaml: %s has no comment that begins with \"# --\"", strings.Join(at, "."))
 		}
 	}
-	return nil
+	return all, nil
 }
 
 // comment takes the text out of a comment in values.yaml.
