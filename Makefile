@@ -12,6 +12,8 @@ TESTARGS ?=
 VM_KERNELS ?= 6.1,6.12
 VM_PKGS    ?= ./test/vm/guest ./pkg/cgroup ./pkg/loop ./pkg/mount ./pkg/image ./pkg/driver ./test/sanity
 VM_ARGS    ?=
+# The limit for all packages on one kernel. Without KVM pkg/image alone takes most of an hour.
+VM_TIMEOUT ?= 4h
 
 COMMIT   ?= $(shell git rev-parse HEAD 2>/dev/null)
 LDFLAGS  := -X main.version=$(VERSION) -X main.commit=$(COMMIT)
@@ -77,13 +79,13 @@ soak: ## take volumes through CYCLES (10000) lives, 32 at a time, and kill the d
 
 test-vm: ## run the root tests on other kernels in virtual machines, needs no root
 	@hack/deps vm
-	$(GO) run ./test/vm -kernels $(VM_KERNELS) $(VM_ARGS) $(VM_PKGS)
+	$(GO) run ./test/vm -kernels $(VM_KERNELS) -timeout $(VM_TIMEOUT) $(VM_ARGS) $(VM_PKGS)
 
 test-kernels: VM_PKGS += ./test/integration ./test/crash/...
-test-kernels: VM_ARGS = -timeout 5h
+test-kernels: VM_TIMEOUT = 8h
 test-kernels: ## the same with the tests of the driver as a process: hours without KVM
 	@hack/deps vm
-	$(GO) run ./test/vm -kernels $(VM_KERNELS) $(VM_ARGS) $(VM_PKGS) -- -test.short
+	$(GO) run ./test/vm -kernels $(VM_KERNELS) -timeout $(VM_TIMEOUT) $(VM_ARGS) $(VM_PKGS) -- -test.short
 
 test-powercut: ## cut the power of virtual machines N times for each pool's filesystem, under a churn of volumes; needs no root
 	@hack/deps vm
@@ -92,13 +94,14 @@ test-powercut: VM_KERNELS = 6.12
 N ?= 10
 
 test-disk: VM_PKGS = ./test/integration
-test-disk: VM_ARGS = -timeout 1h
+test-disk: VM_TIMEOUT = 1h
 test-disk: ## let the pool's disk fail under volumes in use, in virtual machines with a device mapper, needs no root
 	@hack/deps vm
-	$(GO) run ./test/vm -kernels $(VM_KERNELS) $(VM_ARGS) $(VM_PKGS) -- -test.v -test.run TestFailingDisk
+	$(GO) run ./test/vm -kernels $(VM_KERNELS) -timeout $(VM_TIMEOUT) $(VM_ARGS) $(VM_PKGS) -- -test.v -test.run TestFailingDisk
 
 test-growth: VM_KERNELS = 6.1
 test-growth: VM_PKGS = ./test/vm/guest ./pkg/mount ./test/sanity
+test-growth: VM_TIMEOUT = 25m
 test-growth: test-vm ## run what needs CAP_SYS_RESOURCE (growing a mounted ext4) in a virtual machine, needs no root
 
 bench: ## measure each CSI call beside floors of bare kernel calls (root)

@@ -166,7 +166,7 @@ func (h harness) compile(ctx context.Context, work string) ([]testBinary, error)
 			return nil, fmt.Errorf("compile the tests of %s: %w", name, err)
 		}
 		dir := path.Join("/tests", name)
-		argv := []string{path.Join(dir, path.Base(name)+".test"), "-test.timeout=" + h.timeout.String()}
+		argv := []string{path.Join(dir, path.Base(name)+".test"), "-test.timeout=" + h.timeout.String(), "-test.v"}
 		tests = append(tests, testBinary{path: binary, source: fields[1], job: plan.Job{
 			Name: name,
 			Dir:  dir,
@@ -220,7 +220,10 @@ func buildInit(ctx context.Context, work string) error {
 // in go test's form, and whether all passed. The error says why the guest did
 // not reach the end.
 func (h harness) run(ctx context.Context, work string, k kernel, tests []testBinary) (lines []string, ok bool, err error) {
-	p := plan.Plan{Token: rand.Text(), Env: []string{"CSI_LOOP_ROOT_TESTS=1", "CSI_LOOP_VM=" + k.Release, "CSI_LOOP_BIN=" + driverPath, "GINKGO_NO_COLOR=TRUE"}}
+	p := plan.Plan{
+		Token: rand.Text(), Terse: !slices.ContainsFunc(h.testFlags, func(f string) bool { return strings.HasPrefix(f, "-test.v") }),
+		Env: []string{"CSI_LOOP_ROOT_TESTS=1", "CSI_LOOP_VM=" + k.Release, "CSI_LOOP_BIN=" + driverPath, "GINKGO_NO_COLOR=TRUE"},
+	}
 	files := tests
 	tests = slices.DeleteFunc(slices.Clone(tests), func(t testBinary) bool { return t.job.Name == "" })
 	for _, t := range tests {
@@ -251,19 +254,32 @@ func (h harness) run(ctx context.Context, work string, k kernel, tests []testBin
 	}()
 	ok = err == nil
 	for i, t := range tests {
-		switch {
-		case i >= len(results):
-			ok = false
-			lines = append(lines, fmt.Sprintf("FAIL\t%s\t[%s: did not end]", t.job.Name, k.Release))
-		case results[i].status != 0:
-			ok = false
-			lines = append(lines, fmt.Sprintf("FAIL\t%s\t%.3fs [%s: exit status %d]", t.job.Name, results[i].took.Seconds(), k.Release, results[i].status))
-		default:
-			lines = append(lines, fmt.Sprintf("ok  \t%s\t%.3fs [%s]", t.job.Name, results[i].took.Seconds(), k.Release))
+		var r *result
+		if i < len(results) {
+			r = &results[i]
 		}
+		line, good := verdict(t.job.Name, k.Release, r)
+		lines, ok = append(lines, line), ok && good
 	}
 	fmt.Printf("vm: %s took %.1fs\n", k.Release, time.Since(start).Seconds())
 	return lines, ok, err
+}
+
+// verdict is the summary line of a package, in go test's form; r is nil if it did not end.
+func verdict(name, release string, r *result) (line string, ok bool) {
+	if r == nil {
+		return fmt.Sprintf("FAIL\t%s\t[%s: did not end]", name, release), false
+	}
+	word, notes := "ok  ", []string{release}
+	if r.status != 0 {
+		word, notes = "FAIL", append(notes, fmt.Sprintf("exit status %d", r.status))
+	}
+	if wrong := wrongly(r.skipped); len(wrong) > 0 {
+		word, notes = "FAIL", append(notes, fmt.Sprintf("skipped, and nothing is missing here: %q", wrong))
+	} else if len(r.skipped) > 0 {
+		notes = append(notes, fmt.Sprintf("skipped: %q", r.skipped))
+	}
+	return fmt.Sprintf("%s\t%s\t%.3fs [%s]", word, name, r.took.Seconds(), strings.Join(notes, ": ")), word == "ok  "
 }
 
 // makeDisk writes a fresh sparse disk with an ext4 for the guest's TMPDIR.

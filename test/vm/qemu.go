@@ -31,8 +31,9 @@ type machine struct {
 
 // result is how one job ended.
 type result struct {
-	status int
-	took   time.Duration
+	status  int
+	took    time.Duration
+	skipped []string // tests
 }
 
 // boot runs the machine until it powers off and returns the results of the jobs
@@ -92,27 +93,32 @@ func (m machine) command(ctx context.Context, console string) *exec.Cmd {
 	return exec.CommandContext(ctx, "qemu-system-x86_64", args...)
 }
 
-// follow copies the tests' output to out and gathers the guest's reports until
-// the machine is off. finished says whether the guest ran everything.
+// follow copies the tests' output to out and gathers the guest's reports, and the tests
+// that were skipped, until the machine is off. finished says whether the guest ran
+// everything.
 func follow(r io.Reader, p plan.Plan, out io.Writer) (results []result, finished bool, err error) {
 	lines := bufio.NewReader(r)
 	var started time.Time
+	var skipped []string
 	for {
 		line, readErr := lines.ReadString('\n')
 		before, report, ok := plan.Parse(p.Token, strings.TrimRight(line, "\r\n"))
-		if before != "" || !ok && line != "" {
+		if name, ok := skippedTest(before); ok {
+			skipped = append(skipped, name)
+		}
+		if noise := p.Terse && isNoise(before); !noise && (before != "" || !ok && line != "") {
 			fmt.Fprintln(out, before)
 		}
 		if ok {
 			switch report.Event {
 			case plan.Started:
-				started = time.Now()
+				started, skipped = time.Now(), nil
 				fmt.Fprintf(out, "== %s\n", p.Jobs[report.Number].Name)
 			case plan.Ended:
 				if report.Number != len(results) {
 					return results, false, fmt.Errorf("the guest reports job %d, expected %d", report.Number, len(results))
 				}
-				results = append(results, result{status: report.Status, took: time.Since(started)})
+				results = append(results, result{status: report.Status, took: time.Since(started), skipped: skipped})
 			case plan.Finished:
 				finished = len(results) == len(p.Jobs)
 			case plan.Ledger: // not from tests

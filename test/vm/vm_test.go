@@ -2,7 +2,9 @@ package main
 
 import (
 	"bytes"
+	"maps"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 
@@ -135,5 +137,56 @@ func TestFollow(t *testing.T) {
 	}
 	if want := "== one\nout\n== two\nbad\n"; out.String() != want {
 		t.Errorf("output %q, want %q", out.String(), want)
+	}
+}
+
+func TestSkippedTests(t *testing.T) {
+	p := plan.Plan{Token: "t0k", Terse: true, Jobs: []plan.Job{{Name: "one"}, {Name: "two"}}}
+	line := func(e plan.Event, number, status int) string {
+		return plan.Report{Event: e, Number: number, Status: status}.Line(p.Token) + "\n"
+	}
+	known := slices.Sorted(maps.Keys(maySkip))[0]
+	console := line(plan.Started, 0, 0) + "=== RUN   TestA\n    a_test.go:1: no such thing\n--- SKIP: TestA (0.00s)\n" +
+		"    --- SKIP: TestB/sub#01 (0.00s)\n--- PASS: TestB (0.00s)\nPASS\n" + line(plan.Ended, 0, 0) +
+		line(plan.Started, 1, 0) + "    --- SKIP: " + known + " (0.00s)\nPASS\n" + line(plan.Ended, 1, 0) + line(plan.Finished, 0, 0)
+	var out bytes.Buffer
+	results, finished, err := follow(strings.NewReader(console), p, &out)
+	if err != nil || !finished || len(results) != 2 {
+		t.Fatalf("results %+v, finished %v, %v", results, finished, err)
+	}
+	for i, want := range []struct {
+		skipped []string
+		ok      bool
+	}{{[]string{"TestA", "TestB/sub#01"}, false}, {[]string{known}, true}} {
+		if diff := cmp.Diff(want.skipped, results[i].skipped); diff != "" {
+			t.Error(diff)
+		}
+		text, ok := verdict("p", "6.1", &results[i])
+		if ok != want.ok || !strings.Contains(text, want.skipped[0]) {
+			t.Errorf("verdict %q, %v; want %v, and the test's name", text, ok, want.ok)
+		}
+	}
+	if text := out.String(); strings.Contains(text, "=== RUN") || strings.Contains(text, "--- PASS") || !strings.Contains(text, "no such thing") {
+		t.Errorf("output:\n%s", text)
+	}
+}
+
+func TestVerdict(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		r    *result
+		ok   bool
+	}{
+		{"passed", &result{}, true},
+		{"failed", &result{status: 1}, false},
+		{"did not end", nil, false},
+		{"failed, and skipped what it may", &result{status: 1, skipped: slices.Sorted(maps.Keys(maySkip))}, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			line, ok := verdict("p", "6.1", c.r)
+			if ok != c.ok || strings.HasPrefix(line, "ok  ") != c.ok {
+				t.Errorf("verdict %q, %v", line, ok)
+			}
+		})
 	}
 }

@@ -29,6 +29,8 @@ type Plan struct {
 	Env []string `json:"env"`
 	// Jobs run one after the other; a failing one does not stop the rest.
 	Jobs []Job `json:"jobs"`
+	// Terse leaves out lines about tests that run and pass.
+	Terse bool `json:"-"`
 }
 
 // Job is one program to run as root.
