@@ -176,6 +176,9 @@ func (h harness) compile(ctx context.Context, work string) ([]testBinary, error)
 	if len(tests) == 0 {
 		return nil, errors.New("the packages have no tests")
 	}
+	for _, name := range alsoRead {
+		tests = append(tests, testBinary{path: name, source: work, job: plan.Job{Argv: []string{path.Join("/tests", modulePath, name)}}})
+	}
 	if !slices.ContainsFunc(tests, func(t testBinary) bool { return runsDriver[path.Base(t.job.Name)] }) {
 		return tests, nil
 	}
@@ -185,6 +188,11 @@ func (h harness) compile(ctx context.Context, work string) ([]testBinary, error)
 	}
 	return append(tests, testBinary{path: driver, source: work, job: plan.Job{Argv: []string{driverPath}}}), nil
 }
+
+// alsoRead are files that tests read which are not in their package's testdata.
+var alsoRead = []string{"charts/csi-loop/values.schema.json", "docs/operations.md"}
+
+const modulePath = "github.com/csi-loop/csi-loop"
 
 // runsDriver are the packages whose tests run the csi-loop binary, which is at
 // driverPath in the guest: there is no compiler.

@@ -16,7 +16,11 @@ var maySkip = map[string]string{
 	"TestReadSuperblockOfMkfs/ext4#01": "writes much metadata, and is left out of short runs",
 }
 
-var skipLine = regexp.MustCompile(`^\s*--- SKIP: (\S+) \(`)
+var (
+	skipLine = regexp.MustCompile(`^\s*--- SKIP: (\S+) \(`)
+	// logLine is what a driver in a test logs while all is well.
+	logLine = regexp.MustCompile(`^\s+\S+\.go:\d+: I\d{4} `)
+)
 
 // skippedTest reads what a test binary says of a test that was skipped.
 func skippedTest(line string) (name string, ok bool) {
@@ -35,6 +39,9 @@ func wrongly(skipped []string) []string {
 // isNoise tells the lines that are there only because the tests have to name those that
 // were skipped.
 func isNoise(line string) bool {
+	if logLine.MatchString(line) {
+		return true
+	}
 	line = strings.TrimLeft(line, " ")
 	return slices.ContainsFunc([]string{"=== RUN ", "=== PAUSE ", "=== CONT ", "=== NAME ", "--- PASS: "}, func(p string) bool { return strings.HasPrefix(line, p) })
 }
