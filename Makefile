@@ -93,6 +93,9 @@ test-powercut: ## cut the power of virtual machines N times for each pool's file
 test-powercut: VM_KERNELS = 6.12
 N ?= 10
 
+test-powercut-short: VM_ARGS = -pools xfs
+test-powercut-short: test-powercut ## the same for one of the filesystems: what CI runs
+
 test-disk: VM_PKGS = ./test/integration
 test-disk: VM_TIMEOUT = 1h
 test-disk: ## let the pool's disk fail under volumes in use, in virtual machines with a device mapper, needs no root

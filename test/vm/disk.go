@@ -12,13 +12,15 @@ import (
 	"sync"
 )
 
-// sector is the smallest unit that a disk writes whole, in bytes.
+// sector is the smallest unit of a request, in bytes.
 const sector = 512
 
 // disk is a disk with a cache that loses power: what was written and not flushed
 // may be lost, sector by sector. It is all in memory.
 type disk struct {
 	size int64
+	// atom is what the disk writes whole or not at all, in bytes, when it is aligned.
+	atom int64
 	mu   sync.Mutex
 	// All below is guarded by mu. Sectors are never changed, only replaced.
 	durable map[int64]*[sector]byte // by number; those that are missing are zero
@@ -33,10 +35,15 @@ type disk struct {
 type pendingSector struct {
 	number int64
 	data   *[sector]byte
+	// torn: it may be lost alone; else it shares the fate of the one before.
+	torn bool
 }
 
+// atom4K is what disks write whole since they have such sectors, whatever they tell.
+const atom4K = 4096
+
 func newDisk(size int64) *disk {
-	return &disk{size: size, durable: map[int64]*[sector]byte{}, cached: map[int64]*[sector]byte{}}
+	return &disk{size: size, atom: atom4K, durable: map[int64]*[sector]byte{}, cached: map[int64]*[sector]byte{}}
 }
 
 // loss says what a cut does to what was not flushed.
@@ -44,7 +51,7 @@ type loss int
 
 const (
 	loseAll  loss = iota
-	loseSome      // each sector by a coin; of two writes to one, the first may stay
+	loseSome      // each atom of each write by a coin; of two writes to one, the first may stay
 	loseNone
 )
 
@@ -53,9 +60,14 @@ func (d *disk) cut(l loss, r *rand.Rand) *disk {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	after := newDisk(d.size)
+	after.atom = d.atom
 	maps.Copy(after.durable, d.durable)
+	kept := false
 	for _, p := range d.pending {
-		if l == loseNone || l == loseSome && r.IntN(2) == 0 {
+		if p.torn {
+			kept = r.IntN(2) == 0
+		}
+		if l == loseNone || l == loseSome && kept {
 			after.durable[p.number] = p.data
 		}
 	}
@@ -81,7 +93,7 @@ func (d *disk) write(b []byte, at int64, through bool) {
 	defer d.mu.Unlock()
 	d.writes++
 	for i := int64(0); i < int64(len(b)); i += sector {
-		p := pendingSector{(at + i) / sector, new([sector]byte)}
+		p := pendingSector{number: (at + i) / sector, data: new([sector]byte), torn: i == 0 || (at+i)%d.atom == 0}
 		copy(p.data[:], b[i:i+sector])
 		d.cached[p.number] = p.data
 		if !through || d.lies {

@@ -45,6 +45,35 @@ func TestCutLosesWhatWasNotFlushed(t *testing.T) {
 	}
 }
 
+func TestAtomIsNotTorn(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	for _, c := range []struct {
+		name string
+		atom int64
+		at   int64 // of the write, in sectors
+		torn bool
+	}{
+		{"4096, aligned", atom4K, 8, false},
+		{"4096, over the border of two", atom4K, 4, true},
+		{"512", sector, 8, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			torn := false
+			for range 64 {
+				d := newDisk(mib)
+				d.atom = c.atom
+				d.write(filled(1, 8), c.at*sector, false)
+				b := make([]byte, 8*sector)
+				d.cut(loseSome, r).read(b, c.at*sector)
+				torn = torn || b[0] != b[len(b)-1]
+			}
+			if torn != c.torn {
+				t.Errorf("torn: %v, want %v", torn, c.torn)
+			}
+		})
+	}
+}
+
 func TestWriteThroughIsNotOvertaken(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	d := newDisk(mib)

@@ -17,11 +17,11 @@ import (
 // guest gets, with the shared libraries they need. The optional ones may be
 // missing here.
 const (
-	requiredTools = `mke2fs mkfs.ext2 mkfs.ext3 mkfs.ext4 e2fsck resize2fs tune2fs dumpe2fs
+	requiredTools = `mke2fs mkfs.ext2 mkfs.ext3 mkfs.ext4 e2fsck resize2fs tune2fs dumpe2fs filefrag
 		mkfs.xfs xfs_growfs xfs_repair xfs_db xfs_io xfs_admin
 		mkfs.btrfs btrfs btrfstune
 		losetup mount umount blkid blockdev fallocate fstrim fsfreeze unshare nsenter dmsetup`
-	optionalTools = "debugfs findmnt setpriv lsattr chattr filefrag strace"
+	optionalTools = "debugfs findmnt setpriv lsattr chattr strace"
 )
 
 // Names of busybox that would stand in for a real tool badly, or that the kernel

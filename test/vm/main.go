@@ -46,6 +46,7 @@ func main() {
 	flag.Int64Var(&h.diskGiB, "disk", 16, "the scratch disk's size in `GiB`, allocated as it is written")
 	flag.StringVar(&h.cache, "cache", "", "`directory` for kernels (default: csi-loop in the user's cache)")
 	flag.IntVar(&h.cuts, "cuts", 0, "instead of tests, cut the power of each pool `times`, under a churn of volumes")
+	flag.Int64Var(&h.atom, "atom", atom4K, "what the disk writes whole when the power goes, in `bytes`: 512 to 4096")
 	pools := flag.String("pools", "ext4,xfs,btrfs", "filesystems of the pools whose power is cut, by comma")
 	flag.Parse()
 
@@ -80,6 +81,7 @@ type harness struct {
 	packages  []string
 	testFlags []string
 	cuts      int
+	atom      int64
 	pools     []string
 }
 

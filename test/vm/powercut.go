@@ -34,12 +34,15 @@ import (
 
 const (
 	poolSize = int64(3) << 30
-	// copies is how many cuts a boot is good for, beside the one that ends it.
-	copies = 4
+	// copies is how many cuts a boot is good for at most, beside the one that ends it:
+	// booting takes longer than checking some disks.
+	copies = 9
 	// The guest's churn lasts between these.
 	leastChurn, mostChurn = 8 * time.Second, 25 * time.Second
 	// inFlight is more than a line takes from the guest to this program.
 	inFlight = time.Second
+	// patience is how long an acknowledgement is waited for.
+	patience = 5 * time.Second
 )
 
 // cutTest is the test of one filesystem on one kernel.
@@ -55,6 +58,7 @@ type cutTest struct {
 	total   int // of them checked
 
 	mu       sync.Mutex
+	onAck    func()       // called with mu held; guarded by mu
 	entries  []plan.Entry // guarded by mu
 	problems []string     // guarded by mu
 	checked  int          // guarded by mu
@@ -93,6 +97,7 @@ func (h harness) cutPower(ctx context.Context, work string, k kernel) (lines []s
 		seed := mathrand.Uint64()
 		fmt.Printf("vm: power cuts, %s on %s, seed %d\n", fs, k.Release, seed)
 		t := cutTest{harness: h, machine: m, token: token, pool: newDisk(poolSize), random: mathrand.New(mathrand.NewPCG(seed, 0))}
+		t.pool.atom = h.atom
 		t.plan = plan.CutPlan{Token: token, Filesystem: fs}
 		start := time.Now()
 		err := t.run(ctx)
@@ -137,7 +142,7 @@ func (t *cutTest) boot(ctx context.Context, lie ...func()) error {
 	if err := makeDisk(t.machine.disk, 1<<30); err != nil {
 		return err
 	}
-	t.plan.Entries = t.entries
+	t.plan.Entries, t.plan.Seed = t.entries, t.random.Uint64()
 	ledger, err := ledgerDisk(t.plan)
 	if err != nil {
 		return err
@@ -148,7 +153,7 @@ func (t *cutTest) boot(ctx context.Context, lie ...func()) error {
 	}
 	defer served.close()
 	m := t.machine
-	m.sockets = served.sockets
+	m.sockets, m.physical = served.sockets, t.pool.atom
 	console := filepath.Join(work, "console.log")
 	cmd := m.command(ctx, console)
 	var stderr strings.Builder
@@ -166,10 +171,13 @@ func (t *cutTest) boot(ctx context.Context, lie ...func()) error {
 		t.follow(stdout, churning)
 	}()
 	t.checked = 0
+	start := time.Now()
+	var ready time.Duration // when the checks were over
 	var cuts []plan.Cut
 	var left []*disk
 	select {
 	case <-churning:
+		ready = time.Since(start)
 		for _, f := range lie {
 			f()
 		}
@@ -186,20 +194,25 @@ func (t *cutTest) boot(ctx context.Context, lie ...func()) error {
 		return fmt.Errorf("the guest checked %d of %d disks: %w %w\n%s%s", t.checked, want, waitErr, ctx.Err(), stderr.String(), tail(console, 60))
 	}
 	t.total += len(t.plan.Check)
+	fmt.Printf("vm: boot %d: %d disks checked after %.0fs, cut after %.0fs, %d lines in the ledger\n",
+		t.plan.Boot, len(t.plan.Check), ready.Seconds(), time.Since(start).Seconds(), len(t.entries))
 	t.next(cuts, left, len(lie) > 0)
 	return nil
 }
 
-// churn lets the guest work, and returns what cuts at random moments would leave.
+// churn lets the guest work, and returns what cuts at random moments would leave; every
+// second one is of the very moment in which something was acknowledged. left is nil when
+// the guest ended before.
 func (t *cutTest) churn(ctx context.Context, ended <-chan struct{}) (cuts []plan.Cut, left []*disk) {
 	total := leastChurn + time.Duration(t.random.Int64N(int64(mostChurn-leastChurn)))
 	var moments []time.Duration
-	for range copies {
+	for range min(copies, t.harness.cuts-t.cuts-1) {
 		moments = append(moments, time.Duration(t.random.Int64N(int64(total))))
 	}
 	slices.Sort(moments)
+	left = []*disk{}
 	start := time.Now()
-	for _, at := range append(moments, total) {
+	for i, at := range append(moments, total) {
 		select {
 		case <-ended: // too early: the caller sees why
 			return nil, nil
@@ -207,19 +220,42 @@ func (t *cutTest) churn(ctx context.Context, ended <-chan struct{}) (cuts []plan
 			return nil, nil
 		case <-time.After(time.Until(start.Add(at))):
 		}
-		t.mu.Lock()
-		acked := len(t.entries)
-		t.mu.Unlock()
 		if at == total {
 			break // the machine itself
 		}
-		left = append(left, t.pool.cut(loss(t.random.IntN(3)), t.random))
+		after, acked := t.copy(i%2 == 0)
+		left = append(left, after)
 		<-time.After(inFlight)
 		t.mu.Lock()
 		cuts = append(cuts, plan.Cut{Acked: acked, Begun: len(t.entries)})
 		t.mu.Unlock()
 	}
 	return cuts, left
+}
+
+// copy returns what a cut would leave now, or when the guest next says that more than a
+// write was acknowledged, and how many lines of the ledger came before.
+func (t *cutTest) copy(whenAcked bool) (after *disk, acked int) {
+	l, random := loss(t.random.IntN(3)), mathrand.New(mathrand.NewPCG(t.random.Uint64(), 0))
+	done := make(chan struct{})
+	take := sync.OnceFunc(func() {
+		after, acked = t.pool.cut(l, random), len(t.entries)
+		close(done)
+	})
+	if whenAcked {
+		t.mu.Lock()
+		t.onAck = take
+		t.mu.Unlock()
+		select {
+		case <-done:
+		case <-time.After(patience):
+		}
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.onAck = nil
+	take()
+	return after, acked
 }
 
 // next plans the boot after a cut.
@@ -284,6 +320,9 @@ func (t *cutTest) hear(r plan.Report, churning chan<- struct{}) {
 		close(churning)
 	default:
 		t.entries = append(t.entries, e)
+		if e.Acked && e.Op != plan.OpWrite && t.onAck != nil {
+			t.onAck()
+		}
 	}
 }
 

@@ -24,6 +24,7 @@ type machine struct {
 	initramfs string
 	disk      string
 	sockets   []string // of further disks, served by the network block device protocol
+	physical  int64    // size of their sectors, in bytes
 	accel     string   // tcg needs nothing of the host; kvm is 10 to 30 times faster
 	memoryMiB int
 	timeout   time.Duration
@@ -85,10 +86,12 @@ func (m machine) command(ctx context.Context, console string) *exec.Cmd {
 		// A panic ends qemu at once, and an oops is a panic: a test must not pass over one.
 		"-append", "console=ttyS0 panic=-1 oops=panic",
 		"-serial", "file:" + console, "-serial", "stdio",
-		"-drive", "file=" + m.disk + ",if=virtio,format=raw,cache=unsafe,discard=unmap",
+		"-drive", "file=" + m.disk + ",if=none,id=disk,format=raw,cache=unsafe,discard=unmap", "-device", "virtio-blk-pci,drive=disk",
 	}
-	for _, socket := range m.sockets {
-		args = append(args, "-drive", "file=nbd+unix:///?socket="+socket+",if=virtio,format=raw,cache=writeback")
+	for i, socket := range m.sockets {
+		id := fmt.Sprintf("disk%d", i)
+		args = append(args, "-drive", "file=nbd+unix:///?socket="+socket+",if=none,id="+id+",format=raw,cache=writeback",
+			"-device", fmt.Sprintf("virtio-blk-pci,drive=%s,physical_block_size=%d", id, m.physical))
 	}
 	return exec.CommandContext(ctx, "qemu-system-x86_64", args...)
 }

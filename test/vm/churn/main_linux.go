@@ -1,8 +1,8 @@
 // Command churn runs in the virtual machine of the power cut tests. It checks the
 // disks that the plan names, each as it was left by a cut, and then changes volumes
-// on the last one until the power goes: it creates, writes, expands and deletes
-// through the driver, and says on the serial line what it begins and what was
-// acknowledged.
+// on the last one until the power goes: it creates, writes, expands, takes snapshots
+// and group snapshots, restores, clones and deletes through the driver, and says on the
+// serial line what it begins and what was acknowledged.
 package main
 
 import (
@@ -12,11 +12,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"os"
 	"os/exec"
-	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 
@@ -29,10 +26,9 @@ import (
 )
 
 const (
-	mib    = int64(1) << 20
-	record = 16 << 10 // bytes
-	work   = "/run/churn"
-	pool   = work + "/pool"
+	mib  = int64(1) << 20
+	work = "/run/churn"
+	pool = work + "/pool"
 	// rounds bounds the churn: the power should go long before.
 	rounds = 10000
 )
@@ -54,6 +50,9 @@ type churn struct {
 	plan plan.CutPlan
 	mu   sync.Mutex // one line at a time
 
+	// Of the disk at hand.
+	fates  map[string]*plan.Fate
+	poolID string
 	driver *exec.Cmd
 	conn   *grpc.ClientConn
 }
@@ -96,7 +95,8 @@ func (c *churn) run() error {
 		if err := c.up(cut.Device); err != nil {
 			return fmt.Errorf("%s: %w", cut.Device, err)
 		}
-		if err := c.check(plan.Fates(c.plan.Entries, cut.Acked, cut.Begun)); err != nil {
+		c.fates = plan.Fates(c.plan.Entries, cut.Acked, cut.Begun)
+		if err := c.check(); err != nil {
 			c.say(plan.Entry{Op: plan.OpProblem, Text: cut.Device + ": " + err.Error()})
 		}
 		c.say(plan.Entry{Op: plan.OpChecked, Volume: "", Text: cut.Device})
@@ -111,17 +111,31 @@ func (c *churn) run() error {
 		return nil
 	}
 	c.say(plan.Entry{Op: plan.OpChurn})
+	return c.change()
+}
+
+// change changes things until the power goes.
+func (c *churn) change() error {
 	var workers sync.WaitGroup
-	for i, kind := range []string{"ext4", "block", "thin"} {
+	worker := func(f func() error) {
 		workers.Go(func() {
-			for n := range rounds {
-				if err := c.life(kind, fmt.Sprintf("%s-%d-%d-%d", kind, c.plan.Boot, i, n)); err != nil {
-					c.say(plan.Entry{Op: plan.OpProblem, Text: err.Error()})
-					return
-				}
+			if err := f(); err != nil {
+				c.say(plan.Entry{Op: plan.OpProblem, Text: err.Error()})
 			}
 		})
 	}
+	for i, kind := range []string{"ext4", "block", "thin"} {
+		worker(func() error {
+			for n := range rounds {
+				l := c.newLife(kind, fmt.Sprintf("%s-%d-%d-%d", kind, c.plan.Boot, i, n))
+				if err := l.run(); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	worker(c.removeOld)
 	workers.Wait()
 	return errors.New("the power did not go")
 }
@@ -154,7 +168,16 @@ func (c *churn) up(device string) error {
 		b, _ := os.ReadFile(work + "/log")
 		return fmt.Errorf("the driver does not come up: %w: %s", err, b)
 	}
-	return nil
+	b, err := os.ReadFile(pool + "/csi/pool.json")
+	if err != nil {
+		return err
+	}
+	var record struct {
+		ID string `json:"id"`
+	}
+	err = json.Unmarshal(b, &record)
+	c.poolID = record.ID
+	return err
 }
 
 func (c *churn) down() error {
@@ -166,247 +189,5 @@ func (c *churn) down() error {
 	if err == nil {
 		err = unix.Unmount(pool, 0)
 	}
-	return err
-}
-
-func (c *churn) controller() csi.ControllerClient { return csi.NewControllerClient(c.conn) }
-func (c *churn) node() csi.NodeClient             { return csi.NewNodeClient(c.conn) }
-
-func call() (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.Background(), 5*time.Minute)
-}
-
-// check compares what is there with what must be.
-func (c *churn) check(fates map[string]*plan.Fate) error {
-	ctx, cancel := call()
-	defer cancel()
-	list, err := c.controller().ListVolumes(ctx, &csi.ListVolumesRequest{})
-	if err != nil {
-		return err
-	}
-	var errs []error
-	seen := map[string]bool{}
-	for _, e := range list.GetEntries() {
-		id := e.GetVolume().GetVolumeId()
-		_, name, _ := strings.Cut(id, ".")
-		seen[name] = true
-		if err := c.checkVolume(id, name, e.GetVolume().GetCapacityBytes(), fates[name]); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", name, err))
-		}
-	}
-	for name, f := range fates {
-		if f.Created && !seen[name] {
-			errs = append(errs, fmt.Errorf("%s was acknowledged and is lost", name))
-		}
-	}
-	dirs, _ := filepath.Glob(pool + "/csi/volumes/*")
-	left, _ := filepath.Glob(pool + "/csi/.*")
-	if len(dirs) != len(list.GetEntries()) || len(left) > 0 {
-		errs = append(errs, fmt.Errorf("%d volumes are listed; there are %q and %q", len(list.GetEntries()), dirs, left))
-	}
-	health, err := c.node().NodeGetStorageHealth(ctx, &csi.NodeGetStorageHealthRequest{})
-	if err != nil || len(health.GetBackendHealth()) > 0 {
-		errs = append(errs, fmt.Errorf("health: %v, %w", health.GetBackendHealth(), err))
-	}
-	return errors.Join(errs...)
-}
-
-func (c *churn) checkVolume(id, name string, size int64, f *plan.Fate) error {
-	switch {
-	case f == nil:
-		return errors.New("nobody made it")
-	case f.Deleted:
-		return errors.New("its deletion was acknowledged")
-	case size < f.MinSize || size > f.MaxSize:
-		return fmt.Errorf("it has %d bytes, not %d to %d", size, f.MinSize, f.MaxSize)
-	}
-	image := pool + "/csi/volumes/" + name + "/disk.img"
-	st, err := os.Stat(image)
-	if err != nil {
-		return err
-	}
-	// An image that grew before its record did is cut when it is opened.
-	if st.Size() < size || st.Size() > f.MaxSize {
-		return fmt.Errorf("its image has %d bytes, its record says %d", st.Size(), size)
-	}
-	v := &volume{c, f.Kind, name, id}
-	if err := v.attach(); err != nil {
-		return err
-	}
-	for n := range f.Records {
-		got := make([]byte, record)
-		file, err := os.Open(v.file())
-		if err == nil {
-			_, err = file.ReadAt(got, n*record)
-			_ = file.Close()
-		}
-		if err != nil || !bytes.Equal(got, v.record(n)) {
-			return fmt.Errorf("record %d of %d was synced and is not there: %w", n, f.Records, errors.Join(err, v.detach()))
-		}
-	}
-	if err := v.detach(); err != nil {
-		return err
-	}
-	if f.Kind == "block" {
-		return nil
-	}
-	if out, err := exec.Command("e2fsck", "-fn", image).CombinedOutput(); err != nil {
-		return fmt.Errorf("e2fsck: %w: %s", err, out)
-	}
-	return nil
-}
-
-// volume is one volume of a kind: "ext4", "block" or "thin".
-type volume struct {
-	*churn
-	kind, name, id string
-}
-
-func (v *volume) capability() *csi.VolumeCapability {
-	c := &csi.VolumeCapability{AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER}}
-	if v.kind == "block" {
-		c.AccessType = &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}}
-	} else {
-		c.AccessType = &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{FsType: "ext4"}}
-	}
-	return c
-}
-
-func (v *volume) staging() string { return work + "/stage/" + v.name }
-func (v *volume) target() string  { return work + "/target/" + v.name }
-
-// file is where the records are.
-func (v *volume) file() string {
-	if v.kind == "block" {
-		return v.target()
-	}
-	return v.target() + "/records"
-}
-
-// record is what record n holds: every byte depends on the volume and on n.
-func (v *volume) record(n int64) []byte {
-	b := make([]byte, record)
-	fill := rand.NewChaCha8([32]byte([]byte(fmt.Sprintf("%-24.24s%08d", v.name, n))))
-	_, _ = fill.Read(b)
-	return b
-}
-
-func (v *volume) attach() error {
-	ctx, cancel := call()
-	defer cancel()
-	for _, dir := range []string{v.staging(), filepath.Dir(v.target())} {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return err
-		}
-	}
-	_, err := v.node().NodeStageVolume(ctx, &csi.NodeStageVolumeRequest{VolumeId: v.id, StagingTargetPath: v.staging(), VolumeCapability: v.capability()})
-	if err == nil {
-		_, err = v.node().NodePublishVolume(ctx, &csi.NodePublishVolumeRequest{
-			VolumeId: v.id, StagingTargetPath: v.staging(), TargetPath: v.target(), VolumeCapability: v.capability(),
-		})
-	}
-	return err
-}
-
-func (v *volume) detach() error {
-	ctx, cancel := call()
-	defer cancel()
-	_, err := v.node().NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: v.id, TargetPath: v.target()})
-	if err == nil {
-		_, err = v.node().NodeUnstageVolume(ctx, &csi.NodeUnstageVolumeRequest{VolumeId: v.id, StagingTargetPath: v.staging()})
-	}
-	return err
-}
-
-// life makes a volume, writes records, lets it grow, writes more, and deletes every
-// second one.
-func (c *churn) life(kind, name string) error {
-	v := &volume{c, kind, name, ""}
-	size := 8 * mib
-	step := func(op string, n int64, do func() error) error {
-		c.say(plan.Entry{Op: op, Volume: name, N: n})
-		if err := do(); err != nil {
-			return fmt.Errorf("%s %s: %w", op, name, err)
-		}
-		c.say(plan.Entry{Op: op, Volume: name, N: n, Acked: true})
-		return nil
-	}
-	if err := step(plan.OpCreate, size, func() error { return v.create(size) }); err != nil {
-		return err
-	}
-	if err := v.attach(); err != nil {
-		return err
-	}
-	for n := range int64(12) {
-		if n == 6 {
-			if err := step(plan.OpExpand, 2*size, func() error { return v.expand(2 * size) }); err != nil {
-				return err
-			}
-		}
-		if err := step(plan.OpWrite, n, func() error { return v.write(n) }); err != nil {
-			return err
-		}
-	}
-	if err := v.detach(); err != nil {
-		return err
-	}
-	if strings.HasSuffix(name, "0") || strings.HasSuffix(name, "5") {
-		return nil
-	}
-	return step(plan.OpDelete, 0, v.remove)
-}
-
-func (v *volume) create(size int64) error {
-	ctx, cancel := call()
-	defer cancel()
-	parameters := map[string]string{}
-	if v.kind == "thin" {
-		parameters["allocation"] = "thin"
-	}
-	r, err := v.controller().CreateVolume(ctx, &csi.CreateVolumeRequest{
-		Name: v.name, CapacityRange: &csi.CapacityRange{RequiredBytes: size}, VolumeCapabilities: []*csi.VolumeCapability{v.capability()}, Parameters: parameters,
-	})
-	v.id = r.GetVolume().GetVolumeId()
-	return err
-}
-
-func (v *volume) expand(size int64) error {
-	ctx, cancel := call()
-	defer cancel()
-	capacity := &csi.CapacityRange{RequiredBytes: size}
-	_, err := v.controller().ControllerExpandVolume(ctx, &csi.ControllerExpandVolumeRequest{VolumeId: v.id, CapacityRange: capacity, VolumeCapability: v.capability()})
-	if err == nil {
-		_, err = v.node().NodeExpandVolume(ctx, &csi.NodeExpandVolumeRequest{
-			VolumeId: v.id, VolumePath: v.target(), StagingTargetPath: v.staging(), CapacityRange: capacity, VolumeCapability: v.capability(),
-		})
-	}
-	return err
-}
-
-func (v *volume) write(n int64) error {
-	f, err := os.OpenFile(v.file(), os.O_WRONLY|os.O_CREATE, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteAt(v.record(n), n*record)
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err == nil && n == 0 && v.kind != "block" {
-		err = syncDir(v.target()) // the name of a new file
-	}
-	return err
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
-
-func (v *volume) remove() error {
-	ctx, cancel := call()
-	defer cancel()
-	_, err := v.controller().DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: v.id})
 	return err
 }
