@@ -34,6 +34,9 @@ func IgnoreGoroutine(name string) Option {
 // one line for each leftover) when there is still a loop device over a file
 // below that directory, a mount below it, a file descriptor that was not open
 // before, or a goroutine.
+//
+// As root it starts the program anew in a mount namespace of its own first, unless it
+// has one: nobody else's namespace has a copy of what the tests mount.
 func Main(m *testing.M, opts ...Option) {
 	os.Exit(run(m, opts))
 }
@@ -45,6 +48,10 @@ func run(m *testing.M, opts []Option) int {
 	}}
 	for _, o := range opts {
 		o(&c)
+	}
+	if err := OwnMounts(); err != nil {
+		fmt.Fprintln(os.Stderr, "roottest:", err)
+		return 1
 	}
 	root, err := os.MkdirTemp("", "csi-loop-test-")
 	if err != nil {

@@ -1,0 +1,6 @@
+//go:build !linux
+
+package roottest
+
+// OwnMounts does nothing: mount namespaces are Linux.
+func OwnMounts() error { return nil }
