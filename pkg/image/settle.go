@@ -133,6 +133,7 @@ func (p *Pool) dropCut(ctx context.Context, dir string, r snapshotRecord) {
 		return
 	}
 	await(ctx, p.eraseAll(gone))
+	p.endClaim(ctx, r)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.unsettled, dir)

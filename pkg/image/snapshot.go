@@ -128,7 +128,7 @@ func (p *Pool) removeSnapshot(ctx context.Context, dir string, r snapshotRecord)
 	p.store.kill("remove snapshot: committed")
 	p.forgetSnapshot(dir)
 	await(ctx, p.eraseAll(gone))
-	p.recount(ctx)
+	p.endClaim(ctx, r)
 	return nil
 }
 
@@ -351,6 +351,23 @@ func (p *Pool) recountDue(dir string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return !p.store.now().Before(p.recounts[dir])
+}
+
+// endClaim is recount after the removal of a snapshot. It looks at the volume however
+// short ago that was done: what it claims for blocks that it does not share any more,
+// nobody else gets.
+func (p *Pool) endClaim(ctx context.Context, r snapshotRecord) {
+	volume, ours := p.dirOf(r.Source)
+	due := func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		delete(p.recounts, volume)
+	}
+	due()
+	p.recount(ctx)
+	if ours && p.account.sharedOf(volume) > 0 {
+		due() // XFS ends the sharing a moment later: before a refusal it is looked at again
+	}
 }
 
 // recountOne is recount for one volume.

@@ -87,6 +87,38 @@ func TestSharingIsChargedOnce(t *testing.T) {
 	})
 }
 
+// Two snapshots are removed one shortly after the other: what the volume claimed for
+// both is free at once, and not only when it is time for the next look at its extents.
+func TestRemovalsInARowEndTheClaim(t *testing.T) {
+	onEach(t, 640*MiB, func(t *testing.T, fsType, dir string) {
+		_, p := openPool(t, dir)
+		v := create(t, p, Spec{Name: "v", Size: 64 * MiB})
+		fill(t, p, v.ID, 0, 64<<20)
+		snap(t, p, "one", v.ID)
+		snap(t, p, "two", v.ID)
+		for _, name := range []string{"one", "two"} {
+			if err := p.RemoveSnapshot(ctx, VolumeID(p.ID(), name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if fsType == "xfs" { // frees a removed file a moment after the removal
+			f, err := p.OpenImage(ctx, v.ID, false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			eventually(t, func() error {
+				if s, err := sharingOf(f, 64*MiB, false); err != nil || s.shared > 0 {
+					return fmt.Errorf("%d bytes are shared: %w", s.shared, err)
+				}
+				return nil
+			})
+			p.lag(ctx, 0) // what a refusal does before
+		}
+		wantSharing(t, p, v, 0, 0)
+	})
+}
+
 // What a volume shares with a clone is charged after a restart too, also when there
 // are no snapshots.
 func TestSharingWithAClone(t *testing.T) {
