@@ -21,12 +21,19 @@ import (
 const asMain = "CSI_LOOP_TEST_AS_MAIN"
 
 func TestMain(m *testing.M) {
+	if spec := os.Getenv(asController); spec != "" {
+		if err := runController(spec); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	// A fuzz target's workers are this binary too.
 	if os.Getenv(asMain) == "1" && !slices.Contains(os.Args, "-test.fuzzworker") {
 		main()
 		os.Exit(0)
 	}
-	if err := os.Setenv(asMain, "1"); err != nil {
+	if err := errors.Join(roottest.OwnMounts(), os.Setenv(asMain, "1")); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
