@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/grpc/stats"
 	"k8s.io/apimachinery/pkg/api/resource"
 	kjson "sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
@@ -35,6 +36,8 @@ type config struct {
 	Mode                string       `json:"mode"`
 	HTTPEndpoint        string       `json:"httpEndpoint"`
 	VolumeMetrics       int          `json:"volumeMetrics"`
+	TracingEndpoint     string       `json:"tracingEndpoint"`
+	TracingSampling     scalar       `json:"tracingSampling"`
 	Endpoint            string       `json:"endpoint"`
 	NodeID              string       `json:"nodeID"`
 	DriverName          string       `json:"driverName"`
@@ -162,6 +165,8 @@ type plan struct {
 	link          linkConfig      // checked, as far as the mode has use for it
 	plugin        *kubelet.Plugin // what to register with the kubelet; nil is nothing
 	driver        driver.Config
+	tracing       tracingPlan
+	linkStats     stats.Handler // sees the controller's calls of nodes; may be nil
 	endpoint      string
 	pools         []image.Config
 	imageDirs     []string
@@ -180,10 +185,16 @@ func (c *config) resolve(version string) (plan, error) {
 	if err := c.checkMode(); err != nil {
 		return plan{}, err
 	}
-	if c.Mode == modeController {
-		return c.resolveController(version)
+	traced, err := c.resolveTracing(os.LookupEnv)
+	if err != nil {
+		return plan{}, err
 	}
-	p := plan{mode: c.Mode, http: c.HTTPEndpoint, volumeMetrics: c.VolumeMetrics, link: c.linkConfig, endpoint: c.Endpoint, imageDirs: c.ImageDirs, warm: c.LoopDevicesWarm, max: c.LoopDevicesMax, mkfsAlways: c.MkfsAlways}
+	if c.Mode == modeController {
+		p, err := c.resolveController(version)
+		p.tracing = traced
+		return p, err
+	}
+	p := plan{mode: c.Mode, tracing: traced, http: c.HTTPEndpoint, volumeMetrics: c.VolumeMetrics, link: c.linkConfig, endpoint: c.Endpoint, imageDirs: c.ImageDirs, warm: c.LoopDevicesWarm, max: c.LoopDevicesMax, mkfsAlways: c.MkfsAlways}
 	switch {
 	case c.NodeID == "":
 		// Not the host's name by default: in a pod that is the pod's, and volumes
@@ -211,7 +222,6 @@ func (c *config) resolve(version string) (plan, error) {
 			return p, err
 		}
 	}
-	var err error
 	if p.stopTimeout, err = c.stopTime(); err != nil {
 		return p, err
 	}

@@ -84,6 +84,7 @@ func routeCSI(ctx context.Context, p plan, m *metrics, group *errgroup.Group, cf
 	cfg.Controller, cfg.Plugin = driver.ControllerCapabilities(), driver.PluginCapabilities()
 	cfg.Group = driver.GroupCapabilities()
 	cfg.Observe, cfg.TransferRate = m.observe, p.transferRate
+	cfg.Stats, cfg.LinkStats = p.driver.Stats, p.linkStats
 	r := router.New(cfg)
 	nodes, err := (&net.ListenConfig{}).Listen(ctx, "tcp", p.link.LinkListen)
 	if err != nil {

@@ -75,6 +75,8 @@ func newServeFlags(fs *pflag.FlagSet) *serveFlags {
 	fs.Var(&f.StopTimeout, "stop-timeout", "how long running calls may take to finish at a stop")
 	fs.StringVar(&f.HTTPEndpoint, "http-endpoint", "", "address for /healthz, /readyz and /metrics, as in :9809 (default none)")
 	fs.IntVar(&f.VolumeMetrics, "volume-metrics", f.VolumeMetrics, "volumes of this node that have metrics of their own, at most; 0 for none")
+	fs.StringVar(&f.TracingEndpoint, "tracing-endpoint", "", "where OpenTelemetry traces of calls are sent (OTLP over gRPC), as in http://collector:4317 or, with TLS, https://... (default: what OTEL_EXPORTER_OTLP_ENDPOINT says, else none are made)")
+	fs.Var(&f.TracingSampling, "tracing-sampling", "part of the calls that are traced, 0 to 1, of those that the caller has not decided about (default: what OTEL_TRACES_SAMPLER says, else all)")
 	f.linkFlags(fs)
 	fs.StringVar(&f.file, "config", "", "configuration file (YAML)")
 	fs.BoolVar(&f.check, "check-config", false, "check the flags, the environment and the file without looking at the machine, and exit")
@@ -181,6 +183,8 @@ func (f *serveFlags) load(fs *pflag.FlagSet, lookup func(string) (string, bool))
 		"mode":                  func() { c.Mode = f.Mode },
 		"http-endpoint":         func() { c.HTTPEndpoint = f.HTTPEndpoint },
 		"volume-metrics":        func() { c.VolumeMetrics = f.VolumeMetrics },
+		"tracing-endpoint":      func() { c.TracingEndpoint = f.TracingEndpoint },
+		"tracing-sampling":      func() { c.TracingSampling = f.TracingSampling },
 		"registration-dir":      func() { c.RegistrationDir = f.RegistrationDir },
 		"kubelet-endpoint":      func() { c.KubeletEndpoint = f.KubeletEndpoint },
 		"controller-address":    func() { c.ControllerAddress = f.ControllerAddress },

@@ -43,7 +43,8 @@ func (oneToken) Authenticate(_ context.Context, token string) (router.Identity, 
 }
 
 // halves is a controller and a node as serve puts them together, over TLS, with real
-// pools. The pool "late" is absent; moving late there brings it in.
+// pools. The pool "late" is absent; moving late there brings it in. They are observed as told
+// says.
 type halves struct {
 	socket, late, lateHome string
 	volume                 string // in the pool late, bound to the claim shop/data
@@ -51,7 +52,7 @@ type halves struct {
 	client                 *fake.Clientset
 }
 
-func newHalves(t *testing.T) *halves {
+func newHalves(t *testing.T, told plan) *halves {
 	t.Helper()
 	place := newPlace(t)
 	h := &halves{socket: filepath.Join(place.dir, "csi.sock"), late: place.dir + "/away", lateHome: place.dir + "/late"}
@@ -70,11 +71,11 @@ func newHalves(t *testing.T) *halves {
 	h.volume = v.ID
 	must(store.Close())
 
-	images, err := image.Open(ctx, []image.Config{{Name: "default", Path: place.pool}, {Name: "late", Path: h.lateHome}}, image.WithRefresh(20*time.Millisecond))
+	images, err := image.Open(ctx, []image.Config{{Name: "default", Path: place.pool}, {Name: "late", Path: h.lateHome}}, image.WithRefresh(20*time.Millisecond), image.WithSteps(image.Step(told.driver.Step)))
 	must(err)
 	loops, err := loop.New(ctx)
 	must(err)
-	d, err := driver.New(driver.Config{Name: driver.DefaultName, Version: "v1", NodeID: "n1", StateDir: place.state, DefaultPool: "default"}, images, nil, loops, mount.New())
+	d, err := driver.New(driver.Config{Name: driver.DefaultName, Version: "v1", NodeID: "n1", StateDir: place.state, DefaultPool: "default", Stats: told.driver.Stats, Step: told.driver.Step}, images, nil, loops, mount.New())
 	must(err)
 
 	client := fake.NewClientset(boundVolume(h.volume))
@@ -92,7 +93,7 @@ func newHalves(t *testing.T) *halves {
 	address := l.Addr().String()
 	must(l.Close())
 	p := plan{
-		mode: modeController, endpoint: "unix://" + h.socket, stopTimeout: time.Second, eventInterval: 20 * time.Millisecond, driver: driver.Config{Name: driver.DefaultName, Version: "v1", NodeID: "n1", DefaultPool: "default"},
+		mode: modeController, endpoint: "unix://" + h.socket, stopTimeout: time.Second, eventInterval: 20 * time.Millisecond, driver: driver.Config{Name: driver.DefaultName, Version: "v1", NodeID: "n1", DefaultPool: "default", Stats: told.driver.Stats}, linkStats: told.linkStats,
 		link: linkConfig{LinkListen: address, LinkAdvertise: address, ControllerAddress: []string{address}, ControllerCA: ca, LinkTokenFile: token, ControllerName: link.DefaultName},
 	}
 	running, stop := context.WithCancel(context.Background())
@@ -145,7 +146,7 @@ func boundVolume(id string) *core.PersistentVolume {
 // claim: that its pool is absent, and that it is there again.
 func TestReportsOverTheLink(t *testing.T) {
 	roottest.Require(t)
-	h := newHalves(t)
+	h := newHalves(t, plan{})
 	event := func(reason string) func() error {
 		return func() error {
 			list, err := h.client.CoreV1().Events("shop").List(t.Context(), meta.ListOptions{})
@@ -181,7 +182,7 @@ func TestReportsOverTheLink(t *testing.T) {
 // comes in later is served without a new link; operators see nodes and orphans.
 func TestHalves(t *testing.T) {
 	roottest.Require(t)
-	h := newHalves(t)
+	h := newHalves(t, plan{})
 	c := csi.NewControllerClient(dial(t, h.socket))
 	topology := &csi.Topology{Segments: map[string]string{"topology." + driver.DefaultName + "/node": "n1"}}
 	var made *csi.CreateVolumeResponse

@@ -40,7 +40,7 @@ func linkSettings(ctx context.Context, d *driver.Driver, images *image.Store, p 
 		CA:          func() (*x509.CertPool, error) { return readCA(p.link.ControllerCA) },
 		Token:       func() (string, error) { return readToken(p.link.LinkTokenFile) },
 		DefaultPool: p.driver.DefaultPool,
-		Register:    d.RegisterController, Intercept: d.Interceptor(klog.FromContext(ctx)),
+		Register:    d.RegisterController, Intercept: d.Interceptor(klog.FromContext(ctx)), Stats: p.driver.Stats,
 		Sources: d.Sources(), Making: d.ObserveCopies, SendRate: p.transferRate, Report: d.Report,
 		Observe: func(f func(poolID, volume string, exists bool)) func() {
 			return images.Observe(func(c image.Change) { f(c.PoolID, c.Dir, c.Exists) })

@@ -30,6 +30,12 @@ func serve(ctx context.Context, p plan, unknown []string) error {
 		return err
 	}
 	defer stopHTTP()
+	traces, err := startTracing(ctx, p)
+	if err != nil {
+		return err
+	}
+	defer traces.stop(ctx)
+	traces.into(&p)
 	if p.mode == modeController {
 		return serveController(ctx, p, m)
 	}
@@ -66,6 +72,9 @@ func serveMachine(ctx context.Context, p plan, m *metrics) (err error) {
 	}
 	if p.mkfsAlways {
 		options = append(options, image.WithoutTemplates())
+	}
+	if p.driver.Step != nil {
+		options = append(options, image.WithSteps(image.Step(p.driver.Step)))
 	}
 	images, err := image.Open(ctx, p.pools, options...)
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc/stats"
 	"k8s.io/klog/v2"
 
 	"github.com/csi-loop/csi-loop/pkg/cgroup"
@@ -41,6 +42,10 @@ type Config struct {
 	DefaultPool string
 	// Observe is told of each CSI call that was answered; it may be nil.
 	Observe func(method, code string, took time.Duration)
+	// Stats sees the calls of Serve and ServeNode; it may be nil.
+	Stats stats.Handler
+	// Step is told of the parts of calls that take long; it may be nil.
+	Step Step
 	// Running is told 1 when a call begins and -1 when it was answered; it may be nil.
 	// Any number of goroutines call it, and calls wait for it.
 	Running func(change int)
@@ -183,6 +188,9 @@ func New(cfg Config, images *image.Store, dirs *image.Dirs, loops *loop.Manager,
 	}
 	d.tuner, d.pods = loops, cgroup.NewPods(cfg.CgroupRoot)
 	d.trimmer, d.load = mounts, loadOf(loops)
+	if cfg.Step != nil {
+		d.tell(cfg.Step)
+	}
 	return d, nil
 }
 

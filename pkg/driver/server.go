@@ -136,7 +136,11 @@ func (d *Driver) serve(ctx context.Context, l net.Listener, grace time.Duration,
 	calls := &running{tell: d.cfg.Running}
 	// Windows of a fixed size: growing them costs a ping for each call, and CSI
 	// messages are small.
-	srv := grpc.NewServer(grpc.UnaryInterceptor(calls.intercept(logger, d.cfg.Observe)), grpc.InitialWindowSize(window), grpc.InitialConnWindowSize(window))
+	options := []grpc.ServerOption{grpc.UnaryInterceptor(calls.intercept(logger, d.cfg.Observe)), grpc.InitialWindowSize(window), grpc.InitialConnWindowSize(window)}
+	if d.cfg.Stats != nil {
+		options = append(options, grpc.StatsHandler(d.cfg.Stats))
+	}
+	srv := grpc.NewServer(options...)
 	register(srv)
 
 	failed := make(chan error, 1)

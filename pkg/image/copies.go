@@ -23,6 +23,7 @@ type copying struct {
 	done  atomic.Int64
 	said  time.Time // when the log was last told; of the goroutine that copies
 	say   func(done, total int64)
+	told  func(error)
 }
 
 // Copies is the copying of data in a pool: of snapshots and volumes where blocks
@@ -50,7 +51,8 @@ const sayEvery = 10 * time.Second
 // copyOf begins to count a copy of so many bytes, which the log is told of by the
 // name. Call end when it is over.
 func (p *Pool) copyOf(ctx context.Context, name string, total int64) *copying {
-	c := &copying{of: &p.copies, total: total, said: time.Now(), say: func(done, total int64) {
+	ctx, told := p.store.step(ctx, "copy data")
+	c := &copying{of: &p.copies, total: total, said: time.Now(), told: told, say: func(done, total int64) {
 		p.log(ctx).Info("Copying", "name", name, "bytes", done, "of", total)
 	}}
 	p.copies.mu.Lock()
@@ -73,6 +75,7 @@ func (c *copying) add(n int64) {
 }
 
 func (c *copying) end() {
+	c.told(nil)
 	c.of.mu.Lock()
 	defer c.of.mu.Unlock()
 	delete(c.of.running, c)

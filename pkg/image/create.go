@@ -130,6 +130,8 @@ func (p *Pool) admit(ctx context.Context, s Spec) error {
 // build makes the volume in .new-*, and commits it by a rename. space is released
 // once the image has its blocks.
 func (p *Pool) build(ctx context.Context, dir string, b building) (c charge, err error) {
+	ctx, end := p.store.step(ctx, "create image")
+	defer func() { end(err) }()
 	work := newPrefix + dir + "-" + rand.Text()[:8]
 	if err := mkdirAt(p.root, work); err != nil {
 		return c, opError("make", work, err)

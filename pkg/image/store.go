@@ -20,6 +20,7 @@ type Store struct {
 	templates *templates // nil: mkfs makes every filesystem
 	now       func() time.Time
 	kill      func(point string)
+	steps     Step // nil: nobody is told
 	logger    klog.Logger
 
 	observers observers

@@ -89,6 +89,8 @@ func newTemplates() *templates {
 // format makes the filesystem of a new image: from a template if there is one, else
 // by mkfs. synced is to be called when the image is synced.
 func (p *Pool) format(ctx context.Context, d, f *os.File, r record) (synced func(), err error) {
+	ctx, end := p.store.step(ctx, "format image")
+	defer func() { end(err) }()
 	s, t := r.spec(), p.store.templates
 	found, err := p.store.tools.find(ctx, s.Filesystem)
 	if err != nil {

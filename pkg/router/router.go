@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/stats"
 )
 
 // Grace is how long a node may be away before the scheduler is told to choose
@@ -63,6 +64,9 @@ type Config struct {
 	Self string
 	// Observe is told of each CSI call that was answered; it may be nil.
 	Observe func(method, code string, took time.Duration)
+	// Stats sees the calls of ServeCSI, and LinkStats those that go on to the nodes; they
+	// may be nil.
+	Stats, LinkStats stats.Handler
 	// TransferRate bounds what is passed on from node to node, in bytes a second; 0 is
 	// no bound.
 	TransferRate int64

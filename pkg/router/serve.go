@@ -21,7 +21,13 @@ import (
 // ServeCSI answers the sidecars on l until ctx ends, then lets running calls finish
 // for at most grace. It returns nil after an orderly stop.
 func (r *Router) ServeCSI(ctx context.Context, l net.Listener, grace time.Duration) error {
-	srv := grpc.NewServer(grpc.UnaryInterceptor(r.intercept(klog.FromContext(ctx))), grpc.StreamInterceptor(r.interceptStream(klog.FromContext(ctx))), grpc.WaitForHandlers(true)) //nolint:contextcheck // a stream has a context of its own
+	options := []grpc.ServerOption{
+		grpc.UnaryInterceptor(r.intercept(klog.FromContext(ctx))), grpc.StreamInterceptor(r.interceptStream(klog.FromContext(ctx))), grpc.WaitForHandlers(true), //nolint:contextcheck // a stream has a context of its own
+	}
+	if r.cfg.Stats != nil {
+		options = append(options, grpc.StatsHandler(r.cfg.Stats))
+	}
+	srv := grpc.NewServer(options...)
 	csi.RegisterIdentityServer(srv, &identityServer{r: r})
 	csi.RegisterControllerServer(srv, &controllerServer{r: r})
 	csi.RegisterGroupControllerServer(srv, &groupServer{r: r})

@@ -83,7 +83,7 @@ func (s *session) run(ctx context.Context) error {
 	defer stop()
 	defer s.end(nil)
 
-	conn, err := link.NewClient(s.conn)
+	conn, err := link.NewClient(s.conn, r.cfg.LinkStats)
 	if err != nil {
 		return err
 	}

@@ -37,6 +37,7 @@ volumeGroupSnapshotClasses: [{name: g}]
 snapshotController: {enabled: true, installCRDs: true}
 csiDriver: {keep: false, preventPodSchedulingIfMissing: true, labels: {security.kubernetes.io/csi-ephemeral-volume-profile: restricted}}
 log: {format: json, level: 4, sidecarLevel: 5}
+tracing: {endpoint: "http://collector.monitoring:4317", sampling: 0.25}
 node: {maxUnavailable: 1, stopTimeoutSeconds: 60, podLabels: {p: l}, podAnnotations: {a: b}, extraEnv: [{name: GOGC, value: "50"}], affinity: {nodeAffinity: {}}}
 controller:
   replicas: 3

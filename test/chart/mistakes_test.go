@@ -10,6 +10,8 @@ func TestMistakesAreExplained(t *testing.T) {
 	for values, want := range map[string]string{
 		// The schema.
 		"polls: []":                                "additional properties 'polls' not allowed",
+		"tracing: {endpoint: collector}":           "at '/tracing/endpoint': 'collector' does not match pattern",
+		"tracing: {sampling: 2}":                   "at '/tracing/sampling': maximum: got 2, want 1",
 		"log: {format: xml}":                       "at '/log/format': value must be one of 'text', 'json'",
 		"controller: {replicas: 0}":                "at '/controller/replicas': minimum: got 0, want 1",
 		"node: {httpPort: 80}":                     "at '/node/httpPort': minimum: got 80, want 1,024",

@@ -125,6 +125,10 @@ loggingFormat: {{ $v.log.format }}
 verbosity: {{ $v.log.level }}
 httpEndpoint: ":{{ $v.node.httpPort }}"
 volumeMetrics: {{ $v.metrics.volumes }}
+{{- with $v.tracing.endpoint }}
+tracingEndpoint: {{ . | quote }}
+tracingSampling: {{ $v.tracing.sampling | toString | quote }}
+{{- end }}
 controllerAddress:
   - {{ include "csi-loop.name" .root }}-controller.{{ .root.Release.Namespace }}.svc:{{ $v.controller.linkPort }}
 controllerName: {{ include "csi-loop.serverName" .root }}

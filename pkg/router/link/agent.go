@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/stats"
 	"k8s.io/klog/v2"
 
 	"github.com/csi-loop/csi-loop/pkg/image"
@@ -46,6 +47,8 @@ type Config struct {
 	Report func(context.Context) (report.Machine, error)
 	// Intercept is called around each of their calls; it may be nil.
 	Intercept grpc.UnaryServerInterceptor
+	// Stats sees the calls of the links; it may be nil.
+	Stats stats.Handler
 	// Sources is what this node can send to others. Without it, it neither sends nor
 	// receives.
 	Sources Sources
@@ -399,7 +402,11 @@ func (a *Agent) introduce(ctx context.Context, conn *tls.Conn, controller Contro
 // calls under way are answered.
 func (a *Agent) serve(ctx context.Context, conn *tls.Conn, session *session) error {
 	watched := watch(conn)
-	srv := newServer(grpc.UnaryInterceptor(a.intercept), grpc.StreamInterceptor(markStream))
+	options := []grpc.ServerOption{grpc.UnaryInterceptor(a.intercept), grpc.StreamInterceptor(markStream)}
+	if a.cfg.Stats != nil {
+		options = append(options, grpc.StatsHandler(a.cfg.Stats))
+	}
+	srv := newServer(options...)
 	a.cfg.Register(srv)
 	registerSync(srv, session)
 	if a.cfg.Sources != nil {

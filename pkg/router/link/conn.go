@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/stats"
 )
 
 // watchedConn tells when it is closed.
@@ -82,11 +83,12 @@ var ErrUsed = errors.New("the link is down")
 const maxHeaders = 64 << 10
 
 // NewClient makes the controller's gRPC client over a connection whose hellos are
-// done. The client never dials again: calls on a dead link fail at once.
-func NewClient(conn net.Conn) (*grpc.ClientConn, error) {
+// done. The client never dials again: calls on a dead link fail at once. seen sees its
+// calls; it may be nil.
+func NewClient(conn net.Conn, seen stats.Handler) (*grpc.ClientConn, error) {
 	once := make(chan net.Conn, 1)
 	once <- conn
-	return grpc.NewClient("passthrough:///node",
+	options := []grpc.DialOption{
 		grpc.WithTransportCredentials(insecure.NewCredentials()), // TLS is below
 		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
 			select {
@@ -103,7 +105,11 @@ func NewClient(conn net.Conn) (*grpc.ClientConn, error) {
 		grpc.WithDisableServiceConfig(),
 		grpc.WithDisableRetry(),
 		grpc.WithNoProxy(),
-	)
+	}
+	if seen != nil {
+		options = append(options, grpc.WithStatsHandler(seen))
+	}
+	return grpc.NewClient("passthrough:///node", options...)
 }
 
 // pause waits for d, or for ctx.
