@@ -92,15 +92,24 @@ func (m *Manager) candidate(number int, fresh bool) (int, error) {
 	case number >= 0:
 	case fresh:
 		number, err = m.kernel.Add(-1)
-		err = opError("add", -1, err)
+		err = opError("add", -1, numbersError(err))
 	default:
 		number, err = m.kernel.GetFree()
-		err = opError("get free", -1, err)
+		err = opError("get free", -1, numbersError(err))
 	}
 	if err == nil {
 		m.note(number)
 	}
 	return number, err
+}
+
+// numbersError is what the kernel says when it gives no number. ENOSPC is that it has no
+// more (2^20 minors, fact 8), and nothing about the space of a disk.
+func numbersError(err error) error {
+	if errors.Is(err, syscall.ENOSPC) {
+		return fmt.Errorf("%w: the kernel has no loop device number left (%w); free devices that nobody needs, losetup --list shows them", ErrLimit, err)
+	}
+	return err
 }
 
 func (m *Manager) configureNumber(number int, backing *os.File, image FileID, want Mapping) (handle, error) {
@@ -240,7 +249,7 @@ func (m *Manager) recycle(number int) (int, error) {
 		return number, nil // somebody's GET_FREE was faster; the mask is gone all the same
 	}
 	if err != nil {
-		return 0, opError("add "+strconv.Itoa(add), -1, err)
+		return 0, opError("add "+strconv.Itoa(add), -1, numbersError(err))
 	}
 	m.note(n)
 	return n, nil

@@ -14,7 +14,8 @@ var (
 	ErrNotBound = errors.New("not bound")
 	// ErrNotExist: no loop device with that number is registered.
 	ErrNotExist = errors.New("no such loop device")
-	// ErrLimit: the manager has as many devices attached as it may.
+	// ErrLimit: the manager has as many devices attached as it may, or the kernel as
+	// many as it can.
 	ErrLimit = errors.New("limit of attached loop devices reached")
 	// ErrUnsupported: the kernel or the environment lacks what the package needs.
 	// It is never about one request.

@@ -322,10 +322,10 @@ func (k *fake) Open(path, id string, how access) (handle, error) {
 	}
 	l := k.loops[number]
 	switch {
-	case l == nil, l.state == fakeRundown:
-		return nil, syscall.ENXIO
 	case node != id:
 		return nil, errNotNode
+	case l == nil, l.state == fakeRundown:
+		return nil, syscall.ENXIO
 	case how == forClaim && l.claimed:
 		return nil, syscall.EBUSY
 	}

@@ -139,6 +139,14 @@ func (k *linux) Open(path, id string, how access) (handle, error) {
 	case forClaim:
 		flags |= unix.O_RDONLY | unix.O_EXCL
 	}
+	// Another device is not even opened: that alone may do something to it, or fail as if
+	// it were ours that is not there.
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return nil, err
+	} else if !isNode(&st, id) {
+		return nil, errNotNode
+	}
 	var fd int
 	for {
 		var err error
@@ -148,9 +156,8 @@ func (k *linux) Open(path, id string, how access) (handle, error) {
 			return nil, err
 		}
 	}
-	var st unix.Stat_t
 	err := unix.Fstat(fd, &st)
-	if err == nil && (st.Mode&unix.S_IFMT != unix.S_IFBLK || deviceID(st.Rdev) != id) {
+	if err == nil && !isNode(&st, id) { // replaced meanwhile
 		err = errNotNode
 	}
 	if err != nil {
@@ -158,6 +165,10 @@ func (k *linux) Open(path, id string, how access) (handle, error) {
 		return nil, err
 	}
 	return linuxHandle(fd), nil
+}
+
+func isNode(st *unix.Stat_t, id string) bool {
+	return st.Mode&unix.S_IFMT == unix.S_IFBLK && deviceID(st.Rdev) == id
 }
 
 func deviceID(rdev uint64) string {

@@ -515,12 +515,6 @@ func TestPrivateDev(t *testing.T) {
 			t.Errorf("Find = %+v", found)
 		}
 		m.detach(t, manager, d)
-		if m.fake == nil {
-			// Something else under the device's name is not taken for it.
-			check(t, os.WriteFile(filepath.Join(dev, filepath.Base(d.Path())), nil, 0o600))
-			d = m.attach(t, manager, "a", whole)
-			m.detach(t, manager, d)
-		}
 	})
 }
 

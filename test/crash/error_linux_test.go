@@ -142,3 +142,27 @@ func TestErrorsFoundBefore(t *testing.T) {
 		})
 	}
 }
+
+// TestNoNumberLeft: the kernel has no loop device number left. Whoever stages a volume
+// then hears so, with what to do, and not of a full disk; nothing stays behind, and
+// the next try finds one.
+func TestNoNumberLeft(t *testing.T) {
+	t.Parallel()
+	roottest.Require(t)
+	s := newSite(t, "ext4")
+	v := s.volume(block, "numberless")
+	must(t, v.create())
+	s.trap.arm(func(c gate.Call, _ int) gate.Verdict {
+		if c.Own && c.Name == "ioctl LOOP_CTL_GET_FREE" {
+			return gate.Verdict{Errno: unix.ENOSPC}
+		}
+		return gate.Verdict{}
+	})
+	err := v.stage()
+	hit, _ := s.trap.disarm()
+	if hit == nil || status.Code(err) != codes.ResourceExhausted || !strings.Contains(err.Error(), "no loop device number left") || !strings.Contains(err.Error(), "losetup") {
+		t.Errorf("%v: %v", hit, err)
+	}
+	s.ok("without a number")
+	s.prove(v)
+}
