@@ -49,6 +49,7 @@ type config struct {
 	LoopDevicesWarm     int          `json:"loopDevicesWarm"`
 	LoopDevicesMax      int          `json:"loopDevicesMax"`
 	MkfsAlways          bool         `json:"mkfsAlways"`
+	ExpediteFreezes     bool         `json:"expediteFreezes"`
 	EphemeralMaxSize    scalar       `json:"ephemeralMaxSize"`
 	EphemeralMaxVolumes int          `json:"ephemeralMaxVolumes"`
 	EphemeralPools      []string     `json:"ephemeralPools"`
@@ -104,7 +105,7 @@ const defaultVolumeMetrics = 256
 func defaultConfig() config {
 	return config{
 		linkConfig: defaultLinkConfig(), Mode: modeAll,
-		DriverName: driver.DefaultName, StateDir: "/run/csi-loop", CgroupRoot: cgroup.DefaultRoot,
+		ExpediteFreezes: true, DriverName: driver.DefaultName, StateDir: "/run/csi-loop", CgroupRoot: cgroup.DefaultRoot,
 		LoopDevicesWarm: 8, LoopDevicesMax: 256,
 		EphemeralMaxSize: "0", EphemeralMaxVolumes: driver.DefaultEphemeralMaxVolumes, TrimInterval: "24h", TrimJitter: "6h", StopTimeout: "30s",
 		LoggingFormat: "text", VolumeMetrics: defaultVolumeMetrics,
@@ -233,7 +234,7 @@ func (c *config) resolve(version string) (plan, error) {
 	if p.pools, err = c.resolvePools(); err != nil {
 		return p, err
 	}
-	p.driver = driver.Config{Name: c.DriverName, Version: version, NodeID: c.NodeID, StateDir: c.StateDir, CgroupRoot: c.CgroupRoot}
+	p.driver = driver.Config{Name: c.DriverName, Version: version, NodeID: c.NodeID, StateDir: c.StateDir, CgroupRoot: c.CgroupRoot, ExpediteFreezes: c.ExpediteFreezes}
 	if err := p.driver.Validate(); err != nil {
 		return p, usagef("%w", err)
 	}

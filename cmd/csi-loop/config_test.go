@@ -50,7 +50,7 @@ func TestConfiguration(t *testing.T) {
 	base := plan{
 		volumeMetrics: defaultVolumeMetrics,
 		mode:          modeAll, link: defaultLinkConfig(),
-		driver:   driver.Config{Name: "csi-loop.io", Version: "v1", NodeID: "n", StateDir: "/run/csi-loop", CgroupRoot: "/sys/fs/cgroup", DefaultPool: "p", EphemeralMaxVolumes: 32, TrimInterval: 24 * time.Hour, TrimJitter: 6 * time.Hour},
+		driver:   driver.Config{Name: "csi-loop.io", Version: "v1", NodeID: "n", StateDir: "/run/csi-loop", CgroupRoot: "/sys/fs/cgroup", DefaultPool: "p", EphemeralMaxVolumes: 32, TrimInterval: 24 * time.Hour, TrimJitter: 6 * time.Hour, ExpediteFreezes: true},
 		endpoint: "unix:///e/csi.sock",
 		pools:    []image.Config{{Name: "p", Path: "/p", Overcommit: 1}},
 		warm:     8, max: 256, stopTimeout: 30 * time.Second,
@@ -77,7 +77,7 @@ func TestConfiguration(t *testing.T) {
 		},
 		"every flag": {
 			args: minimal("--pool=q=/q", "--default-pool=q", "--image-dir=/i", "--image-dir=/j,k", "--state-dir=/s", "--cgroup-root=/c", "--loop-devices-warm=1",
-				"--loop-devices-max=2", "--ephemeral-max-size=10Gi", "--mkfs-always",
+				"--loop-devices-max=2", "--ephemeral-max-size=10Gi", "--mkfs-always", "--expedite-freezes=false",
 				"--ephemeral-max-volumes=3", "--ephemeral-pool=q", "--driver-name=d.io", "--trim-interval=12h", "--trim-jitter=0", "--stop-timeout=1m", "--logging-format=json", "-v=4"),
 			want: with(func(p *plan) {
 				p.driver = driver.Config{

@@ -71,6 +71,7 @@ func newServeFlags(fs *pflag.FlagSet) *serveFlags {
 	fs.StringArrayVar(&f.EphemeralPools, "ephemeral-pool", nil, "pool that inline ephemeral volumes may name; can be repeated (default: the default pool only)")
 	fs.Var(&f.TrimInterval, "trim-interval", "how often the filesystems of thin volumes are trimmed; 0 never")
 	fs.Var(&f.TrimJitter, "trim-jitter", "what is added to that at random each time, at most")
+	fs.BoolVar(&f.ExpediteFreezes, "expedite-freezes", f.ExpediteFreezes, "hurry the kernel (/sys/kernel/rcu_expedited) for the moment in which it freezes a filesystem for a snapshot")
 	fs.StringVar(&f.DriverName, "driver-name", f.DriverName, "name the driver registers with")
 	fs.Var(&f.StopTimeout, "stop-timeout", "how long running calls may take to finish at a stop")
 	fs.StringVar(&f.HTTPEndpoint, "http-endpoint", "", "address for /healthz, /readyz and /metrics, as in :9809 (default none)")
@@ -215,6 +216,7 @@ func (f *serveFlags) load(fs *pflag.FlagSet, lookup func(string) (string, bool))
 		"ephemeral-pool":        func() { c.EphemeralPools = f.EphemeralPools },
 		"driver-name":           func() { c.DriverName = f.DriverName },
 		"trim-interval":         func() { c.TrimInterval = f.TrimInterval },
+		"expedite-freezes":      func() { c.ExpediteFreezes = f.ExpediteFreezes },
 		"trim-jitter":           func() { c.TrimJitter = f.TrimJitter },
 		"stop-timeout":          func() { c.StopTimeout = f.StopTimeout },
 		"logging-format":        func() { c.LoggingFormat = f.logging.Format },

@@ -58,6 +58,9 @@ type Config struct {
 	// TrimInterval is how often the filesystems of thin volumes are trimmed in the
 	// background; 0 is never. Up to TrimJitter is added each time, at random.
 	TrimInterval, TrimJitter time.Duration
+	// ExpediteFreezes has the kernel hurry while filesystems are frozen for a snapshot, so
+	// that writers wait a fraction of the time; see mount.FreezeSpec.
+	ExpediteFreezes bool
 	// EphemeralPools are the pools that they may name; none means DefaultPool.
 	EphemeralPools []string
 	// CgroupRoot is where the cgroups of pods are, for limits of their I/O;

@@ -32,6 +32,7 @@ type fakeKernel struct {
 	// once with the error.
 	fail          map[string]error      // guarded by mu
 	frozen        map[string]bool       // paths; guarded by mu
+	hurried       bool                  // by Freeze, which was killed in the middle; guarded by mu
 	thawAnywhere  bool                  // what is frozen is thawed by any path; guarded by mu
 	froze, synced int                   // how often; guarded by mu
 	small         bool                  // the filesystems are smaller than their devices; guarded by mu
@@ -285,6 +286,21 @@ type fakeFrozen struct {
 
 // EndHelper has nothing to end.
 func (k *fakeKernel) EndHelper() error { return nil }
+
+// CanExpedite says whether nothing is hurried yet.
+func (k *fakeKernel) CanExpedite() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return !k.hurried
+}
+
+// EndExpedite notes that nothing is hurried any more.
+func (k *fakeKernel) EndExpedite() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.hurried = false
+	return nil
+}
 
 // Freeze stops nobody, and notes what is frozen.
 func (k *fakeKernel) Freeze(_ context.Context, s mount.FreezeSpec) (frozen, error) {

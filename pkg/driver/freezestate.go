@@ -22,6 +22,8 @@ type freezeRecord struct {
 	Version int            `json:"version"`
 	BootID  string         `json:"bootID"`
 	Volumes []frozenVolume `json:"volumes"`
+	// Expedited says that the kernel is made to hurry meanwhile.
+	Expedited bool `json:"expedited,omitempty"`
 
 	path string
 	file *os.File // nil once it is closed
@@ -36,8 +38,8 @@ type frozenVolume struct {
 }
 
 // putFreeze writes a record of what is about to be frozen.
-func (s *nodeState) putFreeze(all []writers) (*freezeRecord, error) {
-	r := &freezeRecord{Version: recordVersion, BootID: s.bootID}
+func (s *nodeState) putFreeze(all []writers, expedited bool) (*freezeRecord, error) {
+	r := &freezeRecord{Version: recordVersion, BootID: s.bootID, Expedited: expedited}
 	for _, w := range all {
 		if w.path != "" {
 			r.Volumes = append(r.Volumes, frozenVolume{VolumeID: w.volume.ID, Image: w.image, Device: w.device, FSType: w.fsType})

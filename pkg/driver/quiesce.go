@@ -22,6 +22,8 @@ type freezer interface {
 	Freeze(ctx context.Context, s mount.FreezeSpec) (frozen, error)
 	Thaw(path string) error
 	EndHelper() error
+	CanExpedite() bool
+	EndExpedite() error
 }
 
 // frozen is filesystems that are frozen until Thaw.
@@ -37,6 +39,9 @@ func (a freezeAdapter) Freeze(ctx context.Context, s mount.FreezeSpec) (frozen, 
 	}
 	return f, nil
 }
+
+func (freezeAdapter) CanExpedite() bool  { return mount.CanExpedite() }
+func (freezeAdapter) EndExpedite() error { return mount.EndExpedite() }
 
 // writers is what may be writing to a volume's image.
 type writers struct {
@@ -159,7 +164,8 @@ func (d *Driver) freeze(ctx context.Context, all []writers, spec mount.FreezeSpe
 			release()
 		}
 	}()
-	record, err := d.state.putFreeze(all)
+	spec.Expedite = d.cfg.ExpediteFreezes && d.freezer.CanExpedite()
+	record, err := d.state.putFreeze(all, spec.Expedite)
 	if err != nil {
 		return nil, err
 	}
@@ -212,6 +218,9 @@ func (d *Driver) thawLeft(ctx context.Context) error {
 	errs := []error{err} // of some; the others are thawed
 	for _, r := range records {
 		var failed error
+		if r.Expedited {
+			failed = d.freezer.EndExpedite()
+		}
 		for _, v := range r.Volumes {
 			if err := d.thawVolume(ctx, v); err != nil {
 				failed = errors.Join(failed, fmt.Errorf("thaw volume %q: %w", v.VolumeID, err))

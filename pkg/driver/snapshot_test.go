@@ -275,6 +275,30 @@ func TestRecordOfWhatCannotBeThawedStays(t *testing.T) {
 	v.down("pod")
 }
 
+// A start makes the kernel take its time again when a process that hurried it was
+// killed in the middle, and leaves the hurry of others alone.
+func TestStartEndsTheHurryOfAFreeze(t *testing.T) {
+	for name, expedite := range map[string]bool{"ours": true, "somebody else's": false} {
+		t.Run(name, func(t *testing.T) {
+			n := newFake(t)
+			n.halt()
+			n.cfg.ExpediteFreezes = expedite
+			n.start()
+			v := n.create("v", 16*mib, mountCap("ext4", oneWriter), nil).up("pod")
+			n.fake.failOnce("thaw", fmt.Errorf("%w, %w", mount.ErrThawed, mount.ErrNotThawed)) // so that the record stays
+			if _, err := v.snapshot("s", "copyInUse", "true"); err == nil {
+				t.Fatal("the snapshot was made")
+			}
+			n.fake.hurried = true
+			n.restart()
+			if n.fake.hurried == expedite {
+				t.Errorf("hurried: %t", n.fake.hurried)
+			}
+			v.down("pod")
+		})
+	}
+}
+
 func TestForeignFreezeRecordIsDropped(t *testing.T) {
 	n := newFake(t)
 	n.halt()

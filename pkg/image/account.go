@@ -137,6 +137,15 @@ func (a *account) take(ctx context.Context, alloc Allocation, size int64) (*rese
 	}
 }
 
+// takeNow is take for those who need less if there is not so much: nil then.
+func (a *account) takeNow(alloc Allocation, size int64) *reservation {
+	r, _, err := a.tryTake(a.need(alloc, size))
+	if err != nil {
+		return nil
+	}
+	return r
+}
+
 func (a *account) tryTake(need int64) (*reservation, <-chan struct{}, error) {
 	l := a.ledger
 	l.mu.Lock()

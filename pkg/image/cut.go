@@ -173,6 +173,16 @@ func (c *cutting) reserve(ctx context.Context) (err error) {
 		c.space, err = c.p.account.take(ctx, Thick, n)
 		return err
 	}
+	// It shares some already, or has not written all; as long as there is space for the
+	// whole that makes no difference, and its extents, of which there may be many, need
+	// not be looked at.
+	st, err := statFile(c.from)
+	if err != nil {
+		return opError("look at", imageFile, err)
+	}
+	if c.space = c.p.account.takeNow(c.source.Allocation, st.Allocated); c.space != nil {
+		return nil
+	}
 	s, err := sharingOf(c.from, c.source.Size, c.p.noCow)
 	if err != nil {
 		return opError("look at the extents of", imageFile, err)

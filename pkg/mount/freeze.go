@@ -32,6 +32,11 @@ type FreezeSpec struct {
 	// Keep is held open by whoever may still thaw: a lock on it is free when the
 	// filesystems will not be touched any more. It may be nil.
 	Keep *os.File
+	// Expedite makes the kernel hurry while it freezes, where it lets itself be hurried:
+	// then writers wait a fraction of the time. A process that may be killed looks at
+	// CanExpedite first, writes down what it does, and calls EndExpedite when it finds
+	// that after its end.
+	Expedite bool
 }
 
 // Frozen is filesystems that are frozen until Thaw.
@@ -39,6 +44,7 @@ type Frozen struct {
 	dirs    []*os.File
 	helpers *helpers
 	helper  *helperProcess
+	hurried bool // as FreezeSpec.Expedite
 	asked   bool // the helper was told to freeze, and did not say that all is thawed
 	again   bool // the helper can be used again: it holds and owes nothing
 	once    sync.Once
@@ -59,7 +65,7 @@ const graceTime = 5 * time.Second
 //
 // ctx is looked at before. The kernel's calls cannot be interrupted.
 func (m *Mounter) Freeze(ctx context.Context, s FreezeSpec) (_ *Frozen, err error) {
-	f := &Frozen{helpers: &m.helpers}
+	f := &Frozen{helpers: &m.helpers, hurried: s.Expedite && CanExpedite()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, f.close())
@@ -86,10 +92,15 @@ func (m *Mounter) Freeze(ctx context.Context, s FreezeSpec) (_ *Frozen, err erro
 		return nil, err
 	}
 	f.asked = true
-	answer, err := f.ask("freeze "+s.Limit.String()+" "+strconv.Itoa(len(f.dirs)), s.Limit)
+	command := "freeze " + s.Limit.String() + " " + strconv.Itoa(len(f.dirs))
+	if f.hurried {
+		command += " " + hurried
+	}
+	answer, err := f.ask(command, s.Limit)
 	if err != nil {
 		return nil, errors.Join(err, f.abandon())
 	}
+	f.unhurry()
 	if answer != "frozen" {
 		return nil, f.failure("freeze", answer)
 	}
@@ -152,6 +163,14 @@ func (f *Frozen) ask(command string, limit time.Duration) (string, error) {
 	return answer, nil
 }
 
+// unhurry makes sure that the kernel is not left hurried, should the helper have failed
+// to. Somebody else's hurry that it ends, if one began in between, only takes longer.
+func (f *Frozen) unhurry() {
+	if f.hurried && !CanExpedite() {
+		_ = EndExpedite() // close tries once more
+	}
+}
+
 // failure makes an error of the helper's "failed <index> <errno>".
 func (f *Frozen) failure(op, answer string) error {
 	var index, errno int
@@ -193,6 +212,7 @@ func (f *Frozen) abandon() error {
 	f.helper.kill()
 	f.helper, f.asked = nil, false
 	var errs []error
+	f.unhurry()
 	for _, dir := range f.dirs {
 		if err := thawFilesystem(dir); err != nil && !errors.Is(err, syscall.EINVAL) { // EINVAL: it is not frozen
 			errs = append(errs, fmt.Errorf("%w: %w", ErrNotThawed, &OpError{Op: "thaw", Path: dir.Name(), Err: err}))
@@ -204,6 +224,7 @@ func (f *Frozen) abandon() error {
 // close ends the helper, which has nothing to thaw any more, or does so now. One that
 // did all it was told to is kept.
 func (f *Frozen) close() (err error) {
+	f.unhurry()
 	switch {
 	case f.helper == nil:
 	case f.again:

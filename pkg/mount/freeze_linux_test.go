@@ -109,6 +109,50 @@ func TestFreezeAndThaw(t *testing.T) {
 	}
 }
 
+// However an expedited freeze ends, the kernel is not left in a hurry. Others on this
+// machine may hurry it for a moment.
+func TestExpeditedFreeze(t *testing.T) {
+	roottest.Require(t)
+	if _, err := os.ReadFile(expeditedFile); err != nil {
+		t.Fatal(err)
+	}
+	m := freezer(t)
+	dir := frozenFS(t, m, "ext4")
+	unhurried := func() {
+		t.Helper()
+		for deadline := time.Now().Add(5 * time.Second); !CanExpedite(); time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatal("the kernel is left in a hurry")
+			}
+		}
+	}
+	unhurried()
+	spec := FreezeSpec{Paths: []string{dir}, Limit: time.Minute, Expedite: true}
+	f, err := m.Freeze(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unhurried()
+	if err := f.Thaw(); err != nil {
+		t.Fatal(err)
+	}
+	// A helper that is killed while it hurries cannot take it back.
+	if f, err = m.Freeze(t.Context(), spec); err != nil {
+		t.Fatal(err)
+	}
+	if err := expedite(true); err != nil {
+		t.Fatal(err)
+	}
+	f.helper.kill()
+	if err := f.Thaw(); !errors.Is(err, ErrThawed) {
+		t.Errorf("the helper is dead: %v", err)
+	}
+	unhurried()
+	if err := EndExpedite(); err != nil { // again
+		t.Error(err)
+	}
+}
+
 // What was written before a group froze is there, and none of the group stays frozen
 // when one member cannot be.
 func TestFreezeAllOrNone(t *testing.T) {

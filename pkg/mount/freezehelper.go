@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -22,17 +23,21 @@ type helper struct {
 	late    bool // something was thawed before it was asked for
 	freeze  func(*os.File) error
 	thaw    func(*os.File) error
+	hurry   func(on bool) error
 }
 
 // order is what the parent wants: a word and its arguments, and open files.
 //
-//	hold                  keep these files; the answer is "held" and how many it has
-//	freeze LIMIT COUNT    freeze the first of them; "frozen", or a failure
-//	thaw                  "thawed", "late" or a failure; after "thawed" no file is held
+//	hold                          keep these files; the answer is "held" and how many it has
+//	freeze LIMIT COUNT [hurried]  freeze the first of them; "frozen", or a failure
+//	thaw                          "thawed", "late" or a failure; after "thawed" no file is held
 type order struct {
 	words []string
 	files []*os.File
 }
+
+// hurried is the word that has a freeze expedited.
+const hurried = "hurried"
 
 // messageSize bounds an order and an answer, in bytes.
 const messageSize = 128
@@ -52,7 +57,7 @@ func beHelper() int {
 	}
 	orders := make(chan order)
 	go receive(socket, orders)
-	h := &helper{answers: socket, freeze: freezeFilesystem, thaw: thawFilesystem}
+	h := &helper{answers: socket, freeze: freezeFilesystem, thaw: thawFilesystem, hurry: expedite}
 	if h.run(orders) != nil {
 		return 1
 	}
@@ -106,8 +111,8 @@ func (h *helper) run(orders <-chan order) error {
 			case len(o.words) == 1 && o.words[0] == "hold":
 				h.held = append(h.held, o.files...)
 				h.say("held " + strconv.Itoa(len(h.held)))
-			case len(o.words) == 3 && o.words[0] == "freeze":
-				deadline = h.freezeFor(o.words[1], o.words[2])
+			case len(o.words) >= 3 && o.words[0] == "freeze":
+				deadline = h.freezeFor(o.words[1], o.words[2], slices.Contains(o.words[3:], hurried))
 			default:
 				deadline = nil
 				h.say(h.thawed(h.thawAll()))
@@ -117,7 +122,7 @@ func (h *helper) run(orders <-chan order) error {
 }
 
 // freezeFor freezes the first directories, and returns what tells that the time is up.
-func (h *helper) freezeFor(limit, count string) (deadline <-chan time.Time) {
+func (h *helper) freezeFor(limit, count string, hurry bool) (deadline <-chan time.Time) {
 	d, err := time.ParseDuration(limit)
 	n, countErr := strconv.Atoi(count)
 	if err != nil || countErr != nil || n < 0 || n > len(h.held) {
@@ -125,7 +130,14 @@ func (h *helper) freezeFor(limit, count string) (deadline <-chan time.Time) {
 		return nil
 	}
 	started := time.Now()
-	h.say(h.freezeAll(h.held[:n]))
+	if hurry {
+		hurry = h.hurry(true) == nil // it may not be allowed; then it takes its time
+	}
+	answer := h.freezeAll(h.held[:n])
+	if hurry {
+		_ = h.hurry(false) // it was possible a moment ago
+	}
+	h.say(answer)
 	// Freezing, which cannot be interrupted, counts.
 	return time.After(d - time.Since(started))
 }

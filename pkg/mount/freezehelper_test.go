@@ -1,6 +1,7 @@
 package mount
 
 import (
+	"fmt"
 	"os"
 	"slices"
 	"strings"
@@ -47,8 +48,12 @@ func TestHelperObeys(t *testing.T) {
 		fail     map[string]error
 		want     string
 		left     []string
+		hurries  string // what the kernel is told, and what is frozen by then
 	}{
 		"freeze and thaw":            {commands: []string{"hold", "freeze", "thaw"}, want: "held 2,frozen,thawed"},
+		"in a hurry":                 {commands: []string{"hold", "freeze hurried", "thaw"}, want: "held 2,frozen,thawed", hurries: "true [], false [a b]"},
+		"a failure in a hurry":       {commands: []string{"hold", "freeze hurried"}, fail: map[string]error{"freeze b": syscall.EBUSY}, want: "held 2,failed 1 16", hurries: "true [], false []"},
+		"no hurry allowed":           {commands: []string{"hold", "freeze hurried", "thaw"}, fail: map[string]error{"hurry": syscall.EROFS}, want: "held 2,frozen,thawed"},
 		"the caller dies":            {commands: []string{"hold", "freeze"}, want: "held 2,frozen"},
 		"the caller dies before":     {commands: []string{"hold"}, want: "held 2"},
 		"too late":                   {commands: []string{"hold", "freeze", "thaw"}, pause: 2 * time.Second, want: "held 2,frozen,late"},
@@ -62,17 +67,24 @@ func TestHelperObeys(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				fake := &fakeFilesystems{fail: c.fail}
 				var out answerLog
-				h := &helper{answers: &out, freeze: fake.freeze, thaw: fake.thaw}
+				var hurries []string
+				h := &helper{answers: &out, freeze: fake.freeze, thaw: fake.thaw, hurry: func(on bool) error {
+					if err := c.fail["hurry"]; err != nil {
+						return err
+					}
+					hurries = append(hurries, fmt.Sprint(on, " ", fake.frozen))
+					return nil
+				}}
 				orders := make(chan order)
 				go func() {
 					defer close(orders)
 					for _, command := range c.commands {
 						o := order{words: []string{command}}
-						switch command {
+						switch word, more, _ := strings.Cut(command, " "); word {
 						case "hold":
 							o.files = []*os.File{os.NewFile(^uintptr(0)>>1, "a"), os.NewFile(^uintptr(0)>>1, "b")}
 						case "freeze":
-							o.words = append(o.words, "1s", "2")
+							o.words = append([]string{word, "1s", "2"}, strings.Fields(more)...)
 						}
 						orders <- o
 						time.Sleep(c.pause)
@@ -81,6 +93,9 @@ func TestHelperObeys(t *testing.T) {
 				err := h.run(orders)
 				if got := strings.Join(out, ","); got != c.want {
 					t.Errorf("answers %q, want %q", got, c.want)
+				}
+				if got := strings.Join(hurries, ", "); got != c.hurries {
+					t.Errorf("hurries: %q, want %q", got, c.hurries)
 				}
 				if !slices.Equal(fake.frozen, c.left) {
 					t.Errorf("left frozen: %v, want %v (%v)", fake.frozen, c.left, err)

@@ -119,6 +119,7 @@ ephemeralPools:
 {{- end }}
 trimInterval: {{ $v.trim.interval | quote }}
 trimJitter: {{ $v.trim.jitter | quote }}
+expediteFreezes: {{ $v.snapshots.expediteFreezes }}
 stopTimeout: {{ $v.node.stopTimeoutSeconds }}s
 transferRate: {{ $v.transfer.nodeRate | quote }}
 loggingFormat: {{ $v.log.format }}
