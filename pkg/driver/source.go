@@ -172,9 +172,10 @@ func poolTag(id string) string { return shortTag(id) }
 
 // mappedTag is the same for a mapped volume. Its ID is free text, and may equal the
 // path that losetup puts there, hence the prefix; and several nodes may have a volume
-// of that ID and share a kernel, as nodes that are containers do, hence the node.
+// of that ID and share a kernel, as nodes that are containers do, hence the node; as
+// may two drivers on one node.
 func (d *Driver) mappedTag(id string) string {
-	node := sha256.Sum256([]byte(d.cfg.NodeID))
+	node := sha256.Sum256([]byte(d.cfg.NodeID + "/" + d.cfg.Name))
 	return shortTag("mapped:" + hex.EncodeToString(node[:4]) + ":" + id)
 }
 

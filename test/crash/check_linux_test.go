@@ -29,7 +29,7 @@ const settle = 5 * time.Second
 func (s *site) wrong() []string {
 	var found []string
 	_ = waitFor(settle, func() string {
-		found = slices.Concat(s.leftovers(), s.unaccounted())
+		found = slices.Concat(s.leftovers(), s.unaccounted(), hurried())
 		return strings.Join(found, "\n")
 	})
 	for _, v := range s.volumes {
@@ -156,6 +156,16 @@ func (s *site) leftovers() []string {
 		found = append(found, fmt.Sprintf("%d records, want %d: %q", len(have), records, have))
 	}
 	return append(found, s.strays()...)
+}
+
+// hurried says that the kernel is left in a hurry. Other sites hurry it, too, but only
+// for moments.
+func hurried() []string {
+	b, err := os.ReadFile("/sys/kernel/rcu_expedited")
+	if err == nil && string(bytes.TrimSpace(b)) == "0" {
+		return nil
+	}
+	return []string{fmt.Sprintf("the kernel is left in a hurry: rcu_expedited is %q, %v", b, err)}
 }
 
 // addEphemerals adds the directories and loop devices of n ephemeral volumes to

@@ -98,6 +98,8 @@ func (x target) String() string { return fmt.Sprintf("%s (%d)", x.name, x.n) }
 // depends on which numbers were used before, by anybody on this machine.
 func label(c gate.Call) string {
 	switch {
+	case !c.Own && strings.HasPrefix(c.Path, "/sys/"):
+		return ofChild + " in /sys"
 	case !c.Own:
 		return ofChild
 	case strings.HasPrefix(c.Path, "/sys/"):
