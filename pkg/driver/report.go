@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -92,7 +93,48 @@ func (d *Driver) look(ctx context.Context) report.Machine {
 	for _, s := range d.images.ListSnapshots() {
 		m.Snapshots = append(m.Snapshots, d.snapshotReport(s))
 	}
+	m.Templates, m.Copies = d.templateReports(), d.copyReports()
 	return m
+}
+
+// templateReports is of the templates of all pools.
+func (d *Driver) templateReports() []report.Template {
+	made := map[string]int{}
+	for _, v := range d.images.List() {
+		if v.Source != nil && v.Source.Template != "" {
+			made[v.Source.Template]++
+		}
+	}
+	var all []report.Template
+	for _, p := range d.images.Pools() {
+		for _, t := range p.Templates() {
+			all = append(all, report.Template{
+				ID: t.ID, Name: t.Name, Pool: t.Pool, Size: t.Size, Filesystem: t.Filesystem, Volumes: made[t.ID], Created: t.Created,
+			})
+		}
+	}
+	slices.SortFunc(all, func(a, b report.Template) int { return strings.Compare(a.ID, b.ID) })
+	return all[:min(len(all), report.MaxTemplates)]
+}
+
+// copyReports is of the copies that go on: in the pools, and from and to other nodes.
+func (d *Driver) copyReports() []report.Copy {
+	var all []report.Copy
+	for _, p := range d.images.Pools() {
+		for _, c := range p.CopiesNow() {
+			all = append(all, report.Copy{Name: c.Name, Pool: p.Name(), Kind: report.Copying, Done: c.Done, Total: c.Total})
+		}
+	}
+	sent, received := d.Flows()
+	for kind, s := range map[string]FlowStats{report.Sending: sent, report.Receiving: received} {
+		for _, c := range s.Running {
+			all = append(all, report.Copy{Name: c.Name, Kind: kind, Done: c.Done, Total: c.Total})
+		}
+	}
+	slices.SortFunc(all, func(a, b report.Copy) int {
+		return cmp.Or(cmp.Compare(a.Pool, b.Pool), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Kind, b.Kind))
+	})
+	return all
 }
 
 func poolReport(p *image.Pool) report.Pool {

@@ -127,6 +127,9 @@ func TestVolumesOfATemplate(t *testing.T) {
 	}
 	made, err := create("larger", 64*mib, map[string]string{"template": "golden", "allocation": "thin"})
 	n.must(err)
+	if all := n.fresh().Templates; len(all) != 1 || all[0].Name != "golden" || all[0].Pool != "default" || all[0].Size != 21*mib || all[0].Volumes != 2 {
+		t.Errorf("reported: %+v", all)
+	}
 	for name, c := range map[string]struct {
 		size   int64
 		params map[string]string

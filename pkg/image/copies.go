@@ -3,6 +3,8 @@ package image
 import (
 	"context"
 	"os"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -19,6 +21,7 @@ type copies struct {
 // copying is one copy.
 type copying struct {
 	of    *copies
+	name  string
 	total int64
 	done  atomic.Int64
 	said  time.Time // when the log was last told; of the goroutine that copies
@@ -45,6 +48,24 @@ func (p *Pool) Copies() Copies {
 	return c
 }
 
+// CopyProgress is how far one copy is, in bytes of data.
+type CopyProgress struct {
+	Name        string // of the volume, snapshot or template that is made
+	Done, Total int64
+}
+
+// CopiesNow lists the copies that are under way in this pool, by name.
+func (p *Pool) CopiesNow() []CopyProgress {
+	p.copies.mu.Lock()
+	defer p.copies.mu.Unlock()
+	var all []CopyProgress
+	for r := range p.copies.running {
+		all = append(all, CopyProgress{Name: r.name, Done: r.done.Load(), Total: r.total})
+	}
+	slices.SortFunc(all, func(a, b CopyProgress) int { return strings.Compare(a.Name, b.Name) })
+	return all
+}
+
 // sayEvery is how often the log is told of a copy that goes on.
 const sayEvery = 10 * time.Second
 
@@ -52,7 +73,7 @@ const sayEvery = 10 * time.Second
 // name. Call end when it is over.
 func (p *Pool) copyOf(ctx context.Context, name string, total int64) *copying {
 	ctx, told := p.store.step(ctx, "copy data")
-	c := &copying{of: &p.copies, total: total, said: time.Now(), told: told, say: func(done, total int64) {
+	c := &copying{of: &p.copies, name: name, total: total, said: time.Now(), told: told, say: func(done, total int64) {
 		p.log(ctx).Info("Copying", "name", name, "bytes", done, "of", total)
 	}}
 	p.copies.mu.Lock()

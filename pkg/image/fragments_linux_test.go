@@ -85,11 +85,14 @@ func TestCopiesAreCounted(t *testing.T) {
 }
 
 func TestCopyThatGoesOnIsShown(t *testing.T) {
-	p := &Pool{}
+	p := &Pool{store: &Store{}}
 	var said [2]int64
 	c := p.copyOf(t.Context(), "v", 100)
 	c.say = func(done, total int64) { said = [2]int64{done, total} }
 	c.add(30)
+	if got, want := p.CopiesNow(), (CopyProgress{Name: "v", Done: 30, Total: 100}); len(got) != 1 || got[0] != want {
+		t.Errorf("%+v, want %+v", got, want)
+	}
 	if got, want := p.Copies(), (Copies{Running: 1, Remaining: 70, Copied: 30}); got != want || said[1] != 0 {
 		t.Errorf("%+v, want %+v; said %v", got, want, said)
 	}

@@ -21,6 +21,43 @@ type Machine struct {
 	Pools     []Pool     `json:"pools,omitempty"`
 	Volumes   []Volume   `json:"volumes,omitempty"`
 	Snapshots []Snapshot `json:"snapshots,omitempty"`
+	// Templates has the first MaxTemplates of them, ordered by ID.
+	Templates []Template `json:"templates,omitempty"`
+	// Copies are those of data that go on, ordered by pool and name.
+	Copies []Copy `json:"copies,omitempty"`
+}
+
+// MaxTemplates bounds the templates in a report.
+const MaxTemplates = 1000
+
+// Template is what volumes may begin as.
+type Template struct {
+	ID         string    `json:"id"`
+	Name       string    `json:"name"`
+	Pool       string    `json:"pool"`
+	Size       int64     `json:"size"`
+	Filesystem string    `json:"filesystem,omitempty"` // empty: for raw block volumes
+	Volumes    int       `json:"volumes"`              // that were made of it and exist
+	Created    time.Time `json:"created,omitzero"`
+}
+
+// What a copy does.
+const (
+	Copying   = "copy"    // within a pool, or between two of the node
+	Sending   = "send"    // to another node
+	Receiving = "receive" // from another node
+)
+
+// Copy is a copy of data that goes on. Done and Total are bytes of data; Total is 0
+// until it is known.
+type Copy struct {
+	// Name is that of the volume or snapshot that is made; of what is sent, the ID of
+	// its source.
+	Name  string `json:"name"`
+	Pool  string `json:"pool,omitempty"`
+	Kind  string `json:"kind"`
+	Done  int64  `json:"done"`
+	Total int64  `json:"total"`
 }
 
 // Pool is a directory of volumes.
@@ -162,7 +199,7 @@ const (
 )
 
 // Page cuts out the page that a Next asks for; "" is the first, which alone has the
-// pools. Without ok it is no Next. What comes and goes between two pages neither
+// pools, templates and copies. Without ok it is no Next. What comes and goes between two pages neither
 // repeats nor hides others.
 func (m *Machine) Page(next string) (p Page, ok bool) {
 	p.Time = m.Time
@@ -173,7 +210,7 @@ func (m *Machine) Page(next string) (p Page, ok bool) {
 			return p, false
 		}
 		if next == "" {
-			p.Pools = m.Pools
+			p.Pools, p.Templates, p.Copies = m.Pools, m.Templates, m.Copies
 		}
 		var more bool
 		if p.Volumes, more = cut(m.Volumes, after, func(v Volume) string { return v.ID }); more {
@@ -211,4 +248,6 @@ func (m *Machine) Add(p Page) {
 	m.Pools = append(m.Pools, p.Pools...)
 	m.Volumes = append(m.Volumes, p.Volumes...)
 	m.Snapshots = append(m.Snapshots, p.Snapshots...)
+	m.Templates = append(m.Templates, p.Templates...)
+	m.Copies = append(m.Copies, p.Copies...)
 }

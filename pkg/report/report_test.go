@@ -16,6 +16,8 @@ func machine(volumes, snapshots int) Machine {
 	for i := range snapshots {
 		m.Snapshots = append(m.Snapshots, Snapshot{ID: fmt.Sprintf("a.s%05d", i)})
 	}
+	m.Templates = []Template{{ID: "a.golden", Name: "golden", Volumes: 2}}
+	m.Copies = []Copy{{Name: "pvc-1", Kind: Copying, Done: 1, Total: 2}}
 	return m
 }
 

@@ -98,11 +98,13 @@ func (r *Router) reportOf(ctx context.Context, s *session) (m report.Machine, er
 		p.Pools = slices.DeleteFunc(p.Pools, func(p report.Pool) bool { return p.ID != "" && !r.table.owns(s, p.ID) })
 		p.Volumes = slices.DeleteFunc(p.Volumes, func(v report.Volume) bool { return r.foreign(s, v.ID) })
 		p.Snapshots = slices.DeleteFunc(p.Snapshots, func(v report.Snapshot) bool { return r.foreign(s, v.ID) })
+		p.Templates = slices.DeleteFunc(p.Templates, func(v report.Template) bool { return r.foreign(s, v.ID) })
 		m.Add(p)
 		switch {
 		case p.Next == "":
 			return m, nil
-		case p.Next == next, len(m.Pools) > 2*link.MaxPools, len(m.Volumes)+len(m.Snapshots) > 2*link.MaxVolumes:
+		case p.Next == next, len(m.Pools) > 2*link.MaxPools, len(m.Volumes)+len(m.Snapshots) > 2*link.MaxVolumes,
+			len(m.Templates)+len(m.Copies) > 2*report.MaxTemplates:
 			return m, errors.New("it does not keep to pages")
 		}
 		next = p.Next

@@ -218,6 +218,13 @@ func (f *findings) template(p image.PoolView, v image.TemplateView) {
 		err = v.ImageErr
 	}
 	if err == nil {
+		made := 0
+		for _, x := range p.Volumes {
+			if x.Source != nil && x.Source.Template == v.ID {
+				made++
+			}
+		}
+		f.addf(OK, "template "+v.ID, "", "%s, %s, in pool %s: %d volumes were made of it", Bytes(v.Size), or(v.Filesystem, "raw"), p.Name, made)
 		return
 	}
 	_, dir, _ := strings.Cut(v.ID, ".")
