@@ -5,31 +5,42 @@ import (
 	"io"
 	"os"
 	"strings"
+	"time"
 
 	"golang.org/x/term"
 
 	"github.com/csi-loop/csi-loop/cmd/csi-loop/survey"
 )
 
-// progress is a bar on a terminal, and nothing elsewhere.
+// progress is a bar on a terminal, and a line now and then elsewhere.
 type progress struct {
-	out   io.Writer // nil when it is no terminal
-	shown bool
+	out      io.Writer
+	terminal bool
+	shown    bool      // there is a bar
+	said     time.Time // when the last line was written
 }
 
 func newProgress(out io.Writer) *progress {
-	if f, ok := out.(*os.File); !ok || !term.IsTerminal(int(f.Fd())) {
-		return &progress{}
-	}
-	return &progress{out: out}
+	f, ok := out.(*os.File)
+	return &progress{out: out, terminal: ok && term.IsTerminal(int(f.Fd())), said: time.Now()}
 }
 
-// barWidth is in characters.
-const barWidth = 30
+const (
+	barWidth = 30 // characters
+	// lineEvery is how often there is a line where there is no bar.
+	lineEvery = 10 * time.Second
+)
 
-// show draws how far a copy of so many bytes is.
+// show says how far a copy of so many bytes is.
 func (p *progress) show(done, all int64) {
-	if p.out == nil || all <= 0 {
+	if all <= 0 {
+		return
+	}
+	if !p.terminal {
+		if now := time.Now(); now.Sub(p.said) >= lineEvery {
+			p.said = now
+			fmt.Fprintf(p.out, "copied %s of %s\n", survey.Bytes(done), survey.Bytes(all))
+		}
 		return
 	}
 	p.shown = true

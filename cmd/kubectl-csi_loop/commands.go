@@ -46,7 +46,7 @@ func (o *options) newNodes() *cobra.Command {
 			nodes := []report.Node{}
 			for _, n := range r.Nodes {
 				if o.node == "" || n.Name == o.node {
-					n.Volumes, n.Snapshots = nil, nil
+					n.Volumes, n.Snapshots, n.Templates, n.Copies = nil, nil, nil, nil
 					nodes = append(nodes, n)
 				}
 			}

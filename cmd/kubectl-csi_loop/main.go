@@ -4,6 +4,8 @@
 //	kubectl csi-loop nodes      what nodes there are, and their pools
 //	kubectl csi-loop volumes    what volumes there are, whose, and how they are
 //	kubectl csi-loop snapshots  what snapshots there are
+//	kubectl csi-loop templates  what volumes may begin as
+//	kubectl csi-loop copies     what is being copied, and how far it is
 //	kubectl csi-loop top        who reads and writes, refreshed
 //
 // It changes nothing. What the nodes know (device, blocks, use, health) it asks of the
@@ -59,8 +61,8 @@ func newCommand(out, errOut io.Writer) *cobra.Command {
 	o := &options{}
 	c := &cobra.Command{
 		Use: "kubectl-csi_loop", Short: "Show what csi-loop has in this cluster",
-		Long: `Show what csi-loop has in this cluster: nodes and pools, volumes, snapshots, and who
-reads and writes. It changes nothing.`,
+		Long: `Show what csi-loop has in this cluster: nodes and pools, volumes, snapshots,
+templates, copies that go on, and who reads and writes. It changes nothing.`,
 		Annotations:   map[string]string{cobra.CommandDisplayNameAnnotation: "kubectl csi-loop"},
 		SilenceErrors: true, SilenceUsage: true,
 	}
@@ -75,7 +77,7 @@ reads and writes. It changes nothing.`,
 	fs.DurationVar(&o.timeout, "timeout", 30*time.Second, "how long the cluster may take to answer")
 	fs.StringVar(&o.node, "node", "", "only what is on this node")
 	fs.StringVar(&o.pool, "pool", "", "only what is in pools of this name")
-	c.AddCommand(o.newNodes(), o.newVolumes(), o.newSnapshots(), o.newTop(), newKubectlCompletion(), newReference())
+	c.AddCommand(o.newNodes(), o.newVolumes(), o.newSnapshots(), o.newTemplates(), o.newCopies(), o.newTop(), newKubectlCompletion(), newReference())
 	_ = c.RegisterFlagCompletionFunc("node", o.completeNodes)
 	return c
 }

@@ -67,6 +67,10 @@ func newAPI() *api {
 					{ID: "p.a", Name: "pvc-a", Pool: "default", Size: 1 << 30, Allocated: 1 << 30, Filesystem: "ext4", State: report.Published, Device: "/dev/loop7", Used: &used, IO: &report.IO{WriteBytes: 1 << 20, Writes: 10}},
 					{ID: "p.b", Name: "pvc-b", Pool: "default", Size: 1 << 30, State: report.Available, Problems: []report.Problem{{Kind: report.DataLoss, Reason: "ImageMissing", Message: "gone\x1b[31m"}}},
 				},
+				Templates: []report.Template{{ID: "p.golden", Name: "golden", Pool: "default", Size: 2 << 30, Volumes: 3}},
+				Copies: []report.Copy{
+					{Name: "pvc-e", Pool: "default", Kind: report.Copying, Done: 1 << 30, Total: 4 << 30}, {Name: "p.a", Kind: report.Sending, Done: 1 << 20},
+				},
 				Snapshots: []report.Snapshot{{ID: "p.s", Name: "snapshot-1", Source: "p.a", Pool: "default", Size: 1 << 30}},
 			}},
 			{Name: "n2", State: report.Away},
@@ -132,6 +136,9 @@ func TestTables(t *testing.T) {
 		"a volume on a node that is away":  {[]string{"volumes"}, []string{"data-db-1"}, "shop data-db-1 - n2 - 0 - - node away"},
 		"a volume that its node lacks":     {[]string{"volumes"}, []string{"data-db-2"}, "shop data-db-2 - n1 - 0 - - NotFound"},
 		"a snapshot":                       {[]string{"snapshots"}, []string{"nightly"}, "shop nightly n1 default pvc-a 1Gi 0 -"},
+		"a template":                       {[]string{"templates"}, []string{"golden"}, "n1 default golden 2Gi raw 3 -"},
+		"a copy":                           {[]string{"copies"}, []string{"pvc-e"}, "n1 copy default pvc-e 1Gi 4Gi ##........ 25%"},
+		"a copy of unknown size":           {[]string{"copies"}, []string{"send"}, "n1 send - p.a 1Mi - -"},
 		"wide, without control characters": {[]string{"volumes", "-o", "wide"}, []string{"ImageMissing"}, "- - - n1 - 1Gi 0 - ImageMissing - default raw available - - p.b gone?[31m"},
 	} {
 		t.Run(name, func(t *testing.T) {
