@@ -96,6 +96,7 @@ func (p *Pool) create(ctx context.Context, dir string, s Spec, b building) (reco
 		return record{}, err
 	}
 	p.remember(dir, b.r)
+	p.settleUsed()
 	p.account.put(dir, c, space)
 	return b.r, nil
 }

@@ -71,6 +71,7 @@ func (p *Pool) grow(ctx context.Context, dir string, r record, size int64) (err 
 	st, statErr := statFile(f)
 	c := grown.charge(st.Allocated)
 	c.shared = p.account.sharedOf(dir)
+	p.settleUsed()
 	p.account.put(dir, c, space)
 	if err := errors.Join(err, statErr); err != nil {
 		// Not undone: which of the records a crash would leave is not known.

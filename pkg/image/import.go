@@ -127,6 +127,7 @@ func (p *Pool) importNew(ctx context.Context, dir string, s Spec, c FileContent)
 		return record{}, err
 	}
 	p.remember(dir, b.r)
+	p.settleUsed()
 	p.account.put(dir, charge, space)
 	return b.r, nil
 }

@@ -94,6 +94,7 @@ func (p *Pool) separateNext(ctx context.Context, dir string, from int64, size *i
 		return from, err
 	}
 	defer space.release()
+	defer p.settleUsed()
 	return next, separateRange(f, start, next-start)
 }
 

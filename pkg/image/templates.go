@@ -149,6 +149,7 @@ func (p *Pool) buildTemplate(ctx context.Context, r templateRecord, c FileConten
 		return err
 	}
 	defer space.release()
+	defer p.settleUsed()
 	work := newPrefix + r.Name + "-" + rand.Text()[:8]
 	if err := mkdirAt(p.root, work); err != nil {
 		return opError("make", work, err)
