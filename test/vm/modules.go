@@ -20,7 +20,7 @@ type module struct {
 
 // required are the modules without which the tests cannot run, unless they are
 // built into the kernel.
-var required = []string{"virtio_pci", "virtio_blk", "ext4", "loop", "xfs", "btrfs", "overlay", "dm_mod", "dm_flakey"}
+var required = []string{"virtio_pci", "virtio_blk", "ext4", "loop", "xfs", "btrfs", "overlay", "dm_mod", "dm_flakey", "quota_v2"}
 
 // optional are loaded where they exist: the kernel would ask modprobe for these
 // checksums by an alias, and the guest has no modprobe.
