@@ -80,12 +80,12 @@ func insist(do func() error) error {
 	end := time.Now().Add(patience)
 	tick := time.NewTicker(3 * time.Millisecond)
 	defer tick.Stop()
-	for {
+	for try := 1; ; try++ {
 		err := do()
 		if err == nil || !slices.Contains(uncertain, status.Code(err)) {
 			return err
 		}
-		if time.Now().After(end) {
+		if try >= leastTries && time.Now().After(end) {
 			return fmt.Errorf("no end in sight: %w", err)
 		}
 		<-tick.C

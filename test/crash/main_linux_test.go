@@ -70,8 +70,12 @@ var binary = sync.OnceValues(func() (string, error) {
 // long tells whether the long form of the tests was asked for.
 func long() bool { return os.Getenv("CSI_LOOP_LONG") == "1" }
 
-// patience bounds every wait for something that happens by itself.
-const patience = 20 * time.Second
+// patience bounds every wait for something that happens by itself. A machine that is
+// busy with other things is no failure.
+const patience = time.Minute
+
+// leastTries is how often something is tried however long each try takes.
+const leastTries = 5
 
 // waitFor polls until ok returns "" or the time is over; it returns what ok
 // returned last.
@@ -79,9 +83,9 @@ func waitFor(limit time.Duration, ok func() string) string {
 	deadline := time.Now().Add(limit)
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
-	for {
+	for try := 1; ; try++ {
 		last := ok()
-		if last == "" || time.Now().After(deadline) {
+		if last == "" || try >= leastTries && time.Now().After(deadline) {
 			return last
 		}
 		<-tick.C
