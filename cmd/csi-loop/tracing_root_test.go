@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/hex"
-	"fmt"
 	"net"
 	"strings"
 	"sync"
@@ -89,17 +88,13 @@ func (c *spanCollector) tree(trace, parent string) string {
 				continue
 			}
 			kind := map[tracepb.Span_SpanKind]string{tracepb.Span_SPAN_KIND_SERVER: "server", tracepb.Span_SPAN_KIND_CLIENT: "client"}[x.GetKind()]
-			line := strings.TrimSpace(kind + " " + x.GetName())
+			words := []string{strings.TrimSpace(kind + " " + x.GetName())}
 			for _, a := range x.GetAttributes() {
 				if strings.HasPrefix(a.GetKey(), "csi.") || strings.Contains(a.GetKey(), "status_code") {
-					value := a.GetValue().GetStringValue()
-					if value == "" {
-						value = fmt.Sprint(a.GetValue().GetIntValue())
-					}
-					line += " " + a.GetKey() + "=" + value
+					words = append(words, a.GetKey()+"="+a.GetValue().GetStringValue())
 				}
 			}
-			b.WriteString(indent + line + "\n")
+			b.WriteString(indent + strings.Join(words, " ") + "\n")
 			below(hex.EncodeToString(x.GetSpanId()), indent+"  ")
 		}
 	}
