@@ -142,7 +142,7 @@ func (r *realPair) scrub() {
 		targets, _ := filepath.Glob(n.work + "/*/*/mount")
 		stages, _ := filepath.Glob(n.work + "/staging/*")
 		for _, at := range append(targets, stages...) {
-			_ = syscall.Unmount(at, syscall.MNT_DETACH)
+			_ = exec.Command("umount", "-l", at).Run()
 		}
 		for _, l := range roottest.Loops(n.pool) {
 			name, _, _ := strings.Cut(l, " ")
