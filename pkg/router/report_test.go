@@ -23,7 +23,10 @@ func (n *fakeNode) report(context.Context) (report.Machine, error) {
 			m.Volumes = append(m.Volumes, report.Volume{ID: fmt.Sprintf("%s.v%05d", p.id, i), Pool: p.name})
 		}
 	}
+	m.Templates = []report.Template{{ID: n.pools[0].id + ".golden", Name: "golden", Volumes: 3}}
+	m.Copies = []report.Copy{{Name: "pvc", Kind: report.Copying, Done: 1, Total: 2}}
 	if n.lies != "" {
+		m.Templates = append(m.Templates, report.Template{ID: n.lies + ".stolen"})
 		m.Pools = append(m.Pools, report.Pool{Name: "stolen", ID: n.lies})
 		m.Snapshots = append(m.Snapshots, report.Snapshot{ID: n.lies + ".s"})
 	}
@@ -42,9 +45,10 @@ func TestReport(t *testing.T) {
 	must(t, err)
 	var lines []string
 	for _, n := range got.Nodes {
-		lines = append(lines, fmt.Sprintf("%s %s %d pools %d volumes %d snapshots %s", n.Name, n.State, len(n.Pools), len(n.Volumes), len(n.Snapshots), n.Error))
+		lines = append(lines, fmt.Sprintf("%s %s %d pools %d volumes %d snapshots %d templates %d copies %s", n.Name, n.State, len(n.Pools), len(n.Volumes), len(n.Snapshots), len(n.Templates), len(n.Copies), n.Error))
 	}
-	want := "n1 linked 1 pools 1001 volumes 0 snapshots \nn2 linked 1 pools 1001 volumes 0 snapshots \nn3 missing 0 pools 0 volumes 0 snapshots "
+	want := "n1 linked 1 pools 1001 volumes 0 snapshots 1 templates 1 copies \nn2 linked 1 pools 1001 volumes 0 snapshots 1 templates 1 copies \n" +
+		"n3 missing 0 pools 0 volumes 0 snapshots 0 templates 0 copies "
 	if text := strings.Join(lines, "\n"); text != want {
 		t.Errorf("%s\nwant\n%s", text, want)
 	}
