@@ -21,11 +21,11 @@ RUN --mount=type=cache,target=/go/pkg/mod --mount=type=cache,target=/root/.cache
 
 # Runs on the architecture that is asked for: ldd has to.
 FROM docker.io/library/debian:bookworm-slim AS programs
-RUN apt-get update && apt-get install -y --no-install-recommends btrfs-progs e2fsprogs xfsprogs
+RUN apt-get update && apt-get install -y --no-install-recommends btrfs-progs cryptsetup-bin e2fsprogs xfsprogs
 COPY hack/image-root /usr/local/bin/image-root
 # All that the driver ever runs; test/e2e/image proves it.
 RUN image-root /image \
-    mkfs.ext2 mkfs.ext3 mkfs.ext4 e2fsck resize2fs tune2fs mkfs.xfs mkfs.btrfs btrfstune
+    mkfs.ext2 mkfs.ext3 mkfs.ext4 e2fsck resize2fs tune2fs mkfs.xfs mkfs.btrfs btrfstune cryptsetup
 
 FROM scratch
 COPY --from=programs /image /

@@ -20,6 +20,7 @@ const (
 	requiredTools = `mke2fs mkfs.ext2 mkfs.ext3 mkfs.ext4 e2fsck resize2fs tune2fs dumpe2fs filefrag
 		mkfs.xfs xfs_growfs xfs_repair xfs_db xfs_io xfs_admin
 		mkfs.btrfs btrfs btrfstune
+		cryptsetup
 		losetup mount umount blkid blockdev fallocate fstrim fsfreeze unshare nsenter dmsetup`
 	optionalTools = "debugfs findmnt setpriv lsattr chattr strace"
 )

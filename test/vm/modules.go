@@ -24,7 +24,11 @@ var required = []string{"virtio_pci", "virtio_blk", "ext4", "loop", "xfs", "btrf
 
 // optional are loaded where they exist: the kernel would ask modprobe for these
 // checksums by an alias, and the guest has no modprobe.
-var optional = []string{"crc32c_generic", "crc32c_intel", "crc32c_cryptoapi", "xxhash_generic", "blake2b_generic", "sha256_generic", "zstd_compress", "raid6_pq", "xor"}
+var optional = []string{
+	"crc32c_generic", "crc32c_intel", "crc32c_cryptoapi", "xxhash_generic", "blake2b_generic", "sha256_generic", "zstd_compress", "raid6_pq", "xor",
+	// Of encryption: dm-crypt asks for its cipher by name as well.
+	"dm_crypt", "xts", "ecb", "aes_generic", "aesni_intel", "algif_skcipher",
+}
 
 // loadModules reads the modules the guest needs from a kernel's module tree, in
 // loading order. It reads the dependencies from the modules themselves, because

@@ -27,12 +27,15 @@ var programs = map[string][]string{
 	"resize2fs":  nil, // its usage, which names the version
 	"tune2fs":    nil, // likewise
 	"btrfstune":  {"--version"},
+	"cryptsetup": {"--version"},
 }
 
 // runners are the only functions that may start a program, and where the name
 // of it comes from: "mkfs." and a filesystem, or a literal in their calls.
 // helperCommand starts the driver itself.
-var runners = map[string]string{"image/format.go": "command", "mount/check.go": "runWhole", "mount/freezecaller.go": "helperCommand"}
+var runners = map[string]string{
+	"image/format.go": "command", "mount/check.go": "runWhole", "mount/freezecaller.go": "helperCommand", "crypt/crypt.go": "run",
+}
 
 func TestProgramsAreAllThatTheDriverCalls(t *testing.T) {
 	called := map[string]bool{}
@@ -88,6 +91,12 @@ func inspect(t *testing.T, file string, d ast.Decl, called map[string]bool) {
 				called[name] = true
 			}
 		case *ast.ValueSpec:
+			// The one program for mappings.
+			if file == "crypt/crypt.go" && len(n.Names) == 1 && n.Names[0].Name == "program" {
+				if name, ok := literal(n.Values[0]); ok {
+					called[name] = true
+				}
+			}
 			// The one list of programs for images of copies.
 			if file == "image/renew.go" && slices.ContainsFunc(n.Names, func(i *ast.Ident) bool { return i.Name == "programs" }) {
 				for _, name := range keys(n) {

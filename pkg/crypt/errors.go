@@ -1,0 +1,14 @@
+package crypt
+
+import "errors"
+
+var (
+	// ErrUnavailable says that this machine cannot do it; the message names what is missing.
+	ErrUnavailable = errors.New("encryption is not available here")
+	// ErrPassphrase says that no key slot opens with the passphrase.
+	ErrPassphrase = errors.New("wrong passphrase")
+	// ErrNoHeader says that neither copy of a LUKS2 header is whole.
+	ErrNoHeader = errors.New("no LUKS2 header")
+	// ErrBusy says that a mapping has users and stays.
+	ErrBusy = errors.New("the mapping is in use")
+)

@@ -1,0 +1,92 @@
+package crypt
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+)
+
+// What of a LUKS2 header's layout matters here; numbers are big-endian.
+const (
+	headerBytes   = 4096 // of the binary part, which the JSON text follows
+	atVersion     = 6
+	atHeaderSize  = 8
+	atSequence    = 16
+	atLabel       = 24
+	labelBytes    = 48
+	atChecksumAlg = 72
+	atUUID        = 168
+	uuidBytes     = 40
+	atOffset      = 256 // of the header itself, from the start of the device
+	atChecksum    = 448
+	checksumBytes = 64
+
+	// areaBytes is the size of each copy of the header, text included; Format pins it.
+	areaBytes = 16 << 10
+)
+
+// The two copies begin differently, so that none is taken for the other.
+var magics = [2]string{"LUKS\xba\xbe", "SKUL\xba\xbe"}
+
+// Header is what is read of a LUKS2 header.
+type Header struct {
+	UUID  string
+	Label string
+}
+
+// ReadHeader reads the header that Format made, from the newer of its two whole copies.
+// ErrNoHeader when none is whole; any other error is that of reading.
+func ReadHeader(r io.ReaderAt) (Header, error) {
+	var newest Header
+	var sequence uint64
+	found := false
+	for copyNumber, magic := range magics {
+		area := make([]byte, areaBytes)
+		offset := int64(copyNumber) * areaBytes
+		if n, err := r.ReadAt(area, offset); n < len(area) {
+			if errors.Is(err, io.EOF) {
+				continue
+			}
+			return Header{}, fmt.Errorf("read the LUKS2 header: %w", err)
+		}
+		h, number, ok := parseHeader(area, magic, uint64(offset))
+		if ok && (!found || number > sequence) {
+			newest, sequence, found = h, number, true
+		}
+	}
+	if !found {
+		return Header{}, ErrNoHeader
+	}
+	return newest, nil
+}
+
+// parseHeader reads one copy; false unless it is whole.
+func parseHeader(area []byte, magic string, offset uint64) (h Header, sequence uint64, ok bool) {
+	number := binary.BigEndian
+	switch {
+	case string(area[:len(magic)]) != magic,
+		number.Uint16(area[atVersion:]) != 2,
+		number.Uint64(area[atHeaderSize:]) != areaBytes,
+		number.Uint64(area[atOffset:]) != offset,
+		text(area[atChecksumAlg:atChecksumAlg+32]) != "sha256":
+		return h, 0, false
+	}
+	said := bytes.Clone(area[atChecksum : atChecksum+sha256.Size])
+	clear(area[atChecksum : atChecksum+checksumBytes])
+	if sum := sha256.Sum256(area); !bytes.Equal(sum[:], said) {
+		return h, 0, false
+	}
+	return Header{
+		UUID:  text(area[atUUID : atUUID+uuidBytes]),
+		Label: text(area[atLabel : atLabel+labelBytes]),
+	}, number.Uint64(area[atSequence:]), true
+}
+
+// text is a string that ends with its first NUL.
+func text(b []byte) string {
+	before, _, _ := bytes.Cut(b, []byte{0})
+	return string(before)
+}

@@ -1,0 +1,86 @@
+package crypt
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+)
+
+// formatted is an image with the header that cryptsetup writes, which needs no device.
+func formatted(t *testing.T) []byte {
+	t.Helper()
+	if _, err := find(); err != nil {
+		t.Skip(err)
+	}
+	path := filepath.Join(t.TempDir(), "disk.img")
+	if err := os.WriteFile(path, make([]byte, 18*mib), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := New(cheap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := []byte("0123456789abcdef")
+	if err := c.Format(t.Context(), path, key, FormatSpec{Offset: 16 * mib, BlockSize: 4096, Label: "first"}); err != nil {
+		if errors.As(err, new(*exec.ExitError)) && os.Getenv("CSI_LOOP_VM") == "" {
+			t.Skip(err) // neither the kernel's ciphers for programs nor dm-crypt
+		}
+		t.Fatal(err)
+	}
+	if err := c.Relabel(t.Context(), path, "second"); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestReadHeader(t *testing.T) {
+	whole := formatted(t)
+	damage := func(places ...int) []byte {
+		b := bytes.Clone(whole)
+		for _, at := range places {
+			b[at] ^= 1
+		}
+		return b
+	}
+	for _, test := range []struct {
+		name string
+		b    []byte
+		ok   bool
+	}{
+		{"whole", whole, true},
+		{"first copy damaged", damage(100), true},
+		{"first copy's text damaged", damage(headerBytes + 10), true},
+		{"second copy damaged", damage(areaBytes + 100), true},
+		{"both damaged", damage(100, areaBytes+headerBytes+10), false},
+		{"nothing but zeros", make([]byte, mib), false},
+		{"too short", whole[:areaBytes/2], false},
+		{"second copy in the first's place", append(bytes.Clone(whole[areaBytes:2*areaBytes]), make([]byte, mib)...), false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			h, err := ReadHeader(bytes.NewReader(test.b))
+			switch {
+			case test.ok && (err != nil || h.Label != "second" || len(h.UUID) != 36):
+				t.Errorf("got %+v, %v", h, err)
+			case !test.ok && !errors.Is(err, ErrNoHeader):
+				t.Errorf("got %+v, %v", h, err)
+			}
+		})
+	}
+}
+
+func TestOptions(t *testing.T) {
+	for _, o := range []Options{
+		{PBKDF: "scrypt"}, {Memory: 1}, {Memory: 8 << 30}, {Time: -1}, {Time: 1e12},
+	} {
+		if _, err := New(o); err == nil {
+			t.Errorf("%+v is accepted", o)
+		}
+	}
+}

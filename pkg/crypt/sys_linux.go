@@ -1,0 +1,98 @@
+package crypt
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// The version of the device mapper's interface that is spoken: the first that knows
+// removal after the last user is 4.27, and that of one target is 4.41 (kernel 5.5).
+var interfaceVersion = [3]uint32{4, 41, 0}
+
+// control asks the device mapper one thing. The answer may follow the request in data.
+func control(path string, request uintptr, head *unix.DmIoctl, data []byte) error {
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(fd) }()
+	head.Version = interfaceVersion
+	head.Data_start = unix.SizeofDmIoctl
+	head.Data_size = uint32(unix.SizeofDmIoctl + len(data))
+	buffer := make([]byte, head.Data_size)
+	copy(buffer, unsafe.Slice((*byte)(unsafe.Pointer(head)), unix.SizeofDmIoctl))
+	copy(buffer[unix.SizeofDmIoctl:], data)
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), request, uintptr(unsafe.Pointer(&buffer[0])))
+	if errno != 0 {
+		return errno
+	}
+	copy(data, buffer[unix.SizeofDmIoctl:])
+	return nil
+}
+
+// targetVersion is the version of the kernel's target "crypt", which is loaded if it is a
+// module. Errors: errors.ErrUnsupported without a device mapper, os.ErrNotExist without
+// the target.
+func targetVersion(path string) (version [3]uint32, err error) {
+	if err := ensureControl(path); err != nil {
+		return version, err
+	}
+	var head unix.DmIoctl
+	copy(head.Name[:], "crypt")
+	// struct dm_target_versions: next, version, name.
+	answer := make([]byte, 256)
+	err = control(path, unix.DM_GET_TARGET_VERSION, &head, answer)
+	switch {
+	case errors.Is(err, unix.EINVAL):
+		return version, os.ErrNotExist
+	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENOENT):
+		return version, errors.ErrUnsupported
+	case err != nil:
+		return version, err
+	}
+	for i := range version {
+		version[i] = *(*uint32)(unsafe.Pointer(&answer[4+4*i]))
+	}
+	return version, nil
+}
+
+// ensureControl makes the node of the device mapper where /dev lacks it.
+func ensureControl(path string) error {
+	if _, err := os.Stat(path); err == nil {
+		return nil
+	}
+	if _, err := os.Stat("/sys/class/misc/device-mapper/dev"); err != nil {
+		// As a module that is not loaded it has no node in sysfs; then opening its
+		// well-known number loads it, where devtmpfs has that.
+		return errors.ErrUnsupported
+	}
+	const number = 10<<8 | 236 // misc, device-mapper; the same on every machine
+	//nolint:gosec // as /dev/mapper is everywhere
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mknod(path, unix.S_IFCHR|0o600, number); err != nil && !errors.Is(err, unix.EEXIST) {
+		return &os.PathError{Op: "mknod", Path: path, Err: err}
+	}
+	return nil
+}
+
+// remove removes a mapping by its UUID, now or after its last user. The kernel's answers
+// are ENXIO when there is none, EBUSY when it has users.
+func remove(path, name, uuid string, last bool) error {
+	var head unix.DmIoctl
+	// By one or the other, not both.
+	if uuid != "" {
+		copy(head.Uuid[:], uuid)
+	} else {
+		copy(head.Name[:], name)
+	}
+	if last {
+		head.Flags = unix.DM_DEFERRED_REMOVE
+	}
+	return control(path, unix.DM_DEV_REMOVE, &head, nil)
+}

@@ -1,0 +1,9 @@
+//go:build !linux
+
+package crypt
+
+import "errors"
+
+func targetVersion(string) (version [3]uint32, err error) { return version, errors.ErrUnsupported }
+
+func remove(string, string, string, bool) error { return errors.ErrUnsupported }
