@@ -114,8 +114,8 @@ type building struct {
 
 // admit refuses what cannot work before anything is touched.
 func (p *Pool) admit(ctx context.Context, s Spec) error {
-	if least := MinimumSize(s.Filesystem); s.Size < least {
-		return fmt.Errorf("%w: %s needs at least %d bytes, asked for %d", ErrSize, s.Filesystem, least, s.Size)
+	if least := MinimumSize(s.Filesystem); s.Content() < least {
+		return fmt.Errorf("%w: %s needs at least %d bytes, asked for %d", ErrSize, s.Filesystem, least, s.Content())
 	}
 	if s.Allocation == Thick && !promisesSpace(p.fsType) {
 		return fmt.Errorf("%w: no thick volumes on %s, which cannot promise space", ErrUnsupported, p.fsType)
@@ -262,7 +262,7 @@ func (p *Pool) furnish(ctx context.Context, d, f *os.File, b building) error {
 	var err error
 	made := func() {}
 	switch {
-	case b.r.Filesystem == "":
+	case b.r.Filesystem == "", b.r.spec().Encrypted(): // what is in it is made by who has the key
 	case b.r.Source != nil:
 		err = p.store.tools.renew(ctx, d, b.r.spec(), b.of.Size)
 	default:

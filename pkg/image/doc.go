@@ -33,7 +33,8 @@
 //     a full XFS. On btrfs it is NOCOW as well, or it is refused (fact 70).
 //
 //  6. Only new files in .new-* are ever formatted. There is no probe for a
-//     filesystem, hence none that can be wrong. What is written instead of a run
+//     filesystem, hence none that can be wrong. What is in an encrypted image is made
+//     by who has the key, who has to know that nobody wrote there (FormatDevice). What is written instead of a run
 //     of mkfs was equal to one, byte for byte but for its identity.
 //
 //  7. Free space, less the reserve, less what thin volumes may still write (divided

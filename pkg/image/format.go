@@ -163,6 +163,11 @@ func pick(options []string, flag string) (values, rest []string) {
 // format makes the filesystem on the new image in dir, which nobody else knows
 // yet. ctx ends the tool; the image is then worthless.
 func (t *tools) format(ctx context.Context, dir *os.File, s Spec) error {
+	return t.formatFile(ctx, dir, imageFile, s, mkfsArguments)
+}
+
+// formatFile makes the filesystem on a file in dir, or on a path if dir is nil.
+func (t *tools) formatFile(ctx context.Context, dir *os.File, file string, s Spec, arguments func(s Spec, help string) []string) error {
 	found, err := t.find(ctx, s.Filesystem)
 	if err != nil {
 		return err
@@ -173,7 +178,7 @@ func (t *tools) format(ctx context.Context, dir *os.File, s Spec) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	args := append(mkfsArguments(s, found.help), imageFile)
+	args := append(arguments(s, found.help), file)
 	klog.FromContext(ctx).Info("Formatting a new image", "name", s.Name, "filesystem", s.Filesystem, "size", s.Size)
 	out, err := command(ctx, dir, found.path, args)
 	// mkfs.btrfs looks whether any mounted loop device shows the file, and gives up

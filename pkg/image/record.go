@@ -58,6 +58,8 @@ type Spec struct {
 	Ephemeral *Ephemeral
 	// Source is nil for volumes that begin empty.
 	Source *Source
+	// Encryption says what lies between the image and its content.
+	Encryption Encryption
 	// Tuning may change later, by Tune. No two specs differ by it.
 	Tuning Tuning
 }
@@ -82,6 +84,7 @@ type record struct {
 	MkfsOptions   []string   `json:"mkfsOptions,omitempty"`
 	Ephemeral     *Ephemeral `json:"ephemeral,omitempty"`
 	Source        *Source    `json:"source,omitempty"`
+	Encryption    Encryption `json:"encryption,omitzero"`
 	Tuning        *Tuning    `json:"tuning,omitempty"`
 	Created       time.Time  `json:"created"`
 }
@@ -98,6 +101,7 @@ func newRecord(s Spec, now time.Time) record {
 		MkfsOptions:   slices.Clone(s.MkfsOptions),
 		Ephemeral:     cloneEphemeral(s.Ephemeral),
 		Source:        cloneSource(s.Source),
+		Encryption:    s.Encryption,
 		Tuning:        s.Tuning.recorded(),
 		Created:       now.UTC().Truncate(time.Second),
 	}
@@ -122,6 +126,7 @@ func (r record) spec() Spec {
 		MkfsOptions: slices.Clone(r.MkfsOptions),
 		Ephemeral:   cloneEphemeral(r.Ephemeral),
 		Source:      cloneSource(r.Source),
+		Encryption:  r.Encryption,
 		Tuning:      r.tuning(),
 	}
 }
@@ -193,7 +198,7 @@ func (s Spec) normalise() (Spec, error) {
 	case s.Ephemeral != nil && s.Ephemeral.Target == "":
 		return s, &SpecError{"Ephemeral", "has no target"}
 	}
-	if err := errors.Join(s.Source.check(), s.Tuning.check(s.Allocation)); err != nil {
+	if err := errors.Join(s.checkEncryption(), s.Source.check(), s.Tuning.check(s.Allocation)); err != nil {
 		return s, err
 	}
 	options, err := ParseMkfsOptions(s.Filesystem, s.MkfsOptions)
@@ -244,6 +249,7 @@ func difference(r record, s Spec) (field string, has, want any) {
 		{"direct I/O", r.DirectIO, s.DirectIO},
 		{"mkfs options", strings.Join(r.MkfsOptions, " "), strings.Join(s.MkfsOptions, " ")},
 		{"source", r.Source.String(), s.Source.String()},
+		{"encryption", r.Encryption.String(), s.Encryption.String()},
 		{"ephemeral target", target(r.Ephemeral), target(s.Ephemeral)},
 	} {
 		if p.has != p.want {

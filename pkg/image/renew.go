@@ -19,30 +19,35 @@ import (
 // of a frozen one is, and it is mounted with nouuid (facts 66, 71). XFS and btrfs grow
 // when they are mounted first.
 func (t *tools) renew(ctx context.Context, dir *os.File, s Spec, from int64) error {
+	return t.renewFile(ctx, dir, imageFile, s, from)
+}
+
+// renewFile is renew for a file in dir, or for a path if dir is nil.
+func (t *tools) renewFile(ctx context.Context, dir *os.File, file string, s Spec, from int64) error {
 	switch s.Filesystem {
 	case "ext2", "ext3", "ext4":
-		return t.renewExt(ctx, dir, s, from)
+		return t.renewExt(ctx, dir, file, s, from)
 	case "btrfs":
-		return t.run(ctx, dir, "btrfstune", "-f", "-m", imageFile)
+		return t.run(ctx, dir, "btrfstune", "-f", "-m", file)
 	}
 	return nil
 }
 
-func (t *tools) renewExt(ctx context.Context, dir *os.File, s Spec, from int64) error {
+func (t *tools) renewExt(ctx context.Context, dir *os.File, file string, s Spec, from int64) error {
 	checked := false
 	check := func() error {
 		checked = true
 		// It repairs what needs no decision: the journal of a filesystem that was not
 		// unmounted is replayed.
-		return t.run(ctx, dir, "e2fsck", "-f", "-p", imageFile)
+		return t.run(ctx, dir, "e2fsck", "-f", "-p", file)
 	}
-	err := t.run(ctx, dir, "tune2fs", "-U", "random", imageFile)
+	err := t.run(ctx, dir, "tune2fs", "-U", "random", file)
 	if err != nil && ctx.Err() == nil {
 		// Without metadata_csum_seed it wants a check first.
 		if checkErr := check(); checkErr != nil {
 			return errors.Join(err, checkErr)
 		}
-		err = t.run(ctx, dir, "tune2fs", "-U", "random", imageFile)
+		err = t.run(ctx, dir, "tune2fs", "-U", "random", file)
 	}
 	if err != nil || s.Size == from {
 		return err
@@ -53,7 +58,7 @@ func (t *tools) renewExt(ctx context.Context, dir *os.File, s Spec, from int64) 
 		}
 	}
 	klog.FromContext(ctx).Info("Growing the filesystem of a new copy", "name", s.Name, "filesystem", s.Filesystem, "from", from, "size", s.Size)
-	return t.run(ctx, dir, "resize2fs", imageFile)
+	return t.run(ctx, dir, "resize2fs", file)
 }
 
 // run runs a program for an image in dir, and returns an error when it fails.

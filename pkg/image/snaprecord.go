@@ -64,6 +64,7 @@ type snapshotVolume struct {
 	BlockSize   int        `json:"blockSize"`
 	DirectIO    string     `json:"directIO"`
 	MkfsOptions []string   `json:"mkfsOptions,omitempty"`
+	Encryption  Encryption `json:"encryption,omitzero"`
 }
 
 func newSnapshotRecord(s SnapshotSpec, volume record, group string, reflinked bool, now time.Time) snapshotRecord {
@@ -73,6 +74,7 @@ func newSnapshotRecord(s SnapshotSpec, volume record, group string, reflinked bo
 		Volume: snapshotVolume{
 			Name: volume.Name, Size: volume.Size, Allocation: volume.Allocation, Filesystem: volume.Filesystem,
 			BlockSize: volume.BlockSize, DirectIO: volume.DirectIO, MkfsOptions: slices.Clone(volume.MkfsOptions),
+			Encryption: volume.Encryption,
 		},
 	}
 	if reflinked {
@@ -91,7 +93,7 @@ func (r snapshotRecord) separates() bool { return r.Independent && r.Sharing == 
 func (v snapshotVolume) spec() Spec {
 	return Spec{
 		Name: v.Name, Size: v.Size, Allocation: v.Allocation, Filesystem: v.Filesystem,
-		BlockSize: v.BlockSize, DirectIO: v.DirectIO, MkfsOptions: slices.Clone(v.MkfsOptions),
+		BlockSize: v.BlockSize, DirectIO: v.DirectIO, MkfsOptions: slices.Clone(v.MkfsOptions), Encryption: v.Encryption,
 	}
 }
 

@@ -127,6 +127,8 @@ func fits(s, of Spec) error {
 		return fmt.Errorf("%w: the source is %s, asked for %s", ErrSource, kind(of.Filesystem), kind(s.Filesystem))
 	case s.BlockSize != of.BlockSize:
 		return fmt.Errorf("%w: the source has blocks of %d bytes, asked for %d", ErrSource, of.BlockSize, s.BlockSize)
+	case s.Encrypted() != of.Encrypted():
+		return fmt.Errorf("%w: the source is %s, asked for %s: a copy is of what is in the image", ErrSource, of.Encryption, s.Encryption)
 	case s.Size < of.Size:
 		return fmt.Errorf("%w: the source has %d bytes, asked for %d", ErrSize, of.Size, s.Size)
 	}

@@ -40,6 +40,8 @@ type Description struct {
 	Filesystem  string   `json:"filesystem,omitempty"`
 	BlockSize   int      `json:"blockSize"`
 	MkfsOptions []string `json:"mkfsOptions,omitempty"`
+	// Encryption is how the content is encrypted, "" if it is not. It travels as it is.
+	Encryption string `json:"encryption,omitempty"`
 	// Bytes is how much data there is to send; known when it is sent.
 	Bytes int64 `json:"bytes,omitempty"`
 }
