@@ -47,7 +47,7 @@ demo: ## show the whole life of a volume on this machine, in seconds (root)
 test: ## run every test: unit, chart, root, sanity, and a virtual machine where this one lacks a capability
 	@hack/deps root
 	@if hack/has-capability sys_resource; then vm=; else vm=test-growth; fi; \
-	  MAKE='$(MAKE)' hack/steps test-unit chart-test test-root sanity $$vm
+	  MAKE='$(MAKE)' hack/steps test-unit chart-test test-root sanity test-encryption $$vm
 
 # The long ones of them are in test-root, which leaves nothing out. Four packages at a
 # time: they mostly wait, for disks and for clocks.
@@ -106,6 +106,13 @@ test-growth: VM_KERNELS = 6.1
 test-growth: VM_PKGS = ./test/vm/guest ./pkg/mount ./test/sanity
 test-growth: VM_TIMEOUT = 25m
 test-growth: test-vm ## run what needs CAP_SYS_RESOURCE (growing a mounted ext4) in a virtual machine, needs no root
+
+test-encryption: VM_KERNELS = 6.1
+test-encryption: VM_PKGS = ./pkg/crypt ./pkg/driver
+test-encryption: ## run the tests of encrypted volumes (ext4; test-vm has all) in a virtual machine, needs no root
+	@hack/deps vm
+	$(GO) run ./test/vm -kernels $(VM_KERNELS) $(VM_ARGS) $(VM_PKGS) -- -test.v \
+	  -test.run 'Encrypt|Mapping|LastUser|Argon2|ReadHeader' -test.skip 'EncryptedFilesystem/(xfs|btrfs)'
 
 bench: ## measure each CSI call beside floors of bare kernel calls (root)
 	@hack/deps root

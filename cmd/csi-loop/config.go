@@ -18,6 +18,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/csi-loop/csi-loop/pkg/cgroup"
+	"github.com/csi-loop/csi-loop/pkg/crypt"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/kubelet"
@@ -55,6 +56,9 @@ type config struct {
 	EphemeralPools      []string     `json:"ephemeralPools"`
 	TrimInterval        scalar       `json:"trimInterval"`
 	TrimJitter          scalar       `json:"trimJitter"`
+	LuksPBKDF           string       `json:"luksPbkdf"`
+	LuksPBKDFMemory     scalar       `json:"luksPbkdfMemory"`
+	LuksPBKDFTime       scalar       `json:"luksPbkdfTime"`
 	StopTimeout         scalar       `json:"stopTimeout"`
 	LoggingFormat       string       `json:"loggingFormat"`
 	Verbosity           uint32       `json:"verbosity"`
@@ -108,6 +112,7 @@ func defaultConfig() config {
 		ExpediteFreezes: true, DriverName: driver.DefaultName, StateDir: "/run/csi-loop", CgroupRoot: cgroup.DefaultRoot,
 		LoopDevicesWarm: 8, LoopDevicesMax: 256,
 		EphemeralMaxSize: "0", EphemeralMaxVolumes: driver.DefaultEphemeralMaxVolumes, TrimInterval: "24h", TrimJitter: "6h", StopTimeout: "30s",
+		LuksPBKDF: "argon2id", LuksPBKDFMemory: "64Mi", LuksPBKDFTime: "1s",
 		LoggingFormat: "text", VolumeMetrics: defaultVolumeMetrics,
 	}
 }
@@ -244,7 +249,27 @@ func (c *config) resolve(version string) (plan, error) {
 	if err := c.resolveTrims(&p.driver); err != nil {
 		return p, err
 	}
+	if err := c.resolveEncryption(&p.driver); err != nil {
+		return p, err
+	}
 	return p, c.resolveEphemeral(&p.driver)
+}
+
+// resolveEncryption checks how passphrases become keys.
+func (c *config) resolveEncryption(d *driver.Config) error {
+	memory, err := parseSize("--luks-pbkdf-memory", string(c.LuksPBKDFMemory))
+	if err != nil {
+		return err
+	}
+	t, err := time.ParseDuration(string(c.LuksPBKDFTime))
+	if err != nil {
+		return usagef("--luks-pbkdf-time %q: is not a time such as 1s", c.LuksPBKDFTime)
+	}
+	d.Encryption = crypt.Options{PBKDF: c.LuksPBKDF, Memory: memory, Time: t}
+	if err := d.Encryption.Check(); err != nil {
+		return usagef("--luks-pbkdf, --luks-pbkdf-memory, --luks-pbkdf-time: %w", err)
+	}
+	return nil
 }
 
 // resolveTrims checks how often thin volumes are trimmed.

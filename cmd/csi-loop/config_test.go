@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/spf13/pflag"
 
+	"github.com/csi-loop/csi-loop/pkg/crypt"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/image"
 )
@@ -50,7 +51,10 @@ func TestConfiguration(t *testing.T) {
 	base := plan{
 		volumeMetrics: defaultVolumeMetrics,
 		mode:          modeAll, link: defaultLinkConfig(),
-		driver:   driver.Config{Name: "csi-loop.io", Version: "v1", NodeID: "n", StateDir: "/run/csi-loop", CgroupRoot: "/sys/fs/cgroup", DefaultPool: "p", EphemeralMaxVolumes: 32, TrimInterval: 24 * time.Hour, TrimJitter: 6 * time.Hour, ExpediteFreezes: true},
+		driver: driver.Config{
+			Name: "csi-loop.io", Version: "v1", NodeID: "n", StateDir: "/run/csi-loop", CgroupRoot: "/sys/fs/cgroup", DefaultPool: "p", EphemeralMaxVolumes: 32, TrimInterval: 24 * time.Hour, TrimJitter: 6 * time.Hour, ExpediteFreezes: true,
+			Encryption: crypt.Options{PBKDF: "argon2id", Memory: 64 << 20, Time: time.Second},
+		},
 		endpoint: "unix:///e/csi.sock",
 		pools:    []image.Config{{Name: "p", Path: "/p", Overcommit: 1}},
 		warm:     8, max: 256, stopTimeout: 30 * time.Second,
@@ -78,11 +82,12 @@ func TestConfiguration(t *testing.T) {
 		"every flag": {
 			args: minimal("--pool=q=/q", "--default-pool=q", "--image-dir=/i", "--image-dir=/j,k", "--state-dir=/s", "--cgroup-root=/c", "--loop-devices-warm=1",
 				"--loop-devices-max=2", "--ephemeral-max-size=10Gi", "--mkfs-always", "--expedite-freezes=false",
-				"--ephemeral-max-volumes=3", "--ephemeral-pool=q", "--driver-name=d.io", "--trim-interval=12h", "--trim-jitter=0", "--stop-timeout=1m", "--logging-format=json", "-v=4"),
+				"--ephemeral-max-volumes=3", "--ephemeral-pool=q", "--driver-name=d.io", "--trim-interval=12h", "--trim-jitter=0", "--luks-pbkdf=pbkdf2", "--luks-pbkdf-memory=1Mi", "--luks-pbkdf-time=5ms", "--stop-timeout=1m", "--logging-format=json", "-v=4"),
 			want: with(func(p *plan) {
 				p.driver = driver.Config{
 					Name: "d.io", Version: "v1", NodeID: "n", StateDir: "/s", CgroupRoot: "/c", DefaultPool: "q", EphemeralMaxSize: 10 << 30,
 					EphemeralMaxVolumes: 3, TrimInterval: 12 * time.Hour, EphemeralPools: []string{"q"},
+					Encryption: crypt.Options{PBKDF: "pbkdf2", Memory: 1 << 20, Time: 5 * time.Millisecond},
 				}
 				p.pools = append(p.pools[:1:1], image.Config{Name: "q", Path: "/q", Overcommit: 1})
 				p.imageDirs = []string{"/i", "/j,k"}
@@ -187,6 +192,8 @@ func TestConfigurationMistakes(t *testing.T) {
 		"half a byte":                    {args: minimal("--ephemeral-max-size=500m"), want: "is not a whole number of bytes"},
 		"negative size":                  {args: minimal("--ephemeral-max-size=-1"), want: "is not a whole number of bytes"},
 		"bad duration":                   {args: minimal("--stop-timeout=30"), want: `--stop-timeout "30": is not a positive time such as 30s`},
+		"bad function for keys":          {args: minimal("--luks-pbkdf=md5"), want: `"md5" is neither argon2id nor pbkdf2`},
+		"bad time for keys":              {args: minimal("--luks-pbkdf-time=long"), want: `--luks-pbkdf-time "long": is not a time such as 1s`},
 		"bad interval of trims":          {args: minimal("--trim-interval=1"), want: `--trim-interval "1": is not a time such as 24h, or 0`},
 		"negative jitter of trims":       {args: minimal("--trim-jitter=-1s"), want: `--trim-jitter "-1s": is not a time`},
 		"no time to stop":                {args: minimal("--stop-timeout=0s"), want: "is not a positive time"},

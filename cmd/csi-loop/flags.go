@@ -72,6 +72,9 @@ func newServeFlags(fs *pflag.FlagSet) *serveFlags {
 	fs.Var(&f.TrimInterval, "trim-interval", "how often the filesystems of thin volumes are trimmed; 0 never")
 	fs.Var(&f.TrimJitter, "trim-jitter", "what is added to that at random each time, at most")
 	fs.BoolVar(&f.ExpediteFreezes, "expedite-freezes", f.ExpediteFreezes, "hurry the kernel (/sys/kernel/rcu_expedited) for the moment in which it freezes a filesystem for a snapshot")
+	fs.StringVar(&f.LuksPBKDF, "luks-pbkdf", f.LuksPBKDF, "how passphrases of new encrypted volumes become keys: argon2id or pbkdf2")
+	fs.Var(&f.LuksPBKDFMemory, "luks-pbkdf-memory", "memory that argon2id takes for that, each time such a volume is staged")
+	fs.Var(&f.LuksPBKDFTime, "luks-pbkdf-time", "how long that shall take on this machine")
 	fs.StringVar(&f.DriverName, "driver-name", f.DriverName, "name the driver registers with")
 	fs.Var(&f.StopTimeout, "stop-timeout", "how long running calls may take to finish at a stop")
 	fs.StringVar(&f.HTTPEndpoint, "http-endpoint", "", "address for /healthz, /readyz and /metrics, as in :9809 (default none)")
@@ -218,6 +221,9 @@ func (f *serveFlags) load(fs *pflag.FlagSet, lookup func(string) (string, bool))
 		"trim-interval":         func() { c.TrimInterval = f.TrimInterval },
 		"expedite-freezes":      func() { c.ExpediteFreezes = f.ExpediteFreezes },
 		"trim-jitter":           func() { c.TrimJitter = f.TrimJitter },
+		"luks-pbkdf":            func() { c.LuksPBKDF = f.LuksPBKDF },
+		"luks-pbkdf-memory":     func() { c.LuksPBKDFMemory = f.LuksPBKDFMemory },
+		"luks-pbkdf-time":       func() { c.LuksPBKDFTime = f.LuksPBKDFTime },
 		"stop-timeout":          func() { c.StopTimeout = f.StopTimeout },
 		"logging-format":        func() { c.LoggingFormat = f.logging.Format },
 		"v":                     func() { c.Verbosity = uint32(f.logging.Verbosity) },

@@ -94,6 +94,9 @@ func volumeRows(volumes []survey.Volume, wide bool) [][]string {
 		case kind == "":
 			kind = "raw"
 		}
+		if v.Encryption != "" {
+			kind += " in " + v.Encryption
+		}
 		row := []string{v.ID, v.Pool, bytesOr(v.Size), bytesOr(v.Allocated), kind, v.State, strings.Join(v.Devices, ",")}
 		if wide {
 			created := ""
@@ -196,7 +199,7 @@ that each shows and where it is mounted, or its node is shown.`,
 func deviceRows(devices []survey.Device, wide bool) [][]string {
 	head := []string{"DEVICE", "VOLUME", "SIZE", "OFFSET", "ACCESS", "STATE", "MOUNTS"}
 	if wide {
-		head = append(head, "DISKSEQ", "LIMIT", "BLOCK", "DIRECT-IO", "AUTOCLEAR", "DISCARD", "TAG", "IMAGE")
+		head = append(head, "DISKSEQ", "LIMIT", "BLOCK", "DIRECT-IO", "AUTOCLEAR", "DISCARD", "MAPPING", "TAG", "IMAGE")
 	}
 	rows := [][]string{head}
 	for _, d := range devices {
@@ -207,7 +210,7 @@ func deviceRows(devices []survey.Device, wide bool) [][]string {
 		row := []string{d.Path, d.Volume, survey.Bytes(d.Size), strconv.FormatInt(d.Offset, 10), access, d.State, strings.Join(d.Mounts, ",")}
 		if wide {
 			row = append(row, strconv.FormatUint(d.DiskSeq, 10), bytesOr(d.SizeLimit), numberOr(d.BlockSize),
-				strconv.FormatBool(d.DirectIO), strconv.FormatBool(d.Autoclear), strconv.FormatBool(d.Discard), d.Tag, d.Image)
+				strconv.FormatBool(d.DirectIO), strconv.FormatBool(d.Autoclear), strconv.FormatBool(d.Discard), d.Mapping, d.Tag, d.Image)
 		}
 		rows = append(rows, row)
 	}

@@ -140,6 +140,9 @@ func volumeRows(volumes []volume, wide bool) [][]cell {
 		if kind == "" {
 			kind = "raw"
 		}
+		if v.Encryption != "" {
+			kind += " in " + v.Encryption
+		}
 		allocated := text(size(v.Allocated))
 		if !v.Known {
 			allocated = text("")

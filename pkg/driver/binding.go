@@ -5,22 +5,38 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/csi-loop/csi-loop/pkg/crypt"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
 )
 
 // binding is one binding of one loop device, with the numbers by which mounts of
 // it are told: never by the name of a source or of a node, which anybody chooses.
+//
+// What an encrypted volume shows is not the loop device but the mapping over it, so the
+// numbers are the mapping's.
 type binding struct {
 	Number  int    `json:"number"`
 	DiskSeq uint64 `json:"diskSeq"`
 	mount.Device
+	Mapping crypt.Mapping `json:"mapping,omitzero"`
 }
 
 // bindingOf describes the device of info.
 func (d *Driver) bindingOf(info loop.Info) (binding, error) {
 	device, err := d.mtab.DeviceAt(info.Path)
 	return binding{Number: info.Number, DiskSeq: info.DiskSeq, Device: device}, err
+}
+
+// encrypted says whether there is a mapping.
+func (b binding) encrypted() bool { return b.Mapping.Name != "" }
+
+// path is the node that shows the volume; info is of the loop device.
+func (b binding) path(info loop.Info) string {
+	if b.encrypted() {
+		return b.Mapping.Path
+	}
+	return info.Path
 }
 
 // none says that there is no device.
@@ -32,8 +48,18 @@ func (b binding) ref() loop.Ref { return loop.Ref{Number: b.Number, DiskSeq: b.D
 func (b binding) shownBy(m mount.Mount) bool { return !b.none() && m.IsOf(b.Device) }
 
 // status describes a binding of a volume over image; ok is false when the binding
-// is gone.
+// is gone, or its mapping.
 func (d *Driver) status(ctx context.Context, b binding, image loop.FileID) (info loop.Info, ok bool, err error) {
+	info, ok, err = d.loopStatus(ctx, b, image)
+	if err != nil || !ok || !b.encrypted() {
+		return info, ok, err
+	}
+	m, ok, err := d.mappingOver(b.ref())
+	return info, ok && m == b.Mapping, err
+}
+
+// loopStatus is status of the loop device alone.
+func (d *Driver) loopStatus(ctx context.Context, b binding, image loop.FileID) (info loop.Info, ok bool, err error) {
 	if b.none() {
 		return info, false, nil
 	}

@@ -146,6 +146,9 @@ func (d *Driver) parseCreate(req *csi.CreateVolumeRequest, offer *transfer.Offer
 		return none, capacity{}, err
 	}
 	p.tuning = p.tuning.Merge(mutable)
+	if err := d.canEncrypt(p.encryption); err != nil {
+		return none, capacity{}, err
+	}
 	c, err := parseCapacity(req.GetCapacityRange())
 	if err != nil {
 		return none, c, err
@@ -176,13 +179,13 @@ func (d *Driver) parseCreate(req *csi.CreateVolumeRequest, offer *transfer.Offer
 	if err != nil {
 		return none, c, invalidf("parameter %q: %v", paramMkfsOptions, err)
 	}
-	size, err := c.size(image.MinimumSize(acc.fsType))
+	size, err := c.imageSize(image.MinimumSize(acc.fsType), p.encryption)
 	if err != nil {
 		return none, c, err
 	}
 	return wanted{Pool: p.pool, Mutable: mutable, Spec: image.Spec{
 		Name: req.GetName(), Size: size, Allocation: p.allocation, Filesystem: acc.fsType,
-		BlockSize: p.blockSize, DirectIO: p.directIO, MkfsOptions: mkfsOptions, Tuning: p.tuning,
+		BlockSize: p.blockSize, DirectIO: p.directIO, MkfsOptions: mkfsOptions, Encryption: p.encryption, Tuning: p.tuning,
 	}}, c, nil
 }
 
@@ -214,8 +217,10 @@ func compatible(have image.Volume, want wanted, size capacity, pool string) erro
 	switch {
 	case have.Ephemeral != nil:
 		return existsf("volume %q exists as an inline ephemeral volume", want.Name)
-	case !size.holds(have.Size):
-		return existsf("volume %q exists as %q with %d bytes, the request asks for required_bytes %d and limit_bytes %d", want.Name, have.ID, have.Size, size.required, size.limit)
+	case have.Encryption != want.Encryption:
+		return differs("encryption", have.Encryption, want.Encryption)
+	case !size.holds(have.Content()):
+		return existsf("volume %q exists as %q with %d bytes, the request asks for required_bytes %d and limit_bytes %d", want.Name, have.ID, have.Content(), size.required, size.limit)
 	case have.Pool != pool:
 		return differs("pool", have.Pool, pool)
 	case have.Filesystem != want.Filesystem:
@@ -301,7 +306,7 @@ func (d *Driver) topology() *csi.Topology {
 // csiVolume is a volume in CSI's words.
 func (d *Driver) csiVolume(v image.Volume) *csi.Volume {
 	return &csi.Volume{
-		VolumeId: v.ID, CapacityBytes: v.Size, ContentSource: csiSource(v.Source),
+		VolumeId: v.ID, CapacityBytes: v.Content(), ContentSource: csiSource(v.Source),
 		AccessibleTopology: []*csi.Topology{d.topology()},
 	}
 }
@@ -469,7 +474,7 @@ func (d *Driver) confirm(src source, req *csi.ValidateVolumeCapabilitiesRequest)
 		return err
 	}
 	want := wanted{Pool: p.pool, Spec: v.Spec}
-	want.Allocation, want.BlockSize, want.DirectIO = p.allocation, p.blockSize, p.directIO
+	want.Allocation, want.BlockSize, want.DirectIO, want.Encryption = p.allocation, p.blockSize, p.directIO, p.encryption
 	if p.fsType != "" && v.Filesystem != "" {
 		want.Filesystem = p.fsType
 	}
@@ -509,6 +514,13 @@ func (s *controllerServer) GetCapacity(_ context.Context, req *csi.GetCapacityRe
 		}
 	}
 	free := pool.Capacity(p.allocation)
+	if p.encryption.Type != "" {
+		if err := s.d.canEncrypt(p.encryption); err != nil {
+			// Another node may have dm-crypt.
+			return &csi.GetCapacityResponse{}, nil //nolint:nilerr // as above
+		}
+		free = max(0, free-image.HeaderSize)
+	}
 	return &csi.GetCapacityResponse{
 		AvailableCapacity: free,
 		MaximumVolumeSize: wrapperspb.Int64(free),
@@ -551,7 +563,7 @@ func (s *controllerServer) ControllerExpandVolume(ctx context.Context, req *csi.
 	if v, err = d.growImage(ctx, v, c); err != nil {
 		return nil, err
 	}
-	return &csi.ControllerExpandVolumeResponse{CapacityBytes: v.Size, NodeExpansionRequired: true}, nil
+	return &csi.ControllerExpandVolumeResponse{CapacityBytes: v.Content(), NodeExpansionRequired: true}, nil
 }
 
 // smallestGrown is the smallest size, in bytes, that the kernel resizes a mounted
@@ -561,13 +573,13 @@ var smallestGrown = map[string]int64{"btrfs": 256 << 20}
 
 // growImage makes the image satisfy the range. A volume is never made smaller.
 func (d *Driver) growImage(ctx context.Context, v image.Volume, c capacity) (image.Volume, error) {
-	if c.limit > 0 && v.Size > c.limit {
-		return v, outOfRangef("volume %q has %d bytes, more than limit_bytes %d, and cannot shrink", v.ID, v.Size, c.limit)
+	if c.limit > 0 && v.Content() > c.limit {
+		return v, outOfRangef("volume %q has %d bytes, more than limit_bytes %d, and cannot shrink", v.ID, v.Content(), c.limit)
 	}
-	if c.required <= v.Size {
+	if c.required <= v.Content() {
 		return v, nil
 	}
-	size, err := c.size(smallestGrown[v.Filesystem])
+	size, err := c.imageSize(smallestGrown[v.Filesystem], v.Encryption)
 	if err != nil {
 		return v, err
 	}

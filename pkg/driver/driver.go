@@ -15,6 +15,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-loop/csi-loop/pkg/cgroup"
+	"github.com/csi-loop/csi-loop/pkg/crypt"
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
@@ -63,6 +64,8 @@ type Config struct {
 	ExpediteFreezes bool
 	// EphemeralPools are the pools that they may name; none means DefaultPool.
 	EphemeralPools []string
+	// Encryption is how passphrases of new encrypted volumes become keys.
+	Encryption crypt.Options
 	// CgroupRoot is where the cgroups of pods are, for limits of their I/O;
 	// cgroup.DefaultRoot if empty.
 	CgroupRoot string
@@ -137,6 +140,7 @@ type Driver struct {
 	table  loopTable
 	mounts mounter
 	mtab   mountTable
+	crypt  encrypter
 
 	freezer freezer
 	jobs    *jobs
@@ -207,6 +211,10 @@ func newDriver(cfg Config, images *image.Store, dirs *image.Dirs, loops loopDevi
 	if !images.Configured(cfg.DefaultPool) {
 		return nil, fmt.Errorf("default pool %q is not one of the pools", cfg.DefaultPool)
 	}
+	mappings, err := crypt.New(cfg.Encryption)
+	if err != nil {
+		return nil, err
+	}
 	dir := filepath.Join(cfg.StateDir, cfg.NodeID)
 	lock, err := ownDir(dir)
 	if err != nil {
@@ -217,7 +225,7 @@ func newDriver(cfg Config, images *image.Store, dirs *image.Dirs, loops loopDevi
 		return nil, errors.Join(err, lock.Close())
 	}
 	return &Driver{
-		cfg: cfg, images: images, dirs: dirs, loops: loops, table: table, mounts: mounts, mtab: mtab,
+		cfg: cfg, images: images, dirs: dirs, loops: loops, table: table, mounts: mounts, mtab: mtab, crypt: mappings,
 		freezer: freezer, jobs: newJobs(), trims: newTrims(), reports: newReporter(), state: state, stateLock: lock,
 		held: make(map[loop.Ref]attached), up: make(chan struct{}), tuning: newTuningState(),
 	}, nil

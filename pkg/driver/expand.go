@@ -62,18 +62,23 @@ func (d *Driver) nodeExpand(ctx context.Context, req *csi.NodeExpandVolumeReques
 			return 0, abortedf("/dev/loop%d has %d bytes, its image %d", b.Number, size, v.Size)
 		}
 	}
+	if r.Encrypted {
+		if err := d.growMapping(ctx, r.Device, v.Content()); err != nil {
+			return 0, err
+		}
+	}
 	if r.Block {
-		return v.Size, nil
+		return v.Content(), nil
 	}
 	info, err := d.table.Status(ctx, r.Device.ref())
 	if err != nil {
 		return 0, err
 	}
-	if err := d.mounts.Grow(ctx, mount.GrowSpec{FSType: r.FSType, Device: info.Path, Path: r.StagingPath}); err != nil {
+	if err := d.mounts.Grow(ctx, mount.GrowSpec{FSType: r.FSType, Device: r.Device.path(info), Path: r.StagingPath}); err != nil {
 		return 0, err
 	}
-	klog.FromContext(ctx).Info("Grew filesystem", "volume", v.ID, "device", info.Path, "filesystem", r.FSType, "size", v.Size)
-	return v.Size, nil
+	klog.FromContext(ctx).Info("Grew filesystem", "volume", v.ID, "device", info.Path, "filesystem", r.FSType, "size", v.Content())
+	return v.Content(), nil
 }
 
 // expandable returns the record of a volume that can be expanded on this node,

@@ -49,7 +49,10 @@ func (d *Driver) prepareFetch(want wanted, key string, offer *transfer.Offer) (f
 
 // specOf is the source as the other node describes it.
 func specOf(d transfer.Description) image.Spec {
-	return image.Spec{Size: d.Size, Filesystem: d.Filesystem, BlockSize: d.BlockSize, MkfsOptions: d.MkfsOptions}
+	return image.Spec{
+		Size: d.Size, Filesystem: d.Filesystem, BlockSize: d.BlockSize, MkfsOptions: d.MkfsOptions,
+		Encryption: image.Encryption{Type: d.Encryption},
+	}
 }
 
 // offered judges what another node says of a source, whose word is not taken for
@@ -65,6 +68,9 @@ func offered(o *transfer.Offer) (image.Spec, error) {
 	}
 	if s.Size <= 0 || s.Size%image.MiB != 0 || s.BlockSize < 512 || s.BlockSize > 4096 || s.BlockSize&(s.BlockSize-1) != 0 || !slices.Equal(options, s.MkfsOptions) {
 		return s, unavailablef("the source's node speaks of %d bytes in blocks of %d, mkfs options %q", s.Size, s.BlockSize, s.MkfsOptions)
+	}
+	if s.Encrypted() && (s.Encryption.Type != image.LUKS2 || s.Size <= image.HeaderSize) {
+		return s, unavailablef("the source's node speaks of %d bytes that are encrypted by %q", s.Size, s.Encryption.Type)
 	}
 	return s, nil
 }
@@ -104,7 +110,7 @@ func (i *inflow) open(ctx context.Context) error {
 	}
 	i.flow.total.Store(head.Bytes)
 	was, is := i.offer.Source, head
-	if is.Size != was.Size || is.Filesystem != was.Filesystem || is.BlockSize != was.BlockSize {
+	if is.Size != was.Size || is.Filesystem != was.Filesystem || is.BlockSize != was.BlockSize || is.Encryption != was.Encryption {
 		return abortedf("the source has changed meanwhile, from %+v to %+v", was, is)
 	}
 	return nil

@@ -155,6 +155,9 @@ func (d *Driver) stagingProblems(ctx context.Context, r stageRecord, v image.Vol
 	if v.ID != "" && info.Size < v.Size {
 		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonDeviceSmaller, "%s has %d bytes, the volume %d: the expansion is not finished on this node", info.Path, info.Size, v.Size)
 	}
+	if r.Device.encrypted() {
+		d.mappingProblem(r, v, p)
+	}
 	if r.Block && info.Autoclear {
 		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonCleared, "somebody cleared %s (losetup -d): it goes with its last user: delete the pods that use the volume, so that it is staged anew", info.Path)
 	}
@@ -181,7 +184,7 @@ func (d *Driver) sizeProblem(r stageRecord, info loop.Info, p *problems) {
 	if r.Mapped != nil || r.ReadOnly {
 		return
 	}
-	small, err := d.mtab.NeedsGrow(mount.GrowSpec{FSType: r.FSType, Device: info.Path, Path: r.StagingPath})
+	small, err := d.mtab.NeedsGrow(mount.GrowSpec{FSType: r.FSType, Device: r.Device.path(info), Path: r.StagingPath})
 	if err == nil && small {
 		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonNotGrown, "the filesystem is smaller than its device of %d bytes: expand the volume again, or see the driver's log for why it could not grow", info.Size)
 	}

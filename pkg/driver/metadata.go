@@ -32,7 +32,7 @@ func (s *metadataServer) GetMetadataAllocated(req *csi.GetMetadataAllocatedReque
 		if err != nil {
 			return err
 		}
-		c, err := newChunks(req.GetStartingOffset(), req.GetMaxResults(), v.Volume.Size, func(size int64, blocks []*csi.BlockMetadata) error {
+		c, err := newChunks(req.GetStartingOffset(), req.GetMaxResults(), v.Volume.Content(), func(size int64, blocks []*csi.BlockMetadata) error {
 			return stream.Send(&csi.GetMetadataAllocatedResponse{
 				BlockMetadataType: csi.BlockMetadataType_VARIABLE_LENGTH, VolumeCapacityBytes: size, BlockMetadata: blocks,
 			})
@@ -40,7 +40,8 @@ func (s *metadataServer) GetMetadataAllocated(req *csi.GetMetadataAllocatedReque
 		if err != nil {
 			return err
 		}
-		if err := s.d.images.Allocated(ctx, id, req.GetStartingOffset(), c.add); err != nil {
+		c.header = v.Volume.Size - v.Volume.Content()
+		if err := s.d.images.Allocated(ctx, id, c.header+req.GetStartingOffset(), c.add); err != nil {
 			return err
 		}
 		return c.end()
@@ -69,7 +70,7 @@ func (s *metadataServer) GetMetadataDelta(req *csi.GetMetadataDeltaRequest, stre
 		if err != nil {
 			return err
 		}
-		c, err := newChunks(req.GetStartingOffset(), req.GetMaxResults(), v.Volume.Size, func(size int64, blocks []*csi.BlockMetadata) error {
+		c, err := newChunks(req.GetStartingOffset(), req.GetMaxResults(), v.Volume.Content(), func(size int64, blocks []*csi.BlockMetadata) error {
 			return stream.Send(&csi.GetMetadataDeltaResponse{
 				BlockMetadataType: csi.BlockMetadataType_VARIABLE_LENGTH, VolumeCapacityBytes: size, BlockMetadata: blocks,
 			})
@@ -77,7 +78,8 @@ func (s *metadataServer) GetMetadataDelta(req *csi.GetMetadataDeltaRequest, stre
 		if err != nil {
 			return err
 		}
-		if err := s.d.images.Delta(ctx, base, target, req.GetStartingOffset(), c.add); err != nil {
+		c.header = v.Volume.Size - v.Volume.Content()
+		if err := s.d.images.Delta(ctx, base, target, c.header+req.GetStartingOffset(), c.add); err != nil {
 			return err
 		}
 		return c.end()
@@ -92,11 +94,14 @@ func poolOf(id string) string {
 
 // chunks puts ranges into messages.
 type chunks struct {
-	size  int64 // of the snapshot
-	limit int
-	send  func(size int64, blocks []*csi.BlockMetadata) error
-	sent  bool
-	next  []*csi.BlockMetadata
+	size int64 // of the snapshot
+	// header is what the image has before the content. Encryption is by blocks, so that
+	// one which differs in the image is one that differs in the content.
+	header int64
+	limit  int
+	send   func(size int64, blocks []*csi.BlockMetadata) error
+	sent   bool
+	next   []*csi.BlockMetadata
 }
 
 // newChunks checks what both calls have in common.
@@ -113,7 +118,7 @@ func newChunks(from int64, limit int32, size int64, send func(int64, []*csi.Bloc
 }
 
 func (c *chunks) add(r image.Range) error {
-	c.next = append(c.next, &csi.BlockMetadata{ByteOffset: r.Start, SizeBytes: r.End - r.Start})
+	c.next = append(c.next, &csi.BlockMetadata{ByteOffset: r.Start - c.header, SizeBytes: r.End - r.Start})
 	if len(c.next) < c.limit {
 		return nil
 	}

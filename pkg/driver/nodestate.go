@@ -42,6 +42,7 @@ type stageRecord struct {
 	Mode        string                  `json:"mode,omitempty"`
 	ReadOnly    bool                    `json:"readOnly,omitempty"` // no writing through this staging
 	Ephemeral   bool                    `json:"ephemeral,omitempty"`
+	Encrypted   bool                    `json:"encrypted,omitempty"` // Device without a mapping is not in force
 	Mapped      *mappedAttributes       `json:"mapped,omitempty"`
 	Image       loop.FileID             `json:"image"`
 	Device      binding                 `json:"device"`                    // none until bound

@@ -63,6 +63,11 @@ var parameters = map[Where][]Parameter{
 		{paramFilesystem, markdownList(filesystems), "", fmt.Sprintf("filesystem of volumes that are mounted; `%s` when neither the class nor the claim names one", defaultFilesystem)},
 		{paramMkfsOptions, "words for mkfs", "", "an allow-list; what would break a promise is refused, with the reason"},
 		{paramTemplate, "name of a template", "", "new volumes begin as it; where a claim has a source of its own, that counts"},
+		{
+			paramEncrypted, "`true`, `false`", "false",
+			"LUKS2 below the filesystem or the raw device; the class names a node-stage secret with the passphrase, see [operations](../operations.md#encrypted-volumes)",
+		},
+		{paramEncryptedDiscard, "`true`, `false`", "false", "of encrypted thin volumes: discards give space back, and show in the image what is not in use"},
 		aboutFreezeTimeout.of("here for clones of volumes in use"), aboutCopyInUse.of("the same"),
 		{
 			paramSourceNode, "`preferred`, `required`", "preferred",

@@ -15,6 +15,7 @@ import (
 var goodValues = map[string]string{
 	paramPool: "default", paramMkfsOptions: "-m 1", paramTemplate: "golden", paramFreezeTimeout: "1m", paramReadAhead: "0",
 	attrImage: "/images/a.img", attrOffset: "512", attrSizeLimit: "1Mi", attrPartition: "1", paramSize: "1Gi",
+	paramEncryptedDiscard: "false", // true needs others with it
 }
 
 // goodValue is one that a description says is taken.

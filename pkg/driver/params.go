@@ -12,16 +12,19 @@ import (
 // Keys of StorageClass parameters (CreateVolume, GetCapacity) and, where noted,
 // of the attributes of inline ephemeral volumes.
 const (
-	paramPool         = "pool"        // name of a pool; also ephemeral
-	paramAllocation   = "allocation"  // thick (default) or thin; also ephemeral
-	paramDirectIO     = "directIO"    // auto (default), on or off; also ephemeral
-	paramBlockSize    = "blockSize"   // logical block size of the device in bytes
-	paramMkfsOptions  = "mkfsOptions" // extra words for mkfs, separated by blanks
-	paramSourceNode   = "sourceNode"  // preferred (default) or required; of copies, for the controller
-	paramTemplate     = "template"    // name of a template that the volume begins as
-	paramSize         = "size"        // ephemeral only: a Kubernetes quantity
-	kubernetesPrefix  = "csi.storage.k8s.io/"
-	provisionerPrefix = "storage.kubernetes.io/"
+	paramPool        = "pool"        // name of a pool; also ephemeral
+	paramAllocation  = "allocation"  // thick (default) or thin; also ephemeral
+	paramDirectIO    = "directIO"    // auto (default), on or off; also ephemeral
+	paramBlockSize   = "blockSize"   // logical block size of the device in bytes
+	paramMkfsOptions = "mkfsOptions" // extra words for mkfs, separated by blanks
+	paramSourceNode  = "sourceNode"  // preferred (default) or required; of copies, for the controller
+	paramTemplate    = "template"    // name of a template that the volume begins as
+	paramEncrypted   = "encrypted"   // true: LUKS2, by the passphrase in the node-stage secret
+	// paramEncryptedDiscard, true: discards pass to the pool and show what is not in use.
+	paramEncryptedDiscard = "encryptedDiscard"
+	paramSize             = "size" // ephemeral only: a Kubernetes quantity
+	kubernetesPrefix      = "csi.storage.k8s.io/"
+	provisionerPrefix     = "storage.kubernetes.io/"
 	// paramFilesystem is how a StorageClass names the filesystem. Kubernetes'
 	// provisioner moves it into the volume capability; other COs may not.
 	paramFilesystem = kubernetesPrefix + "fstype"
@@ -38,6 +41,7 @@ type params struct {
 	mkfsOptions  []string
 	fsType       string // "" when not named
 	template     string // "" when not named
+	encryption   image.Encryption
 	// freeze is for clones of volumes in use; its keys are those of snapshot classes.
 	freeze snapshotParams
 	// tuning may be changed later, by mutable parameters of the same keys.
@@ -57,7 +61,34 @@ func parseParams(m map[string]string) (params, error) {
 			return p, err
 		}
 	}
-	return p, nil
+	return p, p.checkEncryption()
+}
+
+// checkEncryption refuses what does not go together.
+func (p *params) checkEncryption() error {
+	switch {
+	case p.encryption.Discard && p.encryption.Type == "":
+		return invalidf("parameter %q is for volumes with %q", paramEncryptedDiscard, paramEncrypted)
+	case p.encryption.Discard && p.allocation == image.Thick:
+		return invalidf("parameter %q: a thick volume gives nothing back; leave it out, or make the volume thin", paramEncryptedDiscard)
+	case p.encryption.Type != "" && p.template != "":
+		return invalidf("parameters %q and %q: a template is not encrypted, and its copy would not be", paramEncrypted, paramTemplate)
+	}
+	return nil
+}
+
+// setEncryption takes a parameter of encryption.
+func (p *params) setEncryption(key, value string) error {
+	on, err := strconv.ParseBool(value)
+	switch {
+	case err != nil:
+		return invalidf("parameter %q: %q is neither true nor false", key, value)
+	case key == paramEncryptedDiscard:
+		p.encryption.Discard = on
+	case on:
+		p.encryption.Type = image.LUKS2
+	}
+	return nil
 }
 
 // set takes one parameter.
@@ -101,6 +132,8 @@ func (p *params) set(key, value string) error {
 			return invalidf("parameter %q is empty: name a template or leave it out", key)
 		}
 		p.template = value
+	case paramEncrypted, paramEncryptedDiscard:
+		return p.setEncryption(key, value)
 	case paramMkfsOptions:
 		p.mkfsOptions = strings.Fields(value)
 	case paramSourceNode:

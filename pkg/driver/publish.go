@@ -228,6 +228,9 @@ func (d *Driver) publishBlock(ctx context.Context, r stageRecord, p publication)
 	if !p.target.ReadOnly || r.ReadOnly {
 		return d.publishNode(ctx, r, p, r.Device)
 	}
+	if r.Encrypted {
+		return invalidf("an encrypted raw block volume that is staged for writing cannot be published read-only as well: a second device would need the passphrase again")
+	}
 	restore := d.state.keep(r.VolumeID)
 	fresh, err := d.ensureReadDevice(ctx, &r)
 	if err != nil {
@@ -261,7 +264,7 @@ func (d *Driver) publishNode(ctx context.Context, r stageRecord, p publication, 
 	if !bound {
 		return preconditionf("/dev/loop%d is no longer the device of the volume", b.Number)
 	}
-	if err := d.mounts.Bind(ctx, mount.BindSpec{Source: info.Path, Target: p.path}); err != nil {
+	if err := d.mounts.Bind(ctx, mount.BindSpec{Source: b.path(info), Target: p.path}); err != nil {
 		return err
 	}
 	return d.recordPublication(ctx, r, p, b)

@@ -54,6 +54,7 @@ type writers struct {
 	mount  int // the kernel's number of that mount
 	fsType string
 	raw    []loop.Ref // devices without a filesystem of ours
+	nodes  []string   // mappings over these, which hold back what was written to them
 }
 
 // any says whether there is somebody.
@@ -81,6 +82,11 @@ func (d *Driver) writersOf(ctx context.Context, v image.Volume) (writers, error)
 		}
 		if v.Filesystem == "" {
 			w.raw = append(w.raw, info.Ref)
+			if v.Encrypted() {
+				if err := d.addMapping(&w, info); err != nil {
+					return w, err
+				}
+			}
 			continue
 		}
 		if err := d.addMounted(&w, info); err != nil {
@@ -92,7 +98,7 @@ func (d *Driver) writersOf(ctx context.Context, v image.Volume) (writers, error)
 
 // addMounted finds a directory of the filesystem on a device.
 func (d *Driver) addMounted(w *writers, info loop.Info) error {
-	b, err := d.bindingOf(info)
+	b, err := d.fullBinding(info, w.volume.Encrypted())
 	if err != nil {
 		return err
 	}
@@ -134,6 +140,11 @@ func (d *Driver) quiesce(all []writers, limit time.Duration) image.Quiesce {
 	return func(ctx context.Context) (resume func() error, err error) {
 		spec := mount.FreezeSpec{Limit: limit}
 		for _, w := range all {
+			for _, node := range w.nodes {
+				if err := syncNode(node); err != nil {
+					return nil, fmt.Errorf("flush volume %q: %w", w.volume.ID, err)
+				}
+			}
 			for _, ref := range w.raw {
 				if err := d.table.Sync(ctx, ref); err != nil {
 					return nil, fmt.Errorf("flush volume %q: %w", w.volume.ID, err)
@@ -267,7 +278,7 @@ func (d *Driver) thawVolume(ctx context.Context, v frozenVolume) error {
 	if err != nil {
 		return err
 	}
-	if err := d.mounts.Mount(ctx, mount.Spec{Source: info.Path, Target: dir, FSType: v.FSType}); err != nil {
+	if err := d.mounts.Mount(ctx, mount.Spec{Source: v.Device.path(info), Target: dir, FSType: v.FSType}); err != nil {
 		return errors.Join(err, os.Remove(dir))
 	}
 	return errors.Join(d.freezer.Thaw(dir), d.mounts.Remove(ctx, dir))

@@ -7,6 +7,7 @@ import (
 
 	"k8s.io/klog/v2"
 
+	"github.com/csi-loop/csi-loop/pkg/crypt"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 )
 
@@ -88,6 +89,11 @@ func (d *Driver) adopt(ctx context.Context, r stageRecord) error {
 	if r.Block {
 		return d.releaseReadDevice(ctx, r)
 	}
+	if r.Device.encrypted() { // a crash may have come between the mount and this
+		if err := d.crypt.CloseLast(r.Device.Mapping); err != nil {
+			return err
+		}
+	}
 	dev, err := d.loops.Hold(ctx, r.Device.ref())
 	if err != nil {
 		return err
@@ -105,7 +111,7 @@ func (d *Driver) reconcileBlock(ctx context.Context, r *stageRecord, all []loop.
 			i.Ref == r.Device.ref(), i.Ref == r.ReadDevice.ref():
 			continue
 		}
-		b, err := d.bindingOf(i)
+		b, err := d.fullBinding(i, r.Encrypted)
 		switch {
 		case err != nil:
 			return err
@@ -145,7 +151,16 @@ func (d *Driver) forget(ctx context.Context, r stageRecord) error {
 	if err := d.dropReadDevice(ctx, &r); err != nil {
 		return err
 	}
-	_, bound, err := d.status(ctx, r.Device, r.Image)
+	if r.Encrypted && !r.Device.none() {
+		// Nobody uses it, or it stays and is told below.
+		if err := d.closeMappings(ctx, r.Device, r.Image); err != nil && !errors.Is(err, crypt.ErrBusy) {
+			return err
+		}
+		if !r.Block {
+			_ = d.loops.WaitUnbound(ctx, r.Device.ref()) // what comes of it is looked at next
+		}
+	}
+	_, bound, err := d.loopStatus(ctx, r.Device, r.Image)
 	if err != nil {
 		return err
 	}

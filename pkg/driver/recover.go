@@ -46,13 +46,13 @@ func (d *Driver) recoverStaging(ctx context.Context, r *stageRecord) (found bool
 	// that was cleared while in use; then the volume tells which it is.
 	raw := !bound[0].Autoclear
 	if v, err := d.volumeNamed(r.VolumeID); err == nil {
-		raw = v.Filesystem == ""
+		raw, r.Encrypted = v.Filesystem == "", v.Encrypted()
 	}
 	// The writable one is the volume's; a read-only one beside it is for
 	// read-only publications.
 	slices.SortStableFunc(bound, func(a, b loop.Info) int { return compareBool(a.ReadOnly, b.ReadOnly) })
 	r.Block, r.Image = raw, bound[0].Image
-	if r.Device, err = d.bindingOf(bound[0]); err != nil || !raw {
+	if r.Device, err = d.fullBinding(bound[0], r.Encrypted); err != nil || !raw {
 		return err == nil, errors.Join(err, d.recoverMounts(r))
 	}
 	r.ReadOnly = bound[0].ReadOnly
@@ -166,7 +166,7 @@ func (d *Driver) deviceOf(ctx context.Context, r stageRecord, m mount.Mount) (bi
 		return binding{}, err
 	}
 	for _, info := range bound {
-		if b, err := d.bindingOf(info); err != nil || b.shownBy(m) {
+		if b, err := d.fullBinding(info, r.Encrypted || r.VolumeID != "" && d.isEncrypted(r.VolumeID)); err != nil || b.shownBy(m) {
 			return b, err
 		}
 	}

@@ -158,7 +158,7 @@ func problem(kind, reason, message string) report.Problem {
 
 func (d *Driver) snapshotReport(s image.Snapshot) report.Snapshot {
 	r := report.Snapshot{
-		ID: s.ID, Name: s.Name, Source: s.Source, Pool: s.Pool, Group: s.Group, Size: s.Volume.Size, Reflinked: s.Reflinked, Created: s.Created,
+		ID: s.ID, Name: s.Name, Source: s.Source, Pool: s.Pool, Group: s.Group, Size: s.Volume.Content(), Reflinked: s.Reflinked, Created: s.Created,
 	}
 	if p, ok := d.images.Pool(s.Pool); ok {
 		r.Allocated = p.SnapshotBlocks(s.ID)
@@ -169,8 +169,9 @@ func (d *Driver) snapshotReport(s image.Snapshot) report.Snapshot {
 // volumeReport is of a volume of a pool, which may be staged.
 func (d *Driver) volumeReport(ctx context.Context, v image.Volume, r stageRecord, staged bool) report.Volume {
 	out := report.Volume{
-		ID: v.ID, Name: v.Name, Pool: v.Pool, Size: v.Size, Allocation: string(v.Allocation), Filesystem: v.Filesystem,
-		Ephemeral: v.Ephemeral != nil, State: report.Available, Created: v.Created,
+		ID: v.ID, Name: v.Name, Pool: v.Pool, Size: v.Content(), Allocation: string(v.Allocation), Filesystem: v.Filesystem,
+		Encryption: v.Encryption.Type,
+		Ephemeral:  v.Ephemeral != nil, State: report.Available, Created: v.Created,
 	}
 	if p, ok := d.images.Pool(v.Pool); ok {
 		if look, ok := p.LookAt(v.ID); ok {

@@ -62,10 +62,14 @@ func (d *Driver) parseCopy(req *csi.CreateVolumeRequest, p params, c capacity, s
 		return none, invalidf("parameter %q: %v", paramMkfsOptions, err)
 	}
 	if c.required == 0 {
-		c.required = from.Size
-		if c.limit > 0 && c.limit < from.Size {
-			return none, outOfRangef("capacity_range: the source has %d bytes, limit_bytes is %d", from.Size, c.limit)
+		c.required = from.Content()
+		if c.limit > 0 && c.limit < from.Content() {
+			return none, outOfRangef("capacity_range: the source has %d bytes, limit_bytes is %d", from.Content(), c.limit)
 		}
+	}
+	if p.encryption.Type != from.Encryption.Type {
+		// Said before sizes are compared, which differ by the header.
+		return none, invalidf("parameter %q: the source is %s, the class asks for %s, and a copy is what its source is", paramEncrypted, from.Encryption, p.encryption)
 	}
 	size, err := c.copySize(from)
 	if err != nil {
@@ -76,11 +80,11 @@ func (d *Driver) parseCopy(req *csi.CreateVolumeRequest, p params, c capacity, s
 	}
 	return wanted{Pool: p.pool, freeze: p.freeze, Spec: image.Spec{
 		Name: req.GetName(), Size: size, Allocation: p.allocation, Filesystem: acc.fsType,
-		BlockSize: p.blockSize, DirectIO: p.directIO, MkfsOptions: from.MkfsOptions, Source: src, Tuning: p.tuning,
+		BlockSize: p.blockSize, DirectIO: p.directIO, MkfsOptions: from.MkfsOptions, Source: src, Encryption: p.encryption, Tuning: p.tuning,
 	}}, nil
 }
 
-// copySize chooses the size of a copy: what is required, rounded up to what a new
+// copySize chooses the size of the image of a copy: what is required, rounded up to what a new
 // volume with that filesystem would get. So the claim that a source was made for, in
 // the same words, is enough for a copy of it. A size below the source's may come of
 // it, which is for others to refuse.
@@ -88,12 +92,16 @@ func (c capacity) copySize(from image.Spec) (int64, error) {
 	size, err := c.size(image.MinimumSize(from.Filesystem))
 	grown := smallestGrown[from.Filesystem]
 	switch {
-	case err != nil || size == from.Size || size >= grown || from.Size > grown:
-		return size, err
-	case size < from.Size: // from has grown from such a size, to the next one that there is
-		return c.size(from.Size)
+	case err != nil || size == from.Content() || size >= grown || from.Content() > grown:
+	case size < from.Content(): // from has grown from such a size, to the next one that there is
+		size, err = c.size(from.Content())
+	default:
+		size, err = c.size(grown)
 	}
-	return c.size(grown)
+	if err != nil {
+		return 0, err
+	}
+	return withHeader(size, from.Encryption)
 }
 
 // sourceSpec describes the source of a copy: by the copy itself, if it exists, as the

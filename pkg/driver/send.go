@@ -67,7 +67,7 @@ func (d *Driver) requested(r transfer.Request) (image.Spec, error) {
 }
 
 func describe(s image.Spec) transfer.Description {
-	return transfer.Description{Size: s.Size, Filesystem: s.Filesystem, BlockSize: s.BlockSize, MkfsOptions: s.MkfsOptions}
+	return transfer.Description{Size: s.Size, Filesystem: s.Filesystem, BlockSize: s.BlockSize, MkfsOptions: s.MkfsOptions, Encryption: s.Encryption.Type}
 }
 
 // send sends a source, and returns how many bytes of data that were.

@@ -4,6 +4,8 @@ import (
 	"math"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+
+	"github.com/csi-loop/csi-loop/pkg/image"
 )
 
 const (
@@ -58,6 +60,26 @@ func (c capacity) size(least int64) (int64, error) {
 		return 0, outOfRangef("capacity_range: the filesystem needs at least %d bytes, limit_bytes is %d", least, c.limit)
 	}
 	return size, nil
+}
+
+// imageSize is size for the image that holds a volume encrypted that way or not.
+func (c capacity) imageSize(least int64, e image.Encryption) (int64, error) {
+	size, err := c.size(least)
+	if err != nil {
+		return 0, err
+	}
+	return withHeader(size, e)
+}
+
+// withHeader is the size of the image of a volume of size bytes.
+func withHeader(size int64, e image.Encryption) (int64, error) {
+	if e.Type == "" {
+		return size, nil
+	}
+	if size > maxSize-image.HeaderSize {
+		return 0, outOfRangef("capacity_range: %d bytes and a header of %d are more than the largest possible size %d", size, image.HeaderSize, int64(maxSize))
+	}
+	return size + image.HeaderSize, nil
 }
 
 // holds says whether a volume of size satisfies the range.

@@ -209,7 +209,7 @@ func (d *Driver) quiesceAll(ctx context.Context, p snapshotParams, volumes ...im
 // csiSnapshot is a snapshot in CSI's words.
 func (d *Driver) csiSnapshot(s image.Snapshot) *csi.Snapshot {
 	return &csi.Snapshot{
-		SnapshotId: s.ID, SourceVolumeId: s.Source, SizeBytes: s.Volume.Size,
+		SnapshotId: s.ID, SourceVolumeId: s.Source, SizeBytes: s.Volume.Content(),
 		CreationTime: timestamppb.New(s.Created), ReadyToUse: true, GroupSnapshotId: s.Group,
 	}
 }

@@ -30,7 +30,12 @@ type source struct {
 	// readOnly: no call may write to it.
 	readOnly bool
 	mapped   *mappedAttributes
+	// spec is that of a volume of a pool.
+	spec image.Spec
 }
+
+// encrypted says whether the image holds the volume encrypted.
+func (s source) encrypted() bool { return s.spec.Encrypted() }
 
 // source finds the source of a volume from its ID and the context of the
 // request. The context decides only for volumes that no pool knows.
@@ -74,6 +79,7 @@ func (d *Driver) poolSource(v image.Volume) source {
 		raw:    v.Filesystem == "",
 		thick:  v.Allocation == image.Thick,
 		copied: v.Source != nil,
+		spec:   v.Spec,
 	}
 }
 

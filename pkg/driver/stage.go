@@ -47,9 +47,12 @@ func (s *nodeServer) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolu
 	if err != nil || done {
 		return &csi.NodeStageVolumeResponse{}, err
 	}
-	if a.block {
+	switch {
+	case src.encrypted():
+		err = d.stageEncrypted(ctx, src, want, req.GetSecrets())
+	case a.block:
 		err = d.stageBlock(ctx, src, want)
-	} else {
+	default:
 		err = d.stageFilesystem(ctx, src, want)
 	}
 	if err != nil {
@@ -64,6 +67,7 @@ func newRecord(src source, a access) stageRecord {
 	return stageRecord{
 		VolumeID: src.id, Block: a.block, FSType: or(a.fsType, src.fsType), Flags: a.flags, Mode: a.mode.String(),
 		ReadOnly: a.readOnly() || src.readOnly || readOnlyFlag(a.flags), Mapped: src.mapped,
+		Encrypted: src.encrypted(),
 	}
 }
 
@@ -154,7 +158,7 @@ func (r stageRecord) describe() string {
 // the device bound and not cleared, and its filesystem mounted. It changes nothing.
 func (d *Driver) stagingAlive(ctx context.Context, r stageRecord) (bool, error) {
 	info, bound, err := d.status(ctx, r.Device, r.Image)
-	if err != nil || !bound {
+	if err != nil || !bound || r.Encrypted && !r.Device.encrypted() {
 		return false, err
 	}
 	if r.Block {

@@ -50,6 +50,11 @@ func (d *Driver) usage(ctx context.Context, r stageRecord, path string) ([]*csi.
 		if err != nil {
 			return nil, err
 		}
+		if r.Device.encrypted() {
+			if info.Size, err = d.crypt.Size(r.Device.Mapping); err != nil {
+				return nil, err
+			}
+		}
 		return []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: info.Size}}, nil
 	}
 	st, err := d.mtab.Stats(path)

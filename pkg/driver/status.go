@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/csi-loop/csi-loop/pkg/crypt"
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
@@ -87,6 +88,10 @@ var sentinelCodes = []struct {
 	// The pool is not what it should be (not mounted, read-only): it may come
 	// back by itself, and until then nothing is known about the volume.
 	{image.ErrPool, codes.Unavailable, "the disk of the pool is not mounted, fails, or is another than configured: see [CSILoopPoolUnreachable](../operations.md#csilooppoolunreachable)"},
+
+	{crypt.ErrUnavailable, codes.FailedPrecondition, "install cryptsetup on the node and load dm-crypt (`modprobe dm-crypt`), or give the class `allowedTopologies` with nodes that have them: `csi-loop doctor` says what is missing"},
+	{crypt.ErrPassphrase, codes.InvalidArgument, "the node-stage secret has another passphrase than the volume; that of a copy is its source's: see [encrypted volumes](../operations.md#encrypted-volumes)"},
+	{crypt.ErrBusy, codes.Aborted, "somebody has the mapping of an encrypted volume open; it is tried again. `fuser -v /dev/dm-N` on the node says who"},
 
 	{loop.ErrBusy, codes.Aborted, "somebody has the loop device open; it is tried again. `fuser -vm` on the node says who"},
 	{loop.ErrLimit, codes.ResourceExhausted, "raise `--loop-devices-max` (`loopDevices.max` in the chart), or spread the pods: see [CSILoopDevicesRunOut](../operations.md#csiloopdevicesrunout)"},

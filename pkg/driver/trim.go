@@ -187,7 +187,7 @@ func (d *Driver) isTrimmed(r stageRecord) bool {
 		return ok && v.Allocation == image.Thin
 	}
 	v, err := d.images.Get(r.VolumeID)
-	return err == nil && v.Allocation == image.Thin && (v.Tuning.Trim == nil || *v.Tuning.Trim)
+	return err == nil && v.Allocation == image.Thin && (!v.Encrypted() || v.Encryption.Discard) && (v.Tuning.Trim == nil || *v.Tuning.Trim)
 }
 
 // trimVolume trims one volume, from where it was interrupted. Under load it is due again

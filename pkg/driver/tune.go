@@ -210,6 +210,12 @@ func (d *Driver) setReadAhead(ctx context.Context, id string, want *int64) error
 		return nil
 	}
 	for _, b := range r.devices() {
+		if b.encrypted() { // reads are those of the mapping, and its value ends with it
+			if err := d.crypt.SetReadAhead(b.Mapping, *want); err != nil {
+				return err
+			}
+			continue
+		}
 		have, err := d.tuner.ReadAhead(ctx, b.ref())
 		if err != nil {
 			return err

@@ -81,6 +81,11 @@ func (d *Driver) unmountStaging(ctx context.Context, r stageRecord) error {
 	if r.Device.none() {
 		return nil // never came to be
 	}
+	if r.Encrypted {
+		if err := d.closeMappings(ctx, r.Device, r.Image); err != nil {
+			return err
+		}
+	}
 	return d.loops.WaitUnbound(ctx, r.Device.ref())
 }
 
@@ -88,6 +93,11 @@ func (d *Driver) unmountStaging(ctx context.Context, r stageRecord) error {
 func (d *Driver) detachBlock(ctx context.Context, r stageRecord) error {
 	for _, b := range r.devices() {
 		d.resetReadAhead(ctx, r, b)
+		if r.Encrypted {
+			if err := d.closeMappings(ctx, b, r.Image); err != nil {
+				return err
+			}
+		}
 		if err := errors.Join(d.letGo(b.ref()), d.loops.Detach(ctx, b.ref())); err != nil {
 			return err
 		}

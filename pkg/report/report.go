@@ -99,6 +99,7 @@ type Volume struct {
 	Allocated  int64  `json:"allocated"`
 	Allocation string `json:"allocation,omitempty"` // thick or thin
 	Filesystem string `json:"filesystem,omitempty"` // empty: a raw block volume
+	Encryption string `json:"encryption,omitempty"` // luks2, or empty
 	Ephemeral  bool   `json:"ephemeral,omitempty"`
 	State      string `json:"state"`
 	// Device is its loop device.

@@ -27,8 +27,10 @@ imageDirs: [/srv/images, /srv/more]
 ephemeral: {maxSize: 10Gi, maxVolumes: 5, pools: [default]}
 transfer: {nodeRate: 100Mi, controllerRate: 1Gi}
 loopDevices: {warm: 0, max: 1024}
+encryption: {pbkdf: pbkdf2, memory: 128Mi, time: 500ms}
 storageClasses:
   - {name: a, default: true, fsType: xfs, parameters: {pool: fast, allocation: thin, directIO: "on", blockSize: 512, mkfsOptions: -K, sourceNode: required, readBandwidth: 104857600, copyInUse: true, template: golden}, mountOptions: [noatime]}
+  - {name: c, fsType: ext4, parameters: {encrypted: true, encryptedDiscard: "true", allocation: thin}, nodeStageSecretRef: {name: "${pvc.name}", namespace: "${pvc.namespace}"}}
   - {name: b, reclaimPolicy: Retain, volumeBindingMode: Immediate, allowVolumeExpansion: false, labels: {tier: slow}, annotations: {n: "1"}}
 volumeAttributesClasses: [{name: slow, parameters: {readIOPS: 500, writeBandwidth: 10Mi, readAhead: 0, trim: false}, labels: {tier: slow}, annotations: {n: "1"}}]
 snapshots: {enabled: true}

@@ -120,6 +120,9 @@ ephemeralPools:
 trimInterval: {{ $v.trim.interval | quote }}
 trimJitter: {{ $v.trim.jitter | quote }}
 expediteFreezes: {{ $v.snapshots.expediteFreezes }}
+luksPbkdf: {{ $v.encryption.pbkdf }}
+luksPbkdfMemory: {{ $v.encryption.memory | quote }}
+luksPbkdfTime: {{ $v.encryption.time | quote }}
 stopTimeout: {{ $v.node.stopTimeoutSeconds }}s
 transferRate: {{ $v.transfer.nodeRate | quote }}
 loggingFormat: {{ $v.log.format }}

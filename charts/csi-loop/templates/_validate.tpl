@@ -14,7 +14,7 @@
 {{- define "csi-loop.checkDirectory" -}}
 {{- include "csi-loop.checkPath" . -}}
 {{- $path := .path -}}
-{{- range list "/bin" "/boot" "/dev" "/etc" "/host" "/lib" "/lib64" "/proc" "/run/csi-loop" "/sbin" "/sys" "/usr" "/var/run/secrets" .kubeletDir -}}
+{{- range list "/bin" "/boot" "/dev" "/etc" "/host" "/lib" "/lib64" "/proc" "/run/csi-loop" "/run/cryptsetup" "/sbin" "/sys" "/usr" "/var/run/secrets" .kubeletDir -}}
 {{- if or (eq $path .) (hasPrefix (printf "%s/" .) $path) (hasPrefix (printf "%s/" $path) .) -}}
 {{- fail (printf "%s: %s is no place for it, because csi-loop's container or the system needs %s" $.at $path .) -}}
 {{- end -}}
@@ -169,6 +169,13 @@
 {{- if not (has . $pools) -}}
 {{- fail (printf "%s.parameters.pool: no node has a pool %q; there are: %s" $at . (join ", " (uniq $pools))) -}}
 {{- end -}}
+{{- end -}}
+{{- $encrypted := eq (toString ($c.parameters | default dict).encrypted) "true" -}}
+{{- if and $encrypted (not $c.nodeStageSecretRef) -}}
+{{- fail (printf "%s: encrypted volumes need nodeStageSecretRef, the secret with their passphrase" $at) -}}
+{{- end -}}
+{{- if and $c.nodeStageSecretRef (not $encrypted) -}}
+{{- fail (printf "%s.nodeStageSecretRef: set parameters.encrypted to \"true\" too, or the volumes are not encrypted" $at) -}}
 {{- end -}}
 {{- end -}}
 {{- $attributes := list -}}

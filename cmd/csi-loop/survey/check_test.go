@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/csi-loop/csi-loop/internal/roottest"
+	"github.com/csi-loop/csi-loop/pkg/crypt"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
@@ -64,6 +65,7 @@ func TestNode(t *testing.T) {
 		"not root":            {func(n *Node) { n.Root = false }, []string{"problem node: not root"}},
 		"old kernel":          {func(n *Node) { n.Calls[0].Err = errors.New("function not implemented") }, []string{"problem kernel: openat2 (Linux 5.6): function not implemented"}},
 		"no loop driver":      {func(n *Node) { n.Loop = loop.ErrUnsupported }, []string{"-> modprobe loop"}},
+		"no dm-crypt":         {func(n *Node) { n.Encryption = crypt.ErrUnavailable }, []string{"note encryption: no encrypted volumes"}},
 		"partition scanning":  {func(n *Node) { n.MaxPart = 7 }, []string{"warning loop driver: max_part is 7"}},
 		"a private /dev":      {func(n *Node) { n.Devtmpfs = false }, []string{"note /dev"}},
 		"no module yet":       {func(n *Node) { n.Filesystems = []string{"ext4", "xfs"} }, []string{"-> modprobe btrfs"}},

@@ -244,6 +244,9 @@ func (f *findings) devices(s *Site) {
 			writers[v.ID] = append(writers[v.ID], d)
 		}
 		detach := "losetup -d " + d.Path
+		if d.MappingName != "" {
+			detach = "dmsetup remove " + d.MappingName + ", then " + detach
+		}
 		if len(d.Mounts) > 0 {
 			detach = "umount " + quoteAll(d.Mounts) + ", then " + detach
 		}
@@ -252,6 +255,8 @@ func (f *findings) devices(s *Site) {
 			f.addf(Warning, subject, detach, "it keeps an image of volume %s that is removed, and its space (%s)", d.Volume, d.Image)
 		case d.State == Attached:
 			f.addf(Warning, subject, "if nobody uses it: "+detach, "it shows volume %s, and no record says why: attached by hand, or the state directory was lost; csi-loop leaves it alone", d.Volume)
+		case d.State == Staged && d.MappingName != "" && len(d.Mounts) == 0 && known && v.Filesystem != "":
+			f.addf(Note, subject, "", "%s lies over it and nothing is mounted: a call is under way, or was cut short; the next call for volume %s goes on", d.Mapping, d.Volume)
 		case known && v.Allocation == image.Thick && d.Discard && d.Tag == driver.TagOf(v.ID):
 			f.addf(Problem, subject, fmt.Sprintf("echo 0 > /sys/block/loop%d/queue/discard_max_bytes", d.Number),
 				"it accepts discards, and volume %s is thick: its blocks can be given back and lost", v.ID)

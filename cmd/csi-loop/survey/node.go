@@ -14,6 +14,8 @@ type Node struct {
 	Calls []Probe
 	// Loop is the error of the loop driver's own check.
 	Loop error
+	// Encryption is why encrypted volumes cannot be used.
+	Encryption error
 	// MaxPart is the loop module's parameter: above 0 the kernel looks for partitions
 	// in every image.
 	MaxPart int
@@ -101,6 +103,11 @@ func (f *findings) kernel(n Node) {
 		f.addf(Problem, "loop driver", "modprobe loop; a container needs the host's /dev", "%v", n.Loop)
 	} else {
 		f.addf(OK, "loop driver", "", "binds in one step, and numbers its bindings")
+	}
+	if n.Encryption != nil {
+		f.addf(Note, "encryption", "install cryptsetup; modprobe dm-crypt; a container needs the host's /dev", "no encrypted volumes: %v", n.Encryption)
+	} else {
+		f.addf(OK, "encryption", "", "cryptsetup and dm-crypt are there")
 	}
 	if n.MaxPart > 0 {
 		f.addf(Warning, "loop driver", "echo options loop max_part=0 > /etc/modprobe.d/loop.conf, and restart the node",

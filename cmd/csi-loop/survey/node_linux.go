@@ -16,11 +16,13 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/csi-loop/csi-loop/pkg/crypt"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 )
 
 // LookAtNode finds out what the machine is like. It makes the kernel register one
-// loop device if there is no idle one to ask, and otherwise changes nothing.
+// loop device if there is no idle one to ask, and load its module of dm-crypt, and
+// otherwise changes nothing.
 func LookAtNode(ctx context.Context, cfg Config) Node {
 	n := Node{
 		Root: os.Geteuid() == 0, Release: release(), Calls: probes(), MaxPart: maxPart(), Devtmpfs: onDevtmpfs("/dev"),
@@ -29,6 +31,10 @@ func LookAtNode(ctx context.Context, cfg Config) Node {
 	m, err := loop.New(ctx, loop.WithWarm(0))
 	if n.Loop = err; err == nil {
 		n.Loop = m.Close()
+	}
+	c, err := crypt.New(crypt.Options{})
+	if n.Encryption = err; err == nil {
+		n.Encryption = c.Available()
 	}
 	for _, t := range tools() {
 		n.Tools = append(n.Tools, lookForTool(ctx, t))

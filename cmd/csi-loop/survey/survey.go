@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/csi-loop/csi-loop/pkg/crypt"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
@@ -48,6 +49,7 @@ type Volume struct {
 	Allocated   int64            `json:"allocated"`      // bytes of blocks
 	Allocation  image.Allocation `json:"allocation,omitempty"`
 	Filesystem  string           `json:"filesystem,omitempty"` // none for raw block volumes
+	Encryption  string           `json:"encryption,omitempty"` // luks2, or none
 	BlockSize   int              `json:"blockSize,omitempty"`
 	DirectIO    string           `json:"directIO,omitempty"`
 	Created     *time.Time       `json:"created,omitempty"`
@@ -100,7 +102,11 @@ type Device struct {
 	Autoclear bool     `json:"autoclear"`
 	Discard   bool     `json:"discard"`
 	State     string   `json:"state"`            // Attached or Staged; "foreign" for those of others
-	Mounts    []string `json:"mounts,omitempty"` // where it is mounted, or its node is shown
+	Mounts    []string `json:"mounts,omitempty"` // where it or its mapping is mounted, or a node of them is shown
+	// Mapping is the device that shows an encrypted volume's content, and MappingName its
+	// name in dmsetup.
+	Mapping     string `json:"mapping,omitempty"`
+	MappingName string `json:"mappingName,omitempty"`
 
 	info loop.Info
 }
@@ -118,7 +124,8 @@ type Site struct {
 	// Blind says what could not be looked at. What depends on it is not known.
 	Blind []error
 
-	images map[loop.FileID]image.VolumeView
+	images   map[loop.FileID]image.VolumeView
+	mappings map[string]crypt.Mapping // by the loop device below, as in loop3
 }
 
 // Look looks at an installation. The error is that of an invalid configuration, or
@@ -132,6 +139,7 @@ func Look(ctx context.Context, cfg Config) (*Site, error) {
 	if s.Records, err = driver.StagedVolumes(cfg.StateDir, cfg.NodeID); err != nil {
 		s.blind(err)
 	}
+	s.blind(s.findMappings())
 	if s.Pools, err = image.Inspect(ctx, cfg.Pools); err != nil {
 		return nil, err
 	}
@@ -166,6 +174,22 @@ func Look(ctx context.Context, cfg Config) (*Site, error) {
 	return s, nil
 }
 
+// findMappings finds what lies over the loop devices of encrypted volumes.
+func (s *Site) findMappings() error {
+	c, err := crypt.New(crypt.Options{})
+	if err != nil {
+		return err
+	}
+	all, err := c.Mappings(driver.MappingPrefix)
+	s.mappings = map[string]crypt.Mapping{}
+	for m, below := range all {
+		for _, device := range below {
+			s.mappings[device] = m
+		}
+	}
+	return err
+}
+
 func (s *Site) blind(err error) {
 	if err != nil {
 		s.Blind = append(s.Blind, err)
@@ -179,7 +203,16 @@ func (s *Site) device(i loop.Info, mounts []mount.Mount) Device {
 		Offset: i.Offset, SizeLimit: i.SizeLimit, Size: i.Size, BlockSize: i.BlockSize,
 		ReadOnly: i.ReadOnly, DirectIO: i.DirectIO, Autoclear: i.Autoclear, Discard: i.Discard, State: Foreign, info: i,
 	}
-	if numbers, err := mount.New().DeviceAt(i.Path); err == nil {
+	nodes := []string{i.Path}
+	if m, ok := s.mappings[fmt.Sprintf("loop%d", i.Number)]; ok {
+		d.Mapping, d.MappingName = m.Path, m.Name
+		nodes = append(nodes, m.Path)
+	}
+	for _, node := range nodes {
+		numbers, err := mount.New().DeviceAt(node)
+		if err != nil {
+			continue
+		}
 		for _, m := range mounts {
 			if m.IsOf(numbers) {
 				d.Mounts = append(d.Mounts, m.Path)
@@ -210,8 +243,8 @@ func (s *Site) poolOf(tag string) bool {
 
 func (s *Site) volume(v image.VolumeView) Volume {
 	out := Volume{
-		ID: v.ID, Name: v.Name, Pool: v.Pool, Size: v.Size, Allocated: v.Allocated, Allocation: v.Allocation,
-		Filesystem: v.Filesystem, BlockSize: v.BlockSize, DirectIO: v.DirectIO, Ephemeral: v.Ephemeral != nil,
+		ID: v.ID, Name: v.Name, Pool: v.Pool, Size: v.Content(), Allocated: v.Allocated, Allocation: v.Allocation,
+		Filesystem: v.Filesystem, Encryption: v.Encryption.Type, BlockSize: v.BlockSize, DirectIO: v.DirectIO, Ephemeral: v.Ephemeral != nil,
 	}
 	if v.Err != nil {
 		out.State, out.Problems = Refused, []string{v.Err.Error()}
@@ -231,7 +264,7 @@ func snapshot(v image.SnapshotView) Snapshot {
 		out.State, out.Problem = Refused, v.Err.Error()
 		return out
 	}
-	out.Name, out.Source, out.Group, out.Size, out.Allocated = v.Name, v.Source, v.Group, v.Volume.Size, v.Allocated
+	out.Name, out.Source, out.Group, out.Size, out.Allocated = v.Name, v.Source, v.Group, v.Volume.Content(), v.Allocated
 	out.Filesystem, out.Reflinked, out.Created = v.Volume.Filesystem, v.Reflinked, &v.Created
 	switch {
 	case v.Unfinished:

@@ -1,0 +1,318 @@
+package driver
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"k8s.io/klog/v2"
+
+	"github.com/csi-loop/csi-loop/pkg/crypt"
+	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/mount"
+)
+
+// encrypter puts mappings over loop devices; *crypt.Crypt does.
+//
+//nolint:interfacebloat // one device, and all that is done with it
+type encrypter interface {
+	Available() error
+	Format(ctx context.Context, device string, passphrase []byte, s crypt.FormatSpec) error
+	Relabel(ctx context.Context, device, label string) error
+	Verify(ctx context.Context, device string, passphrase []byte) error
+	Open(ctx context.Context, device string, passphrase []byte, s crypt.OpenSpec) (crypt.Mapping, error)
+	Resize(ctx context.Context, m crypt.Mapping) error
+	Close(ctx context.Context, m crypt.Mapping) error
+	CloseLast(m crypt.Mapping) error
+	Over(device string) ([]crypt.Mapping, error)
+	Size(m crypt.Mapping) (int64, error)
+	SetReadAhead(m crypt.Mapping, n int64) error
+}
+
+const (
+	// secretPassphrase is the entry of the node-stage secret.
+	secretPassphrase = "passphrase"
+	// A passphrase is that long, in bytes.
+	minPassphrase, maxPassphrase = 8, 4096
+
+	// MappingPrefix begins the names of mappings; the loop device's number and disk
+	// sequence number follow, so that a name stands for one binding of one boot.
+	MappingPrefix = "csi-loop-"
+
+	// The label of a LUKS header is the mark of what is behind it. It lies in the image
+	// and goes where that goes, and it is changed in one step.
+	//
+	// labelUnfinished: the content is being made, and nobody was ever given it.
+	labelUnfinished = "csi-loop unfinished"
+	// labelPrefix and a hash of a volume's ID: the content is whole, and its
+	// filesystem's identity is this volume's. In a copy it still names the source.
+	labelPrefix = "csi-loop "
+)
+
+// labelOf marks the content of a volume.
+func labelOf(volumeID string) string {
+	sum := sha256.Sum256([]byte(volumeID))
+	return labelPrefix + hex.EncodeToString(sum[:16])
+}
+
+func mappingName(ref loop.Ref) string {
+	return fmt.Sprintf("%sloop%d-%d", MappingPrefix, ref.Number, ref.DiskSeq)
+}
+
+// canEncrypt refuses, before anything is made, what this node cannot do.
+func (d *Driver) canEncrypt(e image.Encryption) error {
+	if e.Type == "" {
+		return nil
+	}
+	if err := d.crypt.Available(); err != nil {
+		return fmt.Errorf("parameter %q: node %q: %w", paramEncrypted, d.cfg.NodeID, err)
+	}
+	return nil
+}
+
+// passphraseOf takes the passphrase out of the secrets of a call.
+func passphraseOf(secrets map[string]string) ([]byte, error) {
+	p, ok := secrets[secretPassphrase]
+	switch {
+	case !ok:
+		return nil, invalidf("the volume is encrypted, and the node-stage secret has no entry %q: its StorageClass must name a secret as csi.storage.k8s.io/node-stage-secret-name and -namespace", secretPassphrase)
+	case len(p) < minPassphrase || len(p) > maxPassphrase:
+		return nil, invalidf("entry %q of the node-stage secret has %d bytes, not %d to %d", secretPassphrase, len(p), minPassphrase, maxPassphrase)
+	}
+	return []byte(p), nil
+}
+
+// isEncrypted says whether a volume that a CO means is held encrypted.
+func (d *Driver) isEncrypted(id string) bool {
+	v, err := d.volumeNamed(id)
+	return err == nil && v.Encrypted()
+}
+
+// mappingOver finds the mapping of a binding.
+func (d *Driver) mappingOver(ref loop.Ref) (crypt.Mapping, bool, error) {
+	all, err := d.crypt.Over(fmt.Sprintf("loop%d", ref.Number))
+	for _, m := range all {
+		if m.Name == mappingName(ref) {
+			return m, true, nil
+		}
+	}
+	return crypt.Mapping{}, false, err
+}
+
+// fullBinding is bindingOf with the mapping over an encrypted volume's device, if there
+// is one.
+func (d *Driver) fullBinding(info loop.Info, encrypted bool) (binding, error) {
+	b, err := d.bindingOf(info)
+	if err != nil || !encrypted {
+		return b, err
+	}
+	m, ok, err := d.mappingOver(info.Ref)
+	if err != nil || !ok {
+		return b, err
+	}
+	return d.mapped(b, m)
+}
+
+// mapped is a binding with its mapping.
+func (d *Driver) mapped(b binding, m crypt.Mapping) (binding, error) {
+	device, err := d.mtab.DeviceAt(m.Path)
+	b.Device, b.Mapping = device, m
+	return b, err
+}
+
+// closeMappings ends what lies over the device of a binding that is still in force: its
+// mapping, and what a killed cryptsetup left.
+func (d *Driver) closeMappings(ctx context.Context, b binding, image loop.FileID) error {
+	if _, bound, err := d.loopStatus(ctx, b, image); err != nil || !bound {
+		return err
+	}
+	all, err := d.crypt.Over(fmt.Sprintf("loop%d", b.Number))
+	errs := []error{err}
+	for _, m := range all {
+		if m.Name == mappingName(b.ref()) || m.Temporary() {
+			errs = append(errs, d.crypt.Close(ctx, m))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// content is what an encrypted image holds.
+type content int
+
+const (
+	contentNone    content = iota // nothing was ever written to it by a tenant
+	contentOwn                    // the volume's
+	contentCopied                 // a copy of another volume's, with that one's identity
+	contentDamaged                // data, and no header that could open it
+)
+
+// contentOf looks what an image holds. Only what is certain counts as none: a header
+// that says so itself, or no header at all and nothing but zeros behind the place of one.
+// Without a header there is no key, so even data that such zeros once were could not be
+// read by anybody.
+func contentOf(ctx context.Context, volumeID string, f *os.File) (content, error) {
+	h, err := crypt.ReadHeader(f)
+	switch {
+	case err == nil && h.Label == labelUnfinished:
+		return contentNone, nil
+	case err == nil && h.Label == labelOf(volumeID):
+		return contentOwn, nil
+	case err == nil:
+		return contentCopied, nil
+	case !errors.Is(err, crypt.ErrNoHeader):
+		return contentDamaged, err
+	}
+	blank, err := image.Blank(ctx, f, image.HeaderSize)
+	if err != nil || !blank {
+		return contentDamaged, err
+	}
+	return contentNone, nil
+}
+
+// unlock opens the mapping of a volume whose device is attached as b says, makes what is
+// in a new one, and gives a copy an identity of its own. After an error a mapping may be
+// left.
+func (d *Driver) unlock(ctx context.Context, src source, want stageRecord, f *os.File, b binding, info loop.Info, passphrase []byte) (binding, error) {
+	holds, err := contentOf(ctx, want.VolumeID, f)
+	if err != nil {
+		return b, err
+	}
+	if b.encrypted() { // a crash left it, or the record was lost
+		if holds == contentOwn {
+			return b, d.whose(d.crypt.Verify(ctx, info.Path, passphrase), src)
+		}
+		if err := d.crypt.Close(ctx, b.Mapping); err != nil {
+			return b, err
+		}
+	}
+	open := crypt.OpenSpec{Name: mappingName(info.Ref), Discard: src.spec.Encryption.Discard, ReadOnly: info.ReadOnly}
+	switch {
+	case holds == contentDamaged:
+		return b, fmt.Errorf("%w: its LUKS header is damaged or missing, and there is data behind it", image.ErrDamaged)
+	case holds == contentNone && info.ReadOnly:
+		return b, preconditionf("nothing was written to the volume yet: it has to be staged for writing once")
+	case holds == contentNone:
+		err := d.crypt.Format(ctx, info.Path, passphrase, crypt.FormatSpec{Offset: image.HeaderSize, BlockSize: src.spec.BlockSize, Label: labelUnfinished})
+		if err != nil {
+			return b, err
+		}
+	}
+	m, err := d.crypt.Open(ctx, info.Path, passphrase, open)
+	if err != nil {
+		return b, d.whose(err, src)
+	}
+	if err := d.checkSize(m, info.Size-image.HeaderSize); err != nil {
+		return b, err
+	}
+	if holds != contentOwn && !info.ReadOnly {
+		if err := d.furnish(ctx, src, want, info, m, holds); err != nil {
+			return b, err
+		}
+	}
+	return d.mapped(b, m)
+}
+
+// whose says, of a passphrase that does not open, whose it has to be.
+func (d *Driver) whose(err error, src source) error {
+	if !errors.Is(err, crypt.ErrPassphrase) {
+		return err
+	}
+	if src.copied {
+		return fmt.Errorf("%w: the node-stage secret does not open the volume; a copy opens with the passphrase of its source (%v)", err, src.spec.Source)
+	}
+	return fmt.Errorf("%w: the node-stage secret does not open the volume; it needs the one that it was staged with first", err)
+}
+
+// furnish makes the filesystem in a new mapping, or makes that of a copy one of its own.
+// The label comes last and makes it so: until then the next staging begins again. So it
+// goes on when ctx ends: a large filesystem may take longer than the kubelet waits, and
+// would otherwise never be ready. The call that follows finds it done.
+func (d *Driver) furnish(ctx context.Context, src source, want stageRecord, info loop.Info, m crypt.Mapping, holds content) error {
+	ctx = context.WithoutCancel(ctx)
+	var err error
+	if holds == contentNone {
+		err = d.images.FormatDevice(ctx, m.Path, src.spec)
+	} else {
+		err = d.images.RenewDevice(ctx, m.Path, src.spec)
+	}
+	if err == nil {
+		err = syncNode(m.Path)
+	}
+	if err == nil {
+		err = d.crypt.Relabel(ctx, info.Path, labelOf(want.VolumeID))
+	}
+	if err != nil {
+		return err
+	}
+	klog.FromContext(ctx).Info("Made an encrypted volume ready", "device", info.Path, "mapping", m.Name, "filesystem", src.spec.Filesystem, "copy", holds == contentCopied)
+	return nil
+}
+
+// checkSize refuses a mapping that is not what the volume is: a header from elsewhere.
+func (d *Driver) checkSize(m crypt.Mapping, want int64) error {
+	size, err := d.crypt.Size(m)
+	if err != nil {
+		return err
+	}
+	if size != want {
+		return fmt.Errorf("%w: its LUKS header maps %d bytes, its device has room for %d", image.ErrDamaged, size, want)
+	}
+	return nil
+}
+
+// growMapping lets a mapping follow its loop device.
+func (d *Driver) growMapping(ctx context.Context, b binding, want int64) error {
+	if err := d.crypt.Resize(ctx, b.Mapping); err != nil {
+		return err
+	}
+	size, err := d.crypt.Size(b.Mapping)
+	if err != nil {
+		return err
+	}
+	if size != want {
+		return abortedf("%s has %d bytes, its volume %d", b.Mapping.Path, size, want)
+	}
+	return nil
+}
+
+// mappingProblem finds a mapping that did not follow the growth of its volume.
+func (d *Driver) mappingProblem(r stageRecord, v image.Volume, p *problems) {
+	size, err := d.crypt.Size(r.Device.Mapping)
+	if err == nil && v.ID != "" && size < v.Content() {
+		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonDeviceSmaller, "%s has %d bytes, the volume %d: the expansion is not finished on this node", r.Device.Mapping.Path, size, v.Content())
+	}
+}
+
+// addMapping notes the mapping over a device of a raw block volume.
+func (d *Driver) addMapping(w *writers, info loop.Info) error {
+	m, ok, err := d.mappingOver(info.Ref)
+	if ok {
+		w.nodes = append(w.nodes, m.Path)
+	}
+	return err
+}
+
+// superblockAt reads the superblock of a filesystem on a device.
+func superblockAt(path string) (mount.Superblock, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return mount.Superblock{}, err
+	}
+	defer f.Close()
+	return mount.ReadSuperblock(f)
+}
+
+// syncNode makes durable what was written to a block device, as far as it goes: the
+// device below is made so by its own.
+func syncNode(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}

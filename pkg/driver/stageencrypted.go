@@ -1,0 +1,137 @@
+package driver
+
+import (
+	"context"
+	"errors"
+
+	"github.com/csi-loop/csi-loop/pkg/image"
+	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/mount"
+)
+
+// stageEncrypted is stageFilesystem and stageBlock for a volume whose image holds it
+// encrypted. The mapping keeps the loop device bound. That of a filesystem ends with its
+// last user, from the moment of the mount; that of a raw block volume is ended by the
+// call that ends the staging.
+func (d *Driver) stageEncrypted(ctx context.Context, src source, want stageRecord, secrets map[string]string) error {
+	passphrase, err := passphraseOf(secrets)
+	if err != nil {
+		return err
+	}
+	if err := d.crypt.Available(); err != nil {
+		return err
+	}
+	if !want.Block {
+		if _, err := mount.ParseOptions(want.FSType, want.Flags); err != nil {
+			return err
+		}
+	}
+	m := src.mapping
+	m.Autoclear, m.ReadOnly = !want.Block, want.Block && want.ReadOnly
+	f, err := src.open(ctx, m.ReadOnly)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if want.Image, err = loop.FileIDOf(f); err != nil {
+		return err
+	}
+	if err := d.inherit(ctx, f, &want); err != nil {
+		return err
+	}
+	restore := d.state.keep(want.VolumeID)
+	if err := d.state.put(want); err != nil {
+		return err
+	}
+	dev, err := d.loops.Attach(ctx, f, m)
+	if err != nil {
+		return errors.Join(err, restore())
+	}
+	d.counts.begin(d.table, want.VolumeID, dev.Info().Ref)
+	before, err := d.fullBinding(dev.Info(), true)
+	if err == nil {
+		if want.Device, err = d.unlock(ctx, src, want, f, before, dev.Info(), passphrase); err == nil {
+			err = d.finishEncrypted(ctx, src, &want, dev)
+		}
+	}
+	switch {
+	case err == nil:
+		return nil
+	case before.encrypted() && dev.Reused():
+		// It was there, and may be in use. What it is can be found again.
+		return errors.Join(err, restore(), dev.Close())
+	}
+	if undoErr := d.undoEncrypted(ctx, want, dev); undoErr != nil {
+		return undone(err, undoErr) // the record without device stays and finds it
+	}
+	return undone(err, restore())
+}
+
+// finishEncrypted makes the staging of an open mapping whole, and keeps or closes dev.
+func (d *Driver) finishEncrypted(ctx context.Context, src source, want *stageRecord, dev attached) error {
+	if want.Block {
+		if err := d.state.put(*want); err != nil {
+			return err
+		}
+		d.hold(dev)
+		return nil
+	}
+	shown := dev.Info()
+	shown.Path, shown.Size = want.Device.Mapping.Path, shown.Size-image.HeaderSize
+	sb, err := superblockAt(shown.Path)
+	if err != nil {
+		return err
+	}
+	if !sameFilesystem(want.FSType, sb.Type) {
+		return preconditionf("the volume holds %s, not %s", sb.Type, want.FSType)
+	}
+	mounts, err := d.mountsOf(want.Device)
+	if err != nil {
+		return err
+	}
+	if len(mounts) > 0 {
+		sb.NeedsCheck = false // a crash came before the record was complete
+	}
+	if err := d.mountFilesystem(ctx, mountSpec(src, *want, shown), src, shown, sb); err != nil {
+		return err
+	}
+	// Before the record, so that a record that is complete stands for a mapping that goes
+	// by itself.
+	if err := d.crypt.CloseLast(want.Device.Mapping); err != nil {
+		return err
+	}
+	if err := d.state.put(*want); err != nil {
+		return err
+	}
+	return dev.Close()
+}
+
+// undoEncrypted takes back a staging that failed half-way: the mount, the mapping, the
+// loop device. What somebody else has mounted as well stays.
+func (d *Driver) undoEncrypted(ctx context.Context, r stageRecord, dev attached) error {
+	ctx, cancel := undoContext(ctx)
+	defer cancel()
+	full, err := d.fullBinding(dev.Info(), true)
+	if err != nil {
+		return errors.Join(err, dev.Close())
+	}
+	if !r.Block {
+		m, mounted, err := d.mtab.At(r.StagingPath)
+		if err == nil && mounted && full.encrypted() && full.shownBy(m) {
+			err = d.mounts.Unmount(ctx, r.StagingPath)
+		}
+		if err != nil {
+			return errors.Join(err, dev.Close())
+		}
+	}
+	if err := d.closeMappings(ctx, full, r.Image); err != nil {
+		return errors.Join(err, dev.Close())
+	}
+	switch err := dev.Close(); {
+	case err != nil || dev.Reused():
+		return err
+	case r.Block:
+		return d.loops.Detach(ctx, full.ref())
+	}
+	return d.loops.WaitUnbound(ctx, full.ref())
+}
