@@ -118,6 +118,39 @@ func (d *Driver) fullBinding(info loop.Info, encrypted bool) (binding, error) {
 	return d.mapped(b, m)
 }
 
+// recoveredBinding is fullBinding for a staging whose record does not tell that it was
+// done. A mapping whose content is not finished does not count: it would be used, and
+// made anew by the staging after that. A filesystem is mounted only when it is finished,
+// and what cannot be looked at can be taken down, and not staged or published.
+func (d *Driver) recoveredBinding(ctx context.Context, info loop.Info, r stageRecord) (binding, error) {
+	b, err := d.fullBinding(info, r.Encrypted)
+	if err != nil || !r.Block || !b.encrypted() {
+		return b, err
+	}
+	if finished, err := d.isFinished(ctx, r.VolumeID); err != nil || finished {
+		return b, nil //nolint:nilerr // as above
+	}
+	return d.bindingOf(info)
+}
+
+// isFinished asks the image of an encrypted volume whether a first staging was done.
+func (d *Driver) isFinished(ctx context.Context, id string) (bool, error) {
+	v, err := d.volumeNamed(id)
+	if err != nil {
+		return false, err
+	}
+	f, err := d.poolSource(v).open(ctx, true)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	h, err := crypt.ReadHeader(f)
+	if errors.Is(err, crypt.ErrNoHeader) {
+		return false, nil
+	}
+	return h.Label == labelOf(v.ID), err
+}
+
 // mapped is a binding with its mapping.
 func (d *Driver) mapped(b binding, m crypt.Mapping) (binding, error) {
 	device, err := d.mtab.DeviceAt(m.Path)

@@ -32,6 +32,16 @@ func (e *encrypting) read(path string) {
 	}
 }
 
+// holds is read for a file or a device, which is longer.
+func (e *encrypting) holds(path string) {
+	e.t.Helper()
+	b, err := os.ReadFile(path)
+	e.must(err)
+	if !bytes.HasPrefix(b, bytes.Repeat([]byte(marker), 4096)) {
+		e.t.Fatalf("%s holds something else", path)
+	}
+}
+
 // hidden fails when the image shows what was written to the volume.
 func (e *encrypting) hidden(id string) {
 	e.t.Helper()

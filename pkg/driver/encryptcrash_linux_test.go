@@ -85,6 +85,12 @@ func TestEncryptedCrash(t *testing.T) {
 					e.clean()
 				}
 				key := badKey // nobody has data under the other one
+				if kind == "block" && at == "after relabel" {
+					// The start has taken it up: it is staged, and stays open.
+					e.must(e.stage(id, c, e.key(key)))
+					e.must(e.unstage(id))
+					e.clean()
+				}
 				if at == "after relabel" || strings.HasSuffix(at, "closeLast") {
 					e.wantCode(e.stage(id, c, e.key(key)), codes.InvalidArgument, "does not open the volume")
 					key = goodKey
@@ -102,9 +108,7 @@ func TestEncryptedCrash(t *testing.T) {
 				e.clean()
 				e.must(e.stage(id, c, e.key(key)))
 				e.must(e.publish(id, c, false))
-				if kind != "block" {
-					e.read(file)
-				}
+				e.holds(file)
 				e.must(e.unpublish(id))
 				e.must(e.unstage(id))
 				e.remove(id)

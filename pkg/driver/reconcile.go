@@ -111,7 +111,7 @@ func (d *Driver) reconcileBlock(ctx context.Context, r *stageRecord, all []loop.
 			i.Ref == r.Device.ref(), i.Ref == r.ReadDevice.ref():
 			continue
 		}
-		b, err := d.fullBinding(i, r.Encrypted)
+		b, err := d.recoveredBinding(ctx, i, *r)
 		switch {
 		case err != nil:
 			return err

@@ -52,7 +52,7 @@ func (d *Driver) recoverStaging(ctx context.Context, r *stageRecord) (found bool
 	// read-only publications.
 	slices.SortStableFunc(bound, func(a, b loop.Info) int { return compareBool(a.ReadOnly, b.ReadOnly) })
 	r.Block, r.Image = raw, bound[0].Image
-	if r.Device, err = d.fullBinding(bound[0], r.Encrypted); err != nil || !raw {
+	if r.Device, err = d.recoveredBinding(ctx, bound[0], *r); err != nil || !raw {
 		return err == nil, errors.Join(err, d.recoverMounts(r))
 	}
 	r.ReadOnly = bound[0].ReadOnly
