@@ -270,7 +270,7 @@ func (c *Crypt) run(ctx context.Context, passphrase []byte, args ...string) erro
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	start := time.Now()
-	err = cmd.Run()
+	err = runTogether(cmd)
 	klog.FromContext(ctx).V(4).Info("Ran cryptsetup", "action", args[0], "device", args[len(args)-1], "took", time.Since(start).String())
 	if err == nil {
 		return nil

@@ -9,6 +9,8 @@ var (
 	ErrPassphrase = errors.New("wrong passphrase")
 	// ErrNoHeader says that neither copy of a LUKS2 header is whole.
 	ErrNoHeader = errors.New("no LUKS2 header")
+	// ErrForeign says that there is a LUKS header which is not of the layout that is made here.
+	ErrForeign = errors.New("a LUKS header of another layout")
 	// ErrBusy says that a mapping has users and stays.
 	ErrBusy = errors.New("the mapping is in use")
 )

@@ -38,7 +38,8 @@ type Header struct {
 }
 
 // ReadHeader reads the header that Format made, from the newer of its two whole copies.
-// ErrNoHeader when none is whole; any other error is that of reading.
+// ErrNoHeader when none is whole, ErrForeign when there is one of another layout; any
+// other error is that of reading.
 func ReadHeader(r io.ReaderAt) (Header, error) {
 	var newest Header
 	var sequence uint64
@@ -52,6 +53,9 @@ func ReadHeader(r io.ReaderAt) (Header, error) {
 			}
 			return Header{}, fmt.Errorf("read the LUKS2 header: %w", err)
 		}
+		if copyNumber == 0 && isForeign(area) {
+			return Header{}, ErrForeign
+		}
 		h, number, ok := parseHeader(area, magic, uint64(offset))
 		if ok && (!found || number > sequence) {
 			newest, sequence, found = h, number, true
@@ -61,6 +65,24 @@ func ReadHeader(r io.ReaderAt) (Header, error) {
 		return Header{}, ErrNoHeader
 	}
 	return newest, nil
+}
+
+// isForeign says whether a device begins with a LUKS header of a layout that Format does
+// not make: version 1, or 2 with copies of another size. What is in the first sector of one
+// is there as a whole or not at all.
+func isForeign(area []byte) bool {
+	if string(area[:len(magics[0])]) != magics[0] {
+		return false
+	}
+	number := binary.BigEndian
+	size := number.Uint64(area[atHeaderSize:])
+	switch number.Uint16(area[atVersion:]) {
+	case 1:
+		return true
+	case 2:
+		return size > areaBytes && size <= 4<<20 && size&(size-1) == 0
+	}
+	return false
 }
 
 // parseHeader reads one copy; false unless it is whole.

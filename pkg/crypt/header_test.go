@@ -75,6 +75,43 @@ func TestReadHeader(t *testing.T) {
 	}
 }
 
+// What cryptsetup makes with other options is not taken for nothing.
+func TestForeignHeader(t *testing.T) {
+	if _, err := find(); err != nil {
+		t.Skip(err)
+	}
+	for name, args := range map[string][]string{
+		"version 1":    {"--type", "luks1"},
+		"other copies": {"--type", "luks2", "--luks2-metadata-size", "32k"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "disk.img")
+			if err := os.WriteFile(path, make([]byte, 18*mib), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			c, err := New(cheap)
+			if err != nil {
+				t.Fatal(err)
+			}
+			args = append([]string{"luksFormat", "--batch-mode", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--key-file", "-"}, args...)
+			if err := c.run(t.Context(), []byte("0123456789abcdef"), append(args, path)...); err != nil {
+				if errors.As(err, new(*exec.ExitError)) && os.Getenv("CSI_LOOP_VM") == "" {
+					t.Skip(err) // neither the kernel's ciphers for programs nor dm-crypt
+				}
+				t.Fatal(err)
+			}
+			f, err := os.Open(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			if h, err := ReadHeader(f); !errors.Is(err, ErrForeign) {
+				t.Errorf("got %+v, %v", h, err)
+			}
+		})
+	}
+}
+
 func TestOptions(t *testing.T) {
 	for _, o := range []Options{
 		{PBKDF: "scrypt"}, {Memory: 1}, {Memory: 8 << 30}, {Time: -1}, {Time: 1e12},

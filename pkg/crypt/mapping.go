@@ -24,6 +24,11 @@ type Mapping struct {
 // it.
 func (m Mapping) Temporary() bool { return strings.HasPrefix(m.Name, "temporary-cryptsetup-") }
 
+// Of says whether the mapping was opened by this header.
+func (m Mapping) Of(h Header) bool {
+	return h.UUID != "" && strings.HasPrefix(m.UUID, "CRYPT-LUKS2-"+strings.ReplaceAll(h.UUID, "-", "")+"-")
+}
+
 // Over lists the mappings that lie directly over a block device, by its name in
 // /sys/block.
 func (c *Crypt) Over(device string) ([]Mapping, error) {

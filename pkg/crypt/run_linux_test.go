@@ -4,9 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 )
 
 // pretend puts a program in the place of cryptsetup that notes how it is called, and ends
@@ -93,5 +97,66 @@ func TestExitCodes(t *testing.T) {
 	pretend(t, 2)
 	if err := c.Format(t.Context(), "/dev/null", []byte("secret passphrase"), FormatSpec{Offset: 16 << 20, BlockSize: 512}); err == nil || errors.Is(err, ErrPassphrase) {
 		t.Errorf("format: %v", err)
+	}
+}
+
+// A program that is left over would write while the next process does.
+func TestProgramEndsWithItsStarter(t *testing.T) {
+	if os.Getenv("CSI_LOOP_STARTER") != "" {
+		c, err := New(cheap)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Fatal(c.Format(t.Context(), "/dev/null", []byte("0123456789abcdef"), FormatSpec{Offset: 16 << 20, BlockSize: 512}))
+	}
+	notes := pretend(t, 0)
+	dir := filepath.Dir(notes)
+	if err := os.WriteFile(filepath.Join(dir, program), []byte("#!/bin/sh\necho $$ >"+notes+".new\n/bin/mv "+notes+".new "+notes+"\nexec /bin/sleep 600\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	starter := exec.Command(self, "-test.run=^TestProgramEndsWithItsStarter$")
+	starter.Env = append(os.Environ(), "CSI_LOOP_STARTER=1")
+	if err := starter.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = starter.Wait() }()
+	defer func() { _ = starter.Process.Kill() }()
+	var pid string
+	eventually(t, "no program is started", func() bool {
+		b, err := os.ReadFile(notes)
+		pid = strings.TrimSpace(string(b))
+		return err == nil
+	})
+	if !runs(pid) {
+		t.Fatal("the program ended by itself")
+	}
+	defer func() { // where it did not end with its starter
+		if n, err := strconv.Atoi(pid); err == nil && runs(pid) {
+			_ = syscall.Kill(n, syscall.SIGKILL)
+		}
+	}()
+	if err := starter.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the program goes on", func() bool { return !runs(pid) })
+}
+
+// runs says whether there is a process that can still do something.
+func runs(pid string) bool {
+	b, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
+	_, state, _ := strings.Cut(string(b), ") ")
+	return err == nil && !strings.HasPrefix(state, "Z")
+}
+
+func eventually(t *testing.T, problem string, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !done(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal(problem)
+		}
 	}
 }

@@ -3,7 +3,10 @@ package crypt
 import (
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -12,6 +15,17 @@ import (
 // The version of the device mapper's interface that is spoken: the first that knows
 // removal after the last user is 4.27, and that of one target is 4.41 (kernel 5.5).
 var interfaceVersion = [3]uint32{4, 41, 0}
+
+// runTogether runs a program that does not outlive this process: one that was left over
+// would write its header while the next process makes another, or has made one and
+// handed the volume out.
+func runTogether(cmd *exec.Cmd) error {
+	// The signal comes at the end of the thread that started it.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	return cmd.Run()
+}
 
 // control asks the device mapper one thing. The answer may follow the request in data.
 func control(path string, request uintptr, head *unix.DmIoctl, data []byte) error {
