@@ -9,7 +9,6 @@ import (
 	"os"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
-	"k8s.io/klog/v2"
 
 	"github.com/csi-loop/csi-loop/pkg/crypt"
 	"github.com/csi-loop/csi-loop/pkg/image"
@@ -120,35 +119,47 @@ func (d *Driver) fullBinding(info loop.Info, encrypted bool) (binding, error) {
 
 // recoveredBinding is fullBinding for a staging whose record does not tell that it was
 // done. A mapping whose content is not finished does not count: it would be used, and
-// made anew by the staging after that. A filesystem is mounted only when it is finished,
-// and what cannot be looked at can be taken down, and not staged or published.
+// made anew by the staging after that. A filesystem is mounted only when it is finished.
+// Any other mapping counts, whatever its header says by now: it may be in use, and it is
+// by its numbers that publications of it are found.
 func (d *Driver) recoveredBinding(ctx context.Context, info loop.Info, r stageRecord) (binding, error) {
 	b, err := d.fullBinding(info, r.Encrypted)
 	if err != nil || !r.Block || !b.encrypted() {
 		return b, err
 	}
-	if finished, err := d.isFinished(ctx, r.VolumeID); err != nil || finished {
-		return b, nil //nolint:nilerr // as above
+	unfinished, err := d.isUnfinished(ctx, r.VolumeID)
+	if err != nil || !unfinished {
+		return b, err
 	}
 	return d.bindingOf(info)
 }
 
-// isFinished asks the image of an encrypted volume whether a first staging was done.
-func (d *Driver) isFinished(ctx context.Context, id string) (bool, error) {
+// isUnfinished says whether the image of an encrypted volume itself tells that its first
+// staging was not done. One that is gone or damaged tells nothing: it can be taken down,
+// and not staged or published.
+func (d *Driver) isUnfinished(ctx context.Context, id string) (bool, error) {
 	v, err := d.volumeNamed(id)
-	if err != nil {
-		return false, err
+	if err == nil {
+		var f *os.File
+		if f, err = d.poolSource(v).open(ctx, true); err == nil {
+			defer f.Close()
+			var h crypt.Header
+			h, err = crypt.ReadHeader(f)
+			return h.Label == labelUnfinished, withoutHeader(err)
+		}
 	}
-	f, err := d.poolSource(v).open(ctx, true)
-	if err != nil {
-		return false, err
+	if errors.Is(err, image.ErrNotFound) || errors.Is(err, image.ErrDamaged) {
+		err = nil
 	}
-	defer f.Close()
-	h, err := crypt.ReadHeader(f)
-	if errors.Is(err, crypt.ErrNoHeader) {
-		return false, nil
+	return false, err
+}
+
+// withoutHeader takes it for no error that there is no header of ours.
+func withoutHeader(err error) error {
+	if errors.Is(err, crypt.ErrNoHeader) || errors.Is(err, crypt.ErrForeign) {
+		return nil
 	}
-	return h.Label == labelOf(v.ID), err
+	return err
 }
 
 // mapped is a binding with its mapping.
@@ -172,130 +183,6 @@ func (d *Driver) closeMappings(ctx context.Context, b binding, image loop.FileID
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// content is what an encrypted image holds.
-type content int
-
-const (
-	contentNone    content = iota // nothing was ever written to it by a tenant
-	contentOwn                    // the volume's
-	contentCopied                 // a copy of another volume's, with that one's identity
-	contentDamaged                // data, and no header that could open it
-)
-
-// contentOf looks what an image holds. Only what is certain counts as none: a header
-// that says so itself, or no header at all and nothing but zeros behind the place of one.
-// Without a header there is no key, so even data that such zeros once were could not be
-// read by anybody.
-func contentOf(ctx context.Context, volumeID string, f *os.File) (content, error) {
-	h, err := crypt.ReadHeader(f)
-	switch {
-	case err == nil && h.Label == labelUnfinished:
-		return contentNone, nil
-	case err == nil && h.Label == labelOf(volumeID):
-		return contentOwn, nil
-	case err == nil:
-		return contentCopied, nil
-	case !errors.Is(err, crypt.ErrNoHeader):
-		return contentDamaged, err
-	}
-	blank, err := image.Blank(ctx, f, image.HeaderSize)
-	if err != nil || !blank {
-		return contentDamaged, err
-	}
-	return contentNone, nil
-}
-
-// unlock opens the mapping of a volume whose device is attached as b says, makes what is
-// in a new one, and gives a copy an identity of its own. After an error a mapping may be
-// left.
-func (d *Driver) unlock(ctx context.Context, src source, want stageRecord, f *os.File, b binding, info loop.Info, passphrase []byte) (binding, error) {
-	holds, err := contentOf(ctx, want.VolumeID, f)
-	if err != nil {
-		return b, err
-	}
-	if b.encrypted() { // a crash left it, or the record was lost
-		if holds == contentOwn {
-			return b, d.whose(d.crypt.Verify(ctx, info.Path, passphrase), src)
-		}
-		if err := d.crypt.Close(ctx, b.Mapping); err != nil {
-			return b, err
-		}
-	}
-	open := crypt.OpenSpec{Name: mappingName(info.Ref), Discard: src.spec.Encryption.Discard, ReadOnly: info.ReadOnly}
-	switch {
-	case holds == contentDamaged:
-		return b, fmt.Errorf("%w: its LUKS header is damaged or missing, and there is data behind it", image.ErrDamaged)
-	case holds == contentNone && info.ReadOnly:
-		return b, preconditionf("nothing was written to the volume yet: it has to be staged for writing once")
-	case holds == contentNone:
-		err := d.crypt.Format(ctx, info.Path, passphrase, crypt.FormatSpec{Offset: image.HeaderSize, BlockSize: src.spec.BlockSize, Label: labelUnfinished})
-		if err != nil {
-			return b, err
-		}
-	}
-	m, err := d.crypt.Open(ctx, info.Path, passphrase, open)
-	if err != nil {
-		return b, d.whose(err, src)
-	}
-	if err := d.checkSize(m, info.Size-image.HeaderSize); err != nil {
-		return b, err
-	}
-	if holds != contentOwn && !info.ReadOnly {
-		if err := d.furnish(ctx, src, want, info, m, holds); err != nil {
-			return b, err
-		}
-	}
-	return d.mapped(b, m)
-}
-
-// whose says, of a passphrase that does not open, whose it has to be.
-func (d *Driver) whose(err error, src source) error {
-	if !errors.Is(err, crypt.ErrPassphrase) {
-		return err
-	}
-	if src.copied {
-		return fmt.Errorf("%w: the node-stage secret does not open the volume; a copy opens with the passphrase of its source (%v)", err, src.spec.Source)
-	}
-	return fmt.Errorf("%w: the node-stage secret does not open the volume; it needs the one that it was staged with first", err)
-}
-
-// furnish makes the filesystem in a new mapping, or makes that of a copy one of its own.
-// The label comes last and makes it so: until then the next staging begins again. So it
-// goes on when ctx ends: a large filesystem may take longer than the kubelet waits, and
-// would otherwise never be ready. The call that follows finds it done.
-func (d *Driver) furnish(ctx context.Context, src source, want stageRecord, info loop.Info, m crypt.Mapping, holds content) error {
-	ctx = context.WithoutCancel(ctx)
-	var err error
-	if holds == contentNone {
-		err = d.images.FormatDevice(ctx, m.Path, src.spec)
-	} else {
-		err = d.images.RenewDevice(ctx, m.Path, src.spec)
-	}
-	if err == nil {
-		err = syncNode(m.Path)
-	}
-	if err == nil {
-		err = d.crypt.Relabel(ctx, info.Path, labelOf(want.VolumeID))
-	}
-	if err != nil {
-		return err
-	}
-	klog.FromContext(ctx).Info("Made an encrypted volume ready", "device", info.Path, "mapping", m.Name, "filesystem", src.spec.Filesystem, "copy", holds == contentCopied)
-	return nil
-}
-
-// checkSize refuses a mapping that is not what the volume is: a header from elsewhere.
-func (d *Driver) checkSize(m crypt.Mapping, want int64) error {
-	size, err := d.crypt.Size(m)
-	if err != nil {
-		return err
-	}
-	if size != want {
-		return fmt.Errorf("%w: its LUKS header maps %d bytes, its device has room for %d", image.ErrDamaged, size, want)
-	}
-	return nil
 }
 
 // growMapping lets a mapping follow its loop device.

@@ -271,37 +271,3 @@ func (e *encrypting) blocks(id string) int64 {
 	e.must(unix.Stat(e.image(id), &st))
 	return st.Blocks * 512
 }
-
-// TestEncryptedDamage: no header over data is no empty volume.
-func TestEncryptedDamage(t *testing.T) {
-	e := newEncrypting(t)
-	c := mountCap("ext4", oneWriter)
-	id := e.create("v", c, 64*mib, nil, nil)
-	e.must(e.stage(id, c, e.key(goodKey)))
-	e.write(filepath.Join(e.path("staging", id), "file"))
-	e.must(e.unstage(id))
-	f, err := os.OpenFile(e.image(id), os.O_RDWR, 0)
-	e.must(err)
-	defer f.Close()
-	header := make([]byte, 32<<10)
-	_, err = f.ReadAt(header, 0)
-	e.must(err)
-
-	for name, damage := range map[string][]byte{"gone": make([]byte, len(header)), "overwritten": bytes.Repeat([]byte("x"), len(header))} {
-		_, err = f.WriteAt(damage, 0)
-		e.must(err)
-		before := roottest.Run(t, "sha256sum", e.image(id))
-		e.wantCode(e.stage(id, c, e.key(goodKey)), codes.DataLoss, "LUKS header")
-		e.clean()
-		if after := roottest.Run(t, "sha256sum", e.image(id)); after != before {
-			t.Fatalf("%s: the image was changed", name)
-		}
-	}
-	// One of the two copies is enough.
-	_, err = f.WriteAt(header[16<<10:], 16<<10)
-	e.must(err)
-	e.must(e.stage(id, c, e.key(goodKey)))
-	e.read(filepath.Join(e.path("staging", id), "file"))
-	e.must(e.unstage(id))
-	e.remove(id)
-}

@@ -174,6 +174,8 @@ func TestContentOf(t *testing.T) {
 		"nothing but a hole":              {with(nil), contentNone},
 		"zeros that were written":         {with(map[int64]string{image.HeaderSize + mib: string(make([]byte, mib))}), contentNone},
 		"an interrupted header":           {with(map[int64]string{0: "LUKS\xba\xbe\x00\x02", 32 << 10: "random"}), contentNone},
+		"a header of version 1":           {with(map[int64]string{0: "LUKS\xba\xbe\x00\x01"}), contentDamaged},
+		"a header of another size":        {with(map[int64]string{0: "LUKS\xba\xbe\x00\x02\x00\x00\x00\x00\x00\x00\x80\x00"}), contentDamaged},
 		"data behind the header's place":  {with(map[int64]string{image.HeaderSize: "x"}), contentDamaged},
 		"data at the end":                 {with(map[int64]string{size - 1: "x"}), contentDamaged},
 		"data after zeros in one extent":  {with(map[int64]string{image.HeaderSize: string(make([]byte, 3*mib)) + "x"}), contentDamaged},

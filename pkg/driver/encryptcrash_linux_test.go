@@ -72,10 +72,7 @@ func TestEncryptedCrash(t *testing.T) {
 			}
 			t.Run(kind+" "+at, func(t *testing.T) {
 				e := newEncrypting(t)
-				c := mountCap("ext4", oneWriter)
-				if kind == "block" {
-					c = blockCap(legacy)
-				}
+				c := capabilityOf(kind)
 				id := e.create("v", c, 64*mib, nil, nil)
 				e.crash(kind, id, at)
 				if strings.HasSuffix(at, "closeLast") {
@@ -151,11 +148,7 @@ func crashIn(t *testing.T, dir string) {
 	e := &encrypting{t: t, dir: dir, pool: os.Getenv("CSI_LOOP_CRASH_POOL")}
 	e.start()
 	e.d.crypt = stepper{e.d.crypt, at}
-	c := mountCap("ext4", oneWriter)
-	if kind == "block" {
-		c = blockCap(legacy)
-	}
-	t.Fatal(fmt.Errorf("staged: %w", e.stage(id, c, e.key(goodKey))))
+	t.Fatal(fmt.Errorf("staged: %w", e.stage(id, capabilityOf(kind), e.key(goodKey))))
 }
 
 // TestEncryptedDeadlines ends a first staging by its deadline, later each time: nothing is

@@ -28,7 +28,8 @@ var cheapKeys = crypt.Options{PBKDF: "pbkdf2", Time: time.Millisecond}
 type encrypting struct {
 	t     *testing.T
 	dir   string
-	pool  string // a filesystem that can reflink
+	pool  string        // a filesystem that can reflink
+	keys  crypt.Options // cheapKeys if zero
 	d     *Driver
 	store *image.Store
 	loops *loop.Manager
@@ -71,8 +72,12 @@ func (e *encrypting) start() {
 	e.must(err)
 	e.loops, err = loop.New(ctx, loop.WithWarm(0))
 	e.must(err)
+	keys := e.keys
+	if keys == (crypt.Options{}) {
+		keys = cheapKeys
+	}
 	e.d, err = New(Config{
-		Version: "test", NodeID: "node-a", StateDir: filepath.Join(e.dir, "state"), DefaultPool: "default", Encryption: cheapKeys,
+		Version: "test", NodeID: "node-a", StateDir: filepath.Join(e.dir, "state"), DefaultPool: "default", Encryption: keys,
 	}, e.store, nil, e.loops, mount.New())
 	e.must(err)
 	e.must(e.d.Reconcile(ctx))
@@ -115,9 +120,7 @@ func (e *encrypting) clean() {
 	deadline := time.Now().Add(10 * time.Second)
 	for {
 		left := roottest.Loops(e.pool)
-		mappings, err := filepath.Glob("/sys/block/dm-*/dm/name")
-		e.must(err)
-		left = append(left, mappings...)
+		left = append(left, e.mappings()...)
 		if len(left) == 0 {
 			break
 		}
@@ -129,6 +132,21 @@ func (e *encrypting) clean() {
 	if nodes, _ := filepath.Glob("/dev/mapper/csi-loop-*"); len(nodes) > 0 {
 		e.t.Fatalf("left: %v", nodes)
 	}
+}
+
+// mappings are the names of all that there are, but for the disk below a pool.
+func (e *encrypting) mappings() []string {
+	e.t.Helper()
+	files, err := filepath.Glob("/sys/block/dm-*/dm/name")
+	e.must(err)
+	var names []string
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if name := strings.TrimSpace(string(b)); err == nil && name != cutDisk {
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 func (e *encrypting) create(name string, c *csi.VolumeCapability, size int64, src *csi.VolumeContentSource, params map[string]string) string {

@@ -18,6 +18,7 @@ func (d *Driver) stageEncrypted(ctx context.Context, src source, want stageRecor
 	if err != nil {
 		return err
 	}
+	defer clear(passphrase)
 	if err := d.crypt.Available(); err != nil {
 		return err
 	}
