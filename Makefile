@@ -10,7 +10,7 @@ PKGS     ?= ./...
 TESTARGS ?=
 # What runs in the virtual machines; see test/vm.
 VM_KERNELS ?= 6.1,6.12
-VM_PKGS    ?= ./test/vm/guest ./pkg/cgroup ./pkg/loop ./pkg/mount ./pkg/image ./pkg/driver ./test/sanity
+VM_PKGS    ?= ./test/vm/guest ./pkg/cgroup ./pkg/loop ./pkg/mount ./pkg/crypt ./pkg/image ./pkg/driver ./test/sanity
 VM_ARGS    ?=
 # The limit for all packages on one kernel. Without KVM pkg/image alone takes most of an hour.
 VM_TIMEOUT ?= 4h
@@ -47,7 +47,7 @@ demo: ## show the whole life of a volume on this machine, in seconds (root)
 test: ## run every test: unit, chart, root, sanity, and a virtual machine where this one lacks a capability
 	@hack/deps root
 	@if hack/has-capability sys_resource; then vm=; else vm=test-growth; fi; \
-	  MAKE='$(MAKE)' hack/steps test-unit chart-test test-root sanity test-encryption $$vm
+	  MAKE='$(MAKE)' hack/steps test-unit chart-test test-root sanity $$vm
 
 # The long ones of them are in test-root, which leaves nothing out. Four packages at a
 # time: they mostly wait, for disks and for clocks.
@@ -109,11 +109,15 @@ test-growth: test-vm ## run what needs CAP_SYS_RESOURCE (growing a mounted ext4)
 
 test-encryption: VM_KERNELS = 6.1
 test-encryption: VM_PKGS = ./pkg/crypt ./pkg/driver
-test-encryption: VM_ARGS = -timeout 1h
+test-encryption: VM_TIMEOUT = 2h
 test-encryption: ## run the tests of encrypted volumes (ext4; test-vm has all) in a virtual machine, needs no root
 	@hack/deps vm
-	$(GO) run ./test/vm -kernels $(VM_KERNELS) $(VM_ARGS) $(VM_PKGS) -- -test.v \
-	  -test.run 'Encrypt|Mapping|LastUser|Argon2|Header|ProgramEnds|Passphrase|ContentOf' -test.skip 'EncryptedFilesystem/(xfs|btrfs)'
+	$(GO) run ./test/vm -kernels $(VM_KERNELS) -timeout $(VM_TIMEOUT) $(VM_ARGS) $(VM_PKGS) -- -test.v \
+	  -test.run '$(ENCRYPTION)' -test.skip 'EncryptedFilesystem/(xfs|btrfs)'
+ENCRYPTION ?= Encrypt|Mapping|LastUser|Argon2|Header|ProgramEnds|Passphrase|ContentOf
+
+test-encryption-short: ENCRYPTION = LifeOfAMapping|ReadHeader|EncryptedFilesystem/ext4_thin|EncryptedBlock|EncryptedDamage|EncryptedKill/ext4
+test-encryption-short: test-encryption ## some of them: what CI runs
 
 bench: ## measure each CSI call beside floors of bare kernel calls (root)
 	@hack/deps root
