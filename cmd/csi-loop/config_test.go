@@ -153,7 +153,7 @@ func TestConfiguration(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if diff := cmp.Diff(c.want, got, cmp.AllowUnexported(plan{})); diff != "" {
+			if diff := cmp.Diff(c.want, got, cmp.AllowUnexported(plan{}, tracingPlan{})); diff != "" {
 				t.Error(diff)
 			}
 		})
