@@ -13,10 +13,13 @@ import (
 	"github.com/csi-loop/csi-loop/internal/roottest"
 )
 
-// maxResident is how much memory serve may take with 1000 volumes, in KiB.
-const maxResident = 60 << 10
+// maxOwn is how much memory of its own serve may take with 1000 volumes, in KiB. What is
+// mapped of the program's file comes on top: 34 to 56 MiB of one and the same binary, by
+// how large the pages are in which the kernel happens to cache it.
+const maxOwn = 30 << 10
 
-// resident is a field of the child's memory in KiB: VmRSS, or VmHWM for the peak.
+// resident is a field of the child's memory in KiB: VmRSS, VmHWM for its peak, or RssAnon
+// for what is not of a file.
 func (c *child) resident(field string) int {
 	c.t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.cmd.Process.Pid))
@@ -40,7 +43,7 @@ func TestMemoryWithManyVolumes(t *testing.T) {
 	s := spawn(t, nil, p.args()...)
 	s.waitFor("Serving")
 	probe(t, p.socket)
-	t.Logf("no volume: %d KiB resident", s.resident("VmRSS"))
+	t.Logf("no volume: %d KiB resident, %d of them its own", s.resident("VmRSS"), s.resident("RssAnon"))
 
 	controller := csi.NewControllerClient(dial(t, p.socket))
 	start := time.Now()
@@ -69,17 +72,17 @@ func TestMemoryWithManyVolumes(t *testing.T) {
 			t.Fatalf("ListVolumes: %d, %v", len(resp.GetEntries()), err)
 		}
 	}
-	made := s.resident("VmHWM")
-	t.Logf("after making them: %d KiB resident, %d at most", s.resident("VmRSS"), made)
+	made := s.resident("RssAnon")
+	t.Logf("after making them: %d KiB resident, %d at most, %d its own", s.resident("VmRSS"), s.resident("VmHWM"), made)
 	s.stop()
 
 	s = spawn(t, nil, p.args()...)
 	s.waitFor("Serving")
 	probe(t, p.socket)
-	found := s.resident("VmHWM")
-	t.Logf("after a start with them: %d KiB resident, %d at most", s.resident("VmRSS"), found)
+	found := s.resident("RssAnon")
+	t.Logf("after a start with them: %d KiB resident, %d at most, %d its own", s.resident("VmRSS"), s.resident("VmHWM"), found)
 	s.stop()
-	if peak := max(made, found); peak > maxResident && !raceDetector {
-		t.Errorf("%d KiB resident, want at most %d", peak, maxResident)
+	if most := max(made, found); most > maxOwn && !raceDetector {
+		t.Errorf("%d KiB of its own, want at most %d", most, maxOwn)
 	}
 }
