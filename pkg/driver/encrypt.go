@@ -134,6 +134,27 @@ func (d *Driver) recoveredBinding(ctx context.Context, info loop.Info, r stageRe
 	return d.bindingOf(info)
 }
 
+// inForce says whether a staging can be handed out: what the record describes is alive,
+// and the device of a raw block volume is held. A start that could not look into the
+// volume's pool takes up what a crash left, so that it can be taken down; of an
+// encrypted raw block volume it may be a mapping whose content the next staging would
+// make anew, or the device with the ciphertext. Neither is handed out.
+func (d *Driver) inForce(ctx context.Context, r stageRecord) (bool, error) {
+	live, err := d.stagingAlive(ctx, r)
+	if err != nil || !live || !r.Block {
+		return live, err
+	}
+	switch {
+	case r.Device.encrypted():
+		if unfinished, err := d.isUnfinished(ctx, r.VolumeID); err != nil || unfinished {
+			return false, err
+		}
+	case r.Encrypted || r.Mapped == nil && d.isEncrypted(r.VolumeID):
+		return false, nil
+	}
+	return d.ensureHeld(ctx, r.Device, r.Image)
+}
+
 // isUnfinished says whether the image of an encrypted volume itself tells that its first
 // staging was not done. One that is gone or damaged tells nothing: it can be taken down,
 // and not staged or published.

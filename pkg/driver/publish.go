@@ -117,10 +117,7 @@ func (d *Driver) stagedRecord(ctx context.Context, req *csi.NodePublishVolumeReq
 	if r.StagingPath != staging {
 		return r, preconditionf("the volume is staged at %q, not at %q", r.StagingPath, staging)
 	}
-	live, err := d.stagingAlive(ctx, r)
-	if err == nil && live && r.Block {
-		live, err = d.ensureHeld(ctx, r.Device, r.Image)
-	}
+	live, err := d.inForce(ctx, r)
 	if err != nil {
 		return r, err
 	}
@@ -342,6 +339,11 @@ func (d *Driver) dropReadDevice(ctx context.Context, r *stageRecord) error {
 		return nil
 	}
 	d.resetReadAhead(ctx, *r, r.ReadDevice)
+	if r.ReadDevice.encrypted() { // recovered: a staging for reading, beside one for writing
+		if err := d.closeMappings(ctx, r.ReadDevice, r.Image); err != nil {
+			return err
+		}
+	}
 	if err := errors.Join(d.letGo(r.ReadDevice.ref()), d.loops.Detach(ctx, r.ReadDevice.ref())); err != nil {
 		return err
 	}

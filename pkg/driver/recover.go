@@ -47,6 +47,11 @@ func (d *Driver) recoverStaging(ctx context.Context, r *stageRecord) (found bool
 	raw := !bound[0].Autoclear
 	if v, err := d.volumeNamed(r.VolumeID); err == nil {
 		raw, r.Encrypted = v.Filesystem == "", v.Encrypted()
+	} else if !r.Encrypted {
+		// The pool cannot be asked; a mapping tells it as well.
+		if _, r.Encrypted, err = d.mappingOver(bound[0].Ref); err != nil {
+			return false, err
+		}
 	}
 	// The writable one is the volume's; a read-only one beside it is for
 	// read-only publications.
@@ -58,7 +63,7 @@ func (d *Driver) recoverStaging(ctx context.Context, r *stageRecord) (found bool
 	r.ReadOnly = bound[0].ReadOnly
 	if len(bound) > 1 {
 		r.ReadPending = false
-		r.ReadDevice, err = d.bindingOf(bound[1])
+		r.ReadDevice, err = d.fullBinding(bound[1], r.Encrypted)
 	}
 	return true, err
 }

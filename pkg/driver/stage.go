@@ -96,10 +96,7 @@ func (d *Driver) alreadyStaged(ctx context.Context, want *stageRecord) (bool, er
 	if have.Ephemeral {
 		return false, preconditionf("volume %q is an inline ephemeral volume and is not staged", want.VolumeID)
 	}
-	live, err := d.stagingAlive(ctx, have)
-	if err == nil && live && have.Block {
-		live, err = d.ensureHeld(ctx, have.Device, have.Image)
-	}
+	live, err := d.inForce(ctx, have)
 	if err != nil {
 		return false, err
 	}
