@@ -38,6 +38,13 @@ func newFakeMappings(t *testing.T) (*node, *fakeMappings) {
 	return n, m
 }
 
+// restarted is a restart of the driver, which keeps the mappings.
+func (m *fakeMappings) restarted(n *node) {
+	n.halt()
+	n.start()
+	n.d.crypt = m
+}
+
 func (m *fakeMappings) device(path string) *fakeDevice {
 	m.k.mu.Lock()
 	defer m.k.mu.Unlock()
@@ -156,7 +163,7 @@ func (v volume) imageFile() string {
 	return filepath.Join(v.n.pool[0].Path, "volumes", dir, "disk.img")
 }
 
-const leftKey = "correct horse"
+const leftKey, otherKey = "correct horse", "paper clip"
 
 var encrypted = map[string]string{"encrypted": "true"}
 
@@ -212,4 +219,52 @@ func TestRecoveredByItsMapping(t *testing.T) {
 	}
 	n.must(dev.Close())
 	n.must(n.fake.Detach(t.Context(), dev.Info().Ref))
+}
+
+// A mapping whose node is shown stays, whatever the header says by now: its number would
+// go to another volume.
+func TestShownMappingStays(t *testing.T) {
+	for name, label := range map[string]string{"of another volume": labelOf("other"), "unfinished": labelUnfinished} {
+		t.Run(name, func(t *testing.T) {
+			n, m := newFakeMappings(t)
+			v := n.create("v", 16*mib, blockCap(legacy), encrypted)
+			n.must(v.stageWith(leftKey))
+			n.must(v.publish("a", false))
+			m.writeHeader(v.imageFile(), m.header("/dev/loop0").UUID, label)
+			r := n.record(v.id)
+			r.Device = binding{} // a crash, or a state directory that was lost
+			n.must(n.d.state.put(r))
+			code(t, v.stageWith(leftKey), codes.Aborted)
+			if len(m.over) != 1 || m.formatted != 1 {
+				t.Fatalf("mappings %v, formatted %d times", m.over, m.formatted)
+			}
+			n.must(v.unpublish("a"))
+			n.must(v.unstage())
+			n.must(v.delete())
+		})
+	}
+}
+
+// What a crash left of a staging goes with a final error: nobody would unstage it.
+func TestFinalErrorLeavesNoDevice(t *testing.T) {
+	n, m := newFakeMappings(t)
+	v := n.create("v", 16*mib, blockCap(legacy), encrypted)
+	n.must(v.stageWith(leftKey))
+	r := n.record(v.id)
+	n.must(n.d.letGo(r.Device.ref()))
+	m.over = map[string]crypt.Mapping{}
+	r.Device = binding{}
+	n.must(n.d.state.put(r))
+	code(t, v.stageWith(otherKey), codes.InvalidArgument)
+	if all, _ := n.fake.FindAll(t.Context()); len(all) > 0 {
+		t.Fatalf("left: %+v", all)
+	}
+	// Nor does a start keep one.
+	n.must(v.stageWith(leftKey))
+	m.over = map[string]crypt.Mapping{}
+	m.restarted(n)
+	if all, _ := n.fake.FindAll(t.Context()); len(all) > 0 {
+		t.Fatalf("left by the start: %+v", all)
+	}
+	n.must(v.delete())
 }

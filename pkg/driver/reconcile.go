@@ -152,12 +152,8 @@ func (d *Driver) forget(ctx context.Context, r stageRecord) error {
 		return err
 	}
 	if r.Encrypted && !r.Device.none() {
-		// Nobody uses it, or it stays and is told below.
-		if err := d.closeMappings(ctx, r.Device, r.Image); err != nil && !errors.Is(err, crypt.ErrBusy) {
+		if err := d.takeDown(ctx, r); err != nil {
 			return err
-		}
-		if !r.Block {
-			_ = d.loops.WaitUnbound(ctx, r.Device.ref()) // what comes of it is looked at next
 		}
 	}
 	_, bound, err := d.loopStatus(ctx, r.Device, r.Image)
@@ -170,6 +166,25 @@ func (d *Driver) forget(ctx context.Context, r stageRecord) error {
 	}
 	klog.FromContext(ctx).Info("Forgetting a staging that is gone", "volume", r.VolumeID, "path", r.StagingPath)
 	return d.state.drop(r.VolumeID)
+}
+
+// takeDown ends the mapping and the device of an encrypted volume that is staged no more.
+// Nobody uses them, or they stay, as the kernel shows then.
+func (d *Driver) takeDown(ctx context.Context, r stageRecord) error {
+	err := d.closeMappings(ctx, r.Device, r.Image)
+	switch {
+	case errors.Is(err, crypt.ErrBusy):
+		return nil
+	case err != nil:
+		return err
+	case !r.Block:
+		_ = d.loops.WaitUnbound(ctx, r.Device.ref())
+		return nil
+	}
+	if err := errors.Join(d.letGo(r.Device.ref()), d.loops.Detach(ctx, r.Device.ref())); !errors.Is(err, loop.ErrBusy) {
+		return err
+	}
+	return nil
 }
 
 // reportUnexplained names the devices over images of our pools that no record

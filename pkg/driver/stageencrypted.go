@@ -49,23 +49,35 @@ func (d *Driver) stageEncrypted(ctx context.Context, src source, want stageRecor
 		return errors.Join(err, restore())
 	}
 	d.counts.begin(d.table, want.VolumeID, dev.Info().Ref)
-	before, err := d.fullBinding(dev.Info(), true)
+	before, shown, err := d.leftOver(dev.Info())
+	stays := dev.Reused() && (err != nil || len(shown) > 0)
 	if err == nil {
-		if want.Device, err = d.unlock(ctx, src, want, f, before, dev.Info(), passphrase); err == nil {
+		if want.Device, err = d.unlock(ctx, src, want, f, before, shown, dev.Info(), passphrase); err == nil {
 			err = d.finishEncrypted(ctx, src, &want, dev)
 		}
 	}
 	switch {
 	case err == nil:
 		return nil
-	case before.encrypted() && dev.Reused():
-		// It was there, and may be in use. What it is can be found again.
+	case stays, before.encrypted() && errors.Is(err, image.ErrDamaged):
+		// It was there, and is in use, or has what is left of the key. What it is can be
+		// found again.
 		return errors.Join(err, restore(), dev.Close())
 	}
 	if undoErr := d.undoEncrypted(ctx, want, dev); undoErr != nil {
 		return undone(err, undoErr) // the record without device stays and finds it
 	}
 	return undone(err, restore())
+}
+
+// leftOver describes a device with the mapping that is over it already, and where that is
+// mounted, or its node.
+func (d *Driver) leftOver(info loop.Info) (b binding, shown []string, err error) {
+	b, err = d.fullBinding(info, true)
+	if err == nil && b.encrypted() {
+		shown, err = d.mountsOf(b)
+	}
+	return b, shown, err
 }
 
 // finishEncrypted makes the staging of an open mapping whole, and keeps or closes dev.
@@ -129,10 +141,12 @@ func (d *Driver) undoEncrypted(ctx context.Context, r stageRecord, dev attached)
 		return errors.Join(err, dev.Close())
 	}
 	switch err := dev.Close(); {
-	case err != nil || dev.Reused():
+	case err != nil:
 		return err
-	case r.Block:
-		return d.loops.Detach(ctx, full.ref())
+	case r.Block: // also one that a crash left: without its mapping it is shown to nobody
+		return errors.Join(d.letGo(full.ref()), d.loops.Detach(ctx, full.ref()))
+	case dev.Reused():
+		return nil
 	}
 	return d.loops.WaitUnbound(ctx, full.ref())
 }

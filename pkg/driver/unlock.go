@@ -56,25 +56,29 @@ func contentOf(ctx context.Context, volumeID string, f *os.File) (content, error
 var errHeader = fmt.Errorf("%w: its LUKS header is damaged, missing, or not csi-loop's, and there may be data behind it", image.ErrDamaged)
 
 // unlock opens the mapping of a volume whose device is attached as b says, makes what is
-// in a new one, and gives a copy an identity of its own. After an error a mapping may be
-// left.
-func (d *Driver) unlock(ctx context.Context, src source, want stageRecord, f *os.File, b binding, info loop.Info, passphrase []byte) (binding, error) {
+// in a new one, and gives a copy an identity of its own. shown is where a mapping that is
+// there already is mounted. After an error a mapping may be left.
+func (d *Driver) unlock(ctx context.Context, src source, want stageRecord, f *os.File, b binding, shown []string, info loop.Info, passphrase []byte) (binding, error) {
 	holds, err := contentOf(ctx, want.VolumeID, f)
 	if err != nil {
 		return b, err
 	}
 	if b.encrypted() { // a crash left it, or the record was lost
-		switch holds {
-		case contentOwn:
+		switch {
+		case holds == contentOwn, holds == contentCopied && info.ReadOnly:
 			if err := d.whose(d.crypt.Verify(ctx, info.Path, passphrase), src); err != nil {
 				return b, err
 			}
 			return b, provenOwn(f, b.Mapping, want)
-		case contentNone, contentDamaged:
+		case holds == contentNone, holds == contentDamaged:
 			// A header opened it, so this one was lost since. The mapping has what is left
 			// of the key, and stays.
 			return b, fmt.Errorf("%w; %s is open all the same: save what it shows", errHeader, b.Mapping.Path)
-		case contentUnfinished, contentCopied:
+		case len(shown) > 0:
+			// A node that is shown is no user: the mapping would go, and its number with it,
+			// to the next volume that somebody opens.
+			return b, abortedf("%s is at %q, and the header of the volume says that nobody was given it", b.Mapping.Path, shown)
+		default:
 			if err := d.crypt.Close(ctx, b.Mapping); err != nil {
 				return b, err
 			}
