@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"os"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -98,8 +99,18 @@ func startTracing(ctx context.Context, p plan) (*tracing, error) {
 	tellOfFailures(klog.FromContext(ctx))
 	t := &tracing{provider: sdktrace.NewTracerProvider(settings...)}
 	t.tracer = t.provider.Tracer(scope)
-	klog.FromContext(ctx).Info("Tracing calls", "endpoint", cmp.Or(p.tracing.endpoint, os.Getenv(tracingVariables[0]), os.Getenv(tracingVariables[1])))
+	klog.FromContext(ctx).Info("Tracing calls", "endpoint", redacted(cmp.Or(p.tracing.endpoint, os.Getenv(tracingVariables[0]), os.Getenv(tracingVariables[1]))))
 	return t, nil
+}
+
+// redacted is an endpoint as it may be logged: a password that the environment has in it
+// is left out, and so is what cannot be read, whatever it has.
+func redacted(endpoint string) string {
+	u, err := url.Parse(endpoint)
+	if err != nil {
+		return ""
+	}
+	return u.Redacted()
 }
 
 // tellEvery is how often the log is told that traces cannot be sent.
@@ -161,7 +172,7 @@ func (t *tracing) step(ctx context.Context, name string) (inside context.Context
 	ctx, span := t.tracer.Start(ctx, name)
 	return ctx, func(err error) {
 		if err != nil {
-			span.SetStatus(codes.Error, err.Error())
+			span.SetStatus(codes.Error, strings.ToValidUTF8(err.Error(), ""))
 		}
 		span.End()
 	}
@@ -188,7 +199,8 @@ func describe(span trace.Span, message any) {
 	}
 	add := func(key, value string) {
 		if value != "" {
-			span.SetAttributes(attribute.String(key, value[:min(len(value), 256)]))
+			// A cut may be within a character, which OTLP does not take.
+			span.SetAttributes(attribute.String(key, strings.ToValidUTF8(value[:min(len(value), 256)], "")))
 		}
 	}
 	if m, ok := message.(interface{ GetVolumeId() string }); ok {

@@ -74,3 +74,15 @@ func TestTracingWithoutCollector(t *testing.T) {
 	cancel()
 	tr.stop(ctx)
 }
+
+func TestEndpointIsLoggedWithoutItsPassword(t *testing.T) {
+	for endpoint, want := range map[string]string{
+		"http://collector:4317":              "http://collector:4317",
+		"http://somebody:secret@collector:1": "http://somebody:xxxxx@collector:1",
+		"http://somebody:secret@%zz":         "",
+	} {
+		if got := redacted(endpoint); got != want {
+			t.Errorf("%q: %q, want %q", endpoint, got, want)
+		}
+	}
+}
