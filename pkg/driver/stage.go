@@ -341,6 +341,26 @@ func (d *Driver) undoStage(ctx context.Context, r stageRecord, dev attached) err
 	return errors.Join(err, dev.Close(), d.loops.WaitUnbound(ctx, r.Device.ref()))
 }
 
+// attachRecorded attaches an image after it has written down that it will: what a crash
+// leaves is found by the record. restore puts the earlier record back, or none.
+func (d *Driver) attachRecorded(ctx context.Context, f *os.File, m loop.Mapping, want *stageRecord) (dev attached, restore func() error, err error) {
+	if want.Image, err = loop.FileIDOf(f); err != nil {
+		return nil, nil, err
+	}
+	if err := d.inherit(ctx, f, want); err != nil {
+		return nil, nil, err
+	}
+	restore = d.state.keep(want.VolumeID)
+	if err := d.state.put(*want); err != nil {
+		return nil, nil, err
+	}
+	if dev, err = d.loops.Attach(ctx, f, m); err != nil {
+		return nil, nil, errors.Join(err, restore())
+	}
+	d.counts.begin(d.table, want.VolumeID, dev.Info().Ref)
+	return dev, restore, nil
+}
+
 // stageBlock attaches a raw block volume and holds it. Nothing is put at the
 // staging path. The record goes to disk before the device is bound: a device
 // bound without autoclear outlives a crash, and the record is what tells the
@@ -353,21 +373,10 @@ func (d *Driver) stageBlock(ctx context.Context, src source, want stageRecord) (
 	defer f.Close()
 	m := src.mapping
 	m.ReadOnly = want.ReadOnly
-	if want.Image, err = loop.FileIDOf(f); err != nil {
-		return err
-	}
-	if err := d.inherit(ctx, f, &want); err != nil {
-		return err
-	}
-	restore := d.state.keep(want.VolumeID)
-	if err := d.state.put(want); err != nil {
-		return err
-	}
-	dev, err := d.loops.Attach(ctx, f, m)
+	dev, restore, err := d.attachRecorded(ctx, f, m, &want)
 	if err != nil {
-		return errors.Join(err, restore())
+		return err
 	}
-	d.counts.begin(d.table, want.VolumeID, dev.Info().Ref)
 	if want.Device, err = d.bindingOf(dev.Info()); err == nil {
 		if err = d.state.put(want); err == nil {
 			d.hold(dev)

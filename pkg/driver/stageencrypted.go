@@ -34,21 +34,10 @@ func (d *Driver) stageEncrypted(ctx context.Context, src source, want stageRecor
 		return err
 	}
 	defer f.Close()
-	if want.Image, err = loop.FileIDOf(f); err != nil {
-		return err
-	}
-	if err := d.inherit(ctx, f, &want); err != nil {
-		return err
-	}
-	restore := d.state.keep(want.VolumeID)
-	if err := d.state.put(want); err != nil {
-		return err
-	}
-	dev, err := d.loops.Attach(ctx, f, m)
+	dev, restore, err := d.attachRecorded(ctx, f, m, &want)
 	if err != nil {
-		return errors.Join(err, restore())
+		return err
 	}
-	d.counts.begin(d.table, want.VolumeID, dev.Info().Ref)
 	before, shown, err := d.leftOver(dev.Info())
 	stays := dev.Reused() && (err != nil || len(shown) > 0)
 	if err == nil {

@@ -166,7 +166,7 @@ func (f *Frozen) ask(command string, limit time.Duration) (string, error) {
 // unhurry makes sure that the kernel is not left hurried, should the helper have failed
 // to. Somebody else's hurry that it ends, if one began in between, only takes longer.
 func (f *Frozen) unhurry() {
-	if f.hurried && !CanExpedite() {
+	if f.hurried {
 		_ = EndExpedite() // close tries once more
 	}
 }
