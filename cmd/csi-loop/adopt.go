@@ -15,9 +15,9 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"github.com/csi-loop/csi-loop/internal/kubeapi"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/image"
 )
@@ -72,7 +72,7 @@ func newAdoptCommand() *cobra.Command {
 		if err != nil {
 			return usagef("--kubeconfig: %w", err)
 		}
-		client, err := kubernetes.NewForConfig(cfg)
+		client, err := kubeapi.NewForConfig(cfg)
 		if err != nil {
 			return failed(err)
 		}
@@ -191,8 +191,8 @@ func readVolumes(in io.Reader) ([]corev1.PersistentVolume, error) {
 }
 
 // run replaces the PersistentVolumes in the cluster, or says that it would.
-func (a *adoption) run(ctx context.Context, client kubernetes.Interface, out io.Writer) error {
-	listed, err := client.CoreV1().PersistentVolumes().List(ctx, metav1.ListOptions{})
+func (a *adoption) run(ctx context.Context, client kubeapi.Interface, out io.Writer) error {
+	listed, err := client.PersistentVolumes().List(ctx, metav1.ListOptions{})
 	if err != nil {
 		return err
 	}
@@ -294,8 +294,8 @@ func (a *adoption) keep(saved, old []corev1.PersistentVolume, known map[string]b
 }
 
 // replace puts the new PersistentVolume in the place of the old one.
-func (a *adoption) replace(ctx context.Context, client kubernetes.Interface, old *corev1.PersistentVolume) error {
-	volumes := client.CoreV1().PersistentVolumes()
+func (a *adoption) replace(ctx context.Context, client kubeapi.Interface, old *corev1.PersistentVolume) error {
+	volumes := client.PersistentVolumes()
 	// With it in force no deletion of the object reaches the data.
 	patch := `{"spec":{"persistentVolumeReclaimPolicy":"Retain"}}`
 	if _, err := volumes.Patch(ctx, old.Name, types.MergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
@@ -314,7 +314,7 @@ func (a *adoption) replace(ctx context.Context, client kubernetes.Interface, old
 	return a.create(ctx, client, old)
 }
 
-func (a *adoption) create(ctx context.Context, client kubernetes.Interface, old *corev1.PersistentVolume) error {
-	_, err := client.CoreV1().PersistentVolumes().Create(ctx, a.moved(old), metav1.CreateOptions{})
+func (a *adoption) create(ctx context.Context, client kubeapi.Interface, old *corev1.PersistentVolume) error {
+	_, err := client.PersistentVolumes().Create(ctx, a.moved(old), metav1.CreateOptions{})
 	return err
 }

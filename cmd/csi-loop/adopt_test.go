@@ -16,6 +16,7 @@ import (
 	"k8s.io/client-go/kubernetes/fake"
 	clienttesting "k8s.io/client-go/testing"
 
+	"github.com/csi-loop/csi-loop/internal/kubeapi/kubeapitest"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 )
 
@@ -70,7 +71,7 @@ func wantMoved(t *testing.T, client *fake.Clientset) {
 func TestAdoptIsDryByDefault(t *testing.T) {
 	client, a := cluster(), newAdoption(t)
 	var out bytes.Buffer
-	if err := a.run(t.Context(), client, &out); err != nil {
+	if err := a.run(t.Context(), kubeapitest.Of(client), &out); err != nil {
 		t.Fatal(err)
 	}
 	if s := out.String(); !strings.Contains(s, "one\t") || !strings.Contains(s, "two\t") || strings.Contains(s, "other") || strings.Contains(s, "done\t") {
@@ -90,7 +91,7 @@ func TestAdopt(t *testing.T) {
 	client, a := cluster(), newAdoption(t)
 	a.apply = true
 	for range 2 { // the second time there is nothing to do
-		if err := a.run(t.Context(), client, &bytes.Buffer{}); err != nil {
+		if err := a.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}); err != nil {
 			t.Fatal(err)
 		}
 		wantMoved(t, client)
@@ -120,12 +121,12 @@ func TestAdoptGoesOn(t *testing.T) {
 			}
 			return false, nil, nil
 		})
-		err := a.run(t.Context(), client, &bytes.Buffer{})
+		err := a.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{})
 		over = true
 		if (err != nil) != failed || err != nil && !errors.Is(err, failure) {
 			t.Fatalf("request %d: %v", at, err)
 		}
-		if err := a.run(context.WithoutCancel(t.Context()), client, &bytes.Buffer{}); err != nil {
+		if err := a.run(context.WithoutCancel(t.Context()), kubeapitest.Of(client), &bytes.Buffer{}); err != nil {
 			t.Fatalf("request %d, once more: %v", at, err)
 		}
 		wantMoved(t, client)

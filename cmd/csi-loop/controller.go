@@ -7,10 +7,10 @@ import (
 	"net"
 
 	"golang.org/x/sync/errgroup"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 
+	"github.com/csi-loop/csi-loop/internal/kubeapi"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/router"
 	"github.com/csi-loop/csi-loop/pkg/router/kube"
@@ -34,12 +34,12 @@ func serveController(ctx context.Context, p plan, m *metrics) (err error) {
 		return fmt.Errorf("no way to the API server: %w: run it in a pod, or give --kubeconfig", err)
 	}
 	rest.QPS, rest.Burst = apiQPS, apiBurst
-	client, err := kubernetes.NewForConfig(rest)
+	client, err := kubeapi.NewForConfig(rest)
 	if err != nil {
 		return err
 	}
 	rest.QPS, rest.Burst = reviewQPS, reviewBurst
-	reviews, err := kubernetes.NewForConfig(rest)
+	reviews, err := kubeapi.NewForConfig(rest)
 	if err != nil {
 		return err
 	}

@@ -19,6 +19,7 @@ import (
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes/fake"
 
+	"github.com/csi-loop/csi-loop/internal/kubeapi/kubeapitest"
 	"github.com/csi-loop/csi-loop/internal/roottest"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/image"
@@ -61,7 +62,7 @@ func newPairAt(t *testing.T, pools [2]string, rate int64) *pair {
 	t.Helper()
 	p := &pair{t: t, place: newPlace(t)}
 	client := fake.NewClientset()
-	certificates := &kube.Certificates{Client: client, Namespace: "ns", Secret: "s", ConfigMap: "c", ServerName: link.DefaultName}
+	certificates := &kube.Certificates{Client: kubeapitest.Of(client), Namespace: "ns", Secret: "s", ConfigMap: "c", ServerName: link.DefaultName}
 	p.must(certificates.Ensure(t.Context()))
 	bundle, err := client.CoreV1().ConfigMaps("ns").Get(t.Context(), "c", meta.GetOptions{})
 	p.must(err)

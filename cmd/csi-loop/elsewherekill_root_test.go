@@ -24,6 +24,7 @@ import (
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes/fake"
 
+	"github.com/csi-loop/csi-loop/internal/kubeapi/kubeapitest"
 	"github.com/csi-loop/csi-loop/internal/roottest"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/router"
@@ -89,7 +90,7 @@ func newRealPair(t *testing.T, pools [2]string, rate int64) *realPair {
 	t.Helper()
 	r := &realPair{pair: &pair{t: t, place: newPlace(t)}}
 	client := fake.NewClientset()
-	certificates := &kube.Certificates{Client: client, Namespace: "ns", Secret: "s", ConfigMap: "c", ServerName: link.DefaultName}
+	certificates := &kube.Certificates{Client: kubeapitest.Of(client), Namespace: "ns", Secret: "s", ConfigMap: "c", ServerName: link.DefaultName}
 	r.must(certificates.Ensure(t.Context()))
 	bundle, err := client.CoreV1().ConfigMaps("ns").Get(t.Context(), "c", meta.GetOptions{})
 	r.must(err)

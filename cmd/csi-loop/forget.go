@@ -12,9 +12,9 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"github.com/csi-loop/csi-loop/internal/kubeapi"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 )
 
@@ -64,7 +64,7 @@ func newForgetCommand() *cobra.Command {
 		if err != nil {
 			return usagef("--kubeconfig: %w", err)
 		}
-		client, err := kubernetes.NewForConfig(cfg)
+		client, err := kubeapi.NewForConfig(cfg)
 		if err != nil {
 			return failed(err)
 		}
@@ -80,7 +80,7 @@ type lost struct {
 }
 
 // run deletes, or says what would be deleted.
-func (f *forgetting) run(ctx context.Context, client kubernetes.Interface, out io.Writer) error {
+func (f *forgetting) run(ctx context.Context, client kubeapi.Interface, out io.Writer) error {
 	if err := f.gone(ctx, client); err != nil {
 		return err
 	}
@@ -122,15 +122,15 @@ func (f *forgetting) run(ctx context.Context, client kubernetes.Interface, out i
 }
 
 // gone returns an error unless Kubernetes has no such node.
-func (f *forgetting) gone(ctx context.Context, client kubernetes.Interface) error {
-	_, err := client.CoreV1().Nodes().Get(ctx, f.node, metav1.GetOptions{})
+func (f *forgetting) gone(ctx context.Context, client kubeapi.Interface) error {
+	_, err := client.Nodes().Get(ctx, f.node, metav1.GetOptions{})
 	if err == nil {
 		return fmt.Errorf("node %s is in the cluster: if it is gone for ever, kubectl delete node %s", f.node, f.node)
 	}
 	if !apierrors.IsNotFound(err) {
 		return err
 	}
-	_, err = client.StorageV1().CSINodes().Get(ctx, f.node, metav1.GetOptions{})
+	_, err = client.CSINodes().Get(ctx, f.node, metav1.GetOptions{})
 	if err == nil {
 		return fmt.Errorf("CSINode %s is in the cluster: Kubernetes deletes it after its node, try again soon", f.node)
 	}
@@ -141,8 +141,8 @@ func (f *forgetting) gone(ctx context.Context, client kubernetes.Interface) erro
 }
 
 // volumes lists those that can be on the node only.
-func (f *forgetting) volumes(ctx context.Context, client kubernetes.Interface) ([]lost, error) {
-	list, err := client.CoreV1().PersistentVolumes().List(ctx, metav1.ListOptions{})
+func (f *forgetting) volumes(ctx context.Context, client kubeapi.Interface) ([]lost, error) {
+	list, err := client.PersistentVolumes().List(ctx, metav1.ListOptions{})
 	if err != nil {
 		return nil, err
 	}
@@ -155,7 +155,7 @@ func (f *forgetting) volumes(ctx context.Context, client kubernetes.Interface) (
 		}
 		l := lost{pv: pv}
 		if ref := pv.Spec.ClaimRef; ref != nil {
-			claim, err := client.CoreV1().PersistentVolumeClaims(ref.Namespace).Get(ctx, ref.Name, metav1.GetOptions{})
+			claim, err := client.PersistentVolumeClaims(ref.Namespace).Get(ctx, ref.Name, metav1.GetOptions{})
 			switch {
 			case err == nil && claim.UID == ref.UID && claim.Spec.VolumeName == pv.Name:
 				l.claim = claim
@@ -195,18 +195,18 @@ func (f *forgetting) keep(all []lost) error {
 }
 
 // delete deletes one volume, unless the node is there again.
-func (f *forgetting) delete(ctx context.Context, client kubernetes.Interface, l lost) error {
+func (f *forgetting) delete(ctx context.Context, client kubeapi.Interface, l lost) error {
 	if err := f.gone(ctx, client); err != nil {
 		return err
 	}
-	volumes := client.CoreV1().PersistentVolumes()
+	volumes := client.PersistentVolumes()
 	// With it in force no deletion of the object reaches the data.
 	patch := `{"spec":{"persistentVolumeReclaimPolicy":"Retain"},"metadata":{"uid":"` + string(l.pv.UID) + `"}}`
 	if _, err := volumes.Patch(ctx, l.pv.Name, types.MergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
 		return err
 	}
 	if l.claim != nil {
-		err := client.CoreV1().PersistentVolumeClaims(l.claim.Namespace).Delete(ctx, l.claim.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &l.claim.UID}})
+		err := client.PersistentVolumeClaims(l.claim.Namespace).Delete(ctx, l.claim.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &l.claim.UID}})
 		if err != nil && !apierrors.IsNotFound(err) {
 			return err
 		}

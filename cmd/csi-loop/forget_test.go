@@ -16,6 +16,7 @@ import (
 	"k8s.io/client-go/kubernetes/fake"
 	clienttesting "k8s.io/client-go/testing"
 
+	"github.com/csi-loop/csi-loop/internal/kubeapi/kubeapitest"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 )
 
@@ -83,7 +84,7 @@ const (
 func TestForgetSaysWhatItWouldDo(t *testing.T) {
 	client, f := lossy(), forgets(t)
 	var out bytes.Buffer
-	if err := f.run(t.Context(), client, &out); err != nil {
+	if err := f.run(t.Context(), kubeapitest.Of(client), &out); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{"bound\tclaim shop/bound\tpassed over", "released\tno claim\n", "reused\tno claim\n", "2 PersistentVolumes would be deleted"} {
@@ -104,7 +105,7 @@ func TestForgetSaysWhatItWouldDo(t *testing.T) {
 func TestForgetDeletesWhatHasNoClaim(t *testing.T) {
 	client, f := lossy(), forgets(t)
 	f.apply = true
-	if err := f.run(t.Context(), client, &bytes.Buffer{}); err != nil {
+	if err := f.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}); err != nil {
 		t.Fatal(err)
 	}
 	wantLeft(t, client, "bound elsewhere foreign", everyClaim)
@@ -123,7 +124,7 @@ func TestForgetDeletesWhatHasNoClaim(t *testing.T) {
 		}
 	}
 	again := f
-	if err := again.run(t.Context(), client, &bytes.Buffer{}); err != nil {
+	if err := again.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}); err != nil {
 		t.Errorf("nothing is left to do: %v", err)
 	}
 }
@@ -131,7 +132,7 @@ func TestForgetDeletesWhatHasNoClaim(t *testing.T) {
 func TestForgetWithClaims(t *testing.T) {
 	client, f := lossy(), forgets(t)
 	f.apply, f.claims = true, true
-	if err := f.run(t.Context(), client, &bytes.Buffer{}); err != nil {
+	if err := f.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}); err != nil {
 		t.Fatal(err)
 	}
 	wantLeft(t, client, "elsewhere foreign", "elsewhere reused")
@@ -175,7 +176,7 @@ func TestForgetRefuses(t *testing.T) {
 			if tt.change != nil {
 				tt.change(client, &f)
 			}
-			err := f.run(t.Context(), client, &bytes.Buffer{})
+			err := f.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{})
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("%v does not say %q", err, tt.want)
 			}

@@ -21,6 +21,7 @@ import (
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes/fake"
 
+	"github.com/csi-loop/csi-loop/internal/kubeapi/kubeapitest"
 	"github.com/csi-loop/csi-loop/internal/roottest"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/image"
@@ -80,7 +81,7 @@ func newHalves(t *testing.T, told plan) *halves {
 
 	client := fake.NewClientset(boundVolume(h.volume))
 	h.client, h.metrics = client, newMetrics(build{})
-	certificates := &kube.Certificates{Client: client, Namespace: "ns", Secret: "s", ConfigMap: "c", ServerName: link.DefaultName}
+	certificates := &kube.Certificates{Client: kubeapitest.Of(client), Namespace: "ns", Secret: "s", ConfigMap: "c", ServerName: link.DefaultName}
 	must(certificates.Ensure(ctx))
 	bundle, err := client.CoreV1().ConfigMaps("ns").Get(ctx, "c", meta.GetOptions{})
 	must(err)
@@ -102,7 +103,7 @@ func newHalves(t *testing.T, told plan) *halves {
 	settings.Refresh = 20 * time.Millisecond
 	agent := link.NewAgent(settings)
 	group.Go(func() error { agent.Run(running); return nil })
-	notices := kube.NewNotices(running, client, driver.DefaultName)
+	notices := kube.NewNotices(running, kubeapitest.Of(client), driver.DefaultName)
 	group.Go(func() error { notices.Run(running); return nil })
 	done := make(chan error, 1)
 	go func() {

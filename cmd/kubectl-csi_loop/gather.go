@@ -12,14 +12,14 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/dynamic"
-	"k8s.io/client-go/kubernetes"
 
+	"github.com/csi-loop/csi-loop/internal/kubeapi"
 	"github.com/csi-loop/csi-loop/pkg/report"
 )
 
 // cluster is where everything is asked.
 type cluster struct {
-	client           kubernetes.Interface
+	client           kubeapi.Interface
 	dynamic          dynamic.Interface
 	install, service string
 	driver           string
@@ -28,7 +28,7 @@ type cluster struct {
 
 // report asks the controller what is on the nodes.
 func (k *cluster) report(ctx context.Context) (r report.Cluster, err error) {
-	text, err := k.client.CoreV1().Services(k.install).ProxyGet("http", k.service, "http", "report", nil).DoRaw(ctx)
+	text, err := k.client.GetFromService(ctx, k.install, k.service, "http", "report")
 	if err != nil {
 		return r, fmt.Errorf("the controller does not answer: %w (is csi-loop in the namespace %q, see --csi-loop-namespace, and may you get services/proxy there?)", err, k.install)
 	}
@@ -70,7 +70,7 @@ func (k *cluster) look(ctx context.Context) (*everything, error) {
 	if e.report, reportErr = k.report(ctx); reportErr != nil {
 		e.notes = append(e.notes, reportErr.Error())
 	}
-	pvs, err := k.client.CoreV1().PersistentVolumes().List(ctx, meta.ListOptions{})
+	pvs, err := k.client.PersistentVolumes().List(ctx, meta.ListOptions{})
 	if err != nil {
 		if reportErr != nil {
 			return nil, reportErr
@@ -78,7 +78,7 @@ func (k *cluster) look(ctx context.Context) (*everything, error) {
 		e.notes = append(e.notes, "whose the volumes are cannot be told: "+err.Error())
 		pvs = &core.PersistentVolumeList{}
 	}
-	pods, err := k.client.CoreV1().Pods(k.namespace).List(ctx, meta.ListOptions{})
+	pods, err := k.client.Pods(k.namespace).List(ctx, meta.ListOptions{})
 	if err != nil {
 		e.notes = append(e.notes, "which pods use the volumes cannot be told: "+err.Error())
 		pods = &core.PodList{}

@@ -28,8 +28,9 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 	"k8s.io/client-go/dynamic"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/csi-loop/csi-loop/internal/kubeapi"
 )
 
 func main() {
@@ -108,7 +109,7 @@ func (o *options) cluster() (*cluster, error) {
 		return nil, err
 	}
 	config.QPS, config.Burst = 50, 100
-	client, err := kubernetes.NewForConfig(config)
+	client, err := kubeapi.NewForConfig(config)
 	if err != nil {
 		return nil, err
 	}

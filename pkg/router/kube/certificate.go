@@ -22,8 +22,9 @@ import (
 	core "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/klog/v2"
+
+	"github.com/csi-loop/csi-loop/internal/kubeapi"
 )
 
 const (
@@ -54,7 +55,7 @@ const (
 // Replicas that write at once find out by the objects' versions; the loser reads what
 // the winner wrote.
 type Certificates struct {
-	Client            kubernetes.Interface
+	Client            kubeapi.Interface
 	Namespace         string
 	Secret, ConfigMap string
 	// ServerName is what the certificate is for.
@@ -108,7 +109,7 @@ func (c *Certificates) Ensure(ctx context.Context) error {
 }
 
 func (c *Certificates) ensure(ctx context.Context) error {
-	secrets := c.Client.CoreV1().Secrets(c.Namespace)
+	secrets := c.Client.Secrets(c.Namespace)
 	secret, err := secrets.Get(ctx, c.Secret, meta.GetOptions{})
 	missing := apierrors.IsNotFound(err)
 	switch {
@@ -155,7 +156,7 @@ func (c *Certificates) ensure(ctx context.Context) error {
 // publish writes the CAs that nodes must accept.
 func (c *Certificates) publish(ctx context.Context, data map[string][]byte) error {
 	bundle := string(data[CAKey]) + string(data[caNext+CAKey])
-	configMaps := c.Client.CoreV1().ConfigMaps(c.Namespace)
+	configMaps := c.Client.ConfigMaps(c.Namespace)
 	cm, err := configMaps.Get(ctx, c.ConfigMap, meta.GetOptions{})
 	switch {
 	case apierrors.IsNotFound(err):

@@ -6,15 +6,15 @@ import (
 	core "k8s.io/api/core/v1"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/pager"
 
+	"github.com/csi-loop/csi-loop/internal/kubeapi"
 	"github.com/csi-loop/csi-loop/pkg/router"
 )
 
 // Claims reads which volumes of a driver Kubernetes has a use for.
 type Claims struct {
-	Client kubernetes.Interface
+	Client kubeapi.Interface
 	Driver string
 }
 
@@ -22,7 +22,7 @@ type Claims struct {
 func (c *Claims) References(ctx context.Context) (router.References, error) {
 	refs := router.References{PVs: map[string]string{}, Claims: map[string]string{}}
 	err := pager.New(func(ctx context.Context, o meta.ListOptions) (runtime.Object, error) {
-		return c.Client.CoreV1().PersistentVolumeClaims(meta.NamespaceAll).List(ctx, o)
+		return c.Client.PersistentVolumeClaims(meta.NamespaceAll).List(ctx, o)
 	}).EachListItem(ctx, meta.ListOptions{}, func(o runtime.Object) error {
 		if claim, ok := o.(*core.PersistentVolumeClaim); ok {
 			refs.Claims[string(claim.UID)] = claim.Spec.VolumeName
@@ -33,7 +33,7 @@ func (c *Claims) References(ctx context.Context) (router.References, error) {
 		return refs, err
 	}
 	err = pager.New(func(ctx context.Context, o meta.ListOptions) (runtime.Object, error) {
-		return c.Client.CoreV1().PersistentVolumes().List(ctx, o)
+		return c.Client.PersistentVolumes().List(ctx, o)
 	}).EachListItem(ctx, meta.ListOptions{}, func(o runtime.Object) error {
 		pv, ok := o.(*core.PersistentVolume)
 		if !ok {

@@ -23,6 +23,7 @@ import (
 	"k8s.io/client-go/kubernetes/fake"
 	clienttesting "k8s.io/client-go/testing"
 
+	"github.com/csi-loop/csi-loop/internal/kubeapi/kubeapitest"
 	"github.com/csi-loop/csi-loop/internal/roottest"
 	"github.com/csi-loop/csi-loop/pkg/router"
 	"github.com/csi-loop/csi-loop/pkg/router/link"
@@ -86,7 +87,7 @@ func TestReviewer(t *testing.T) {
 				tt.change(&review.Status)
 				return true, review, nil
 			})
-			id, err := (&Reviewer{Client: client, Namespace: "ns", ServiceAccount: "node"}).Authenticate(t.Context(), tt.token)
+			id, err := (&Reviewer{Client: kubeapitest.Of(client), Namespace: "ns", ServiceAccount: "node"}).Authenticate(t.Context(), tt.token)
 			if !tt.ok {
 				if !errors.Is(err, router.ErrToken) {
 					t.Errorf("%+v, %v", id, err)
@@ -103,7 +104,7 @@ func TestReviewer(t *testing.T) {
 	client.PrependReactor("create", "tokenreviews", func(clienttesting.Action) (bool, runtime.Object, error) {
 		return true, nil, errors.New("the API server is away")
 	})
-	if _, err := (&Reviewer{Client: client}).Authenticate(t.Context(), "x"); err == nil || errors.Is(err, router.ErrToken) {
+	if _, err := (&Reviewer{Client: kubeapitest.Of(client)}).Authenticate(t.Context(), "x"); err == nil || errors.Is(err, router.ErrToken) {
 		t.Errorf("an outage is no bad token: %v", err)
 	}
 }
@@ -127,7 +128,7 @@ func TestRoster(t *testing.T) {
 	with := &storage.CSINode{ObjectMeta: meta.ObjectMeta{Name: "a"}, Spec: storage.CSINodeSpec{Drivers: []storage.CSINodeDriver{{Name: "other"}, {Name: "d"}}}}
 	without := &storage.CSINode{ObjectMeta: meta.ObjectMeta{Name: "b"}}
 	client := fake.NewClientset(with, without)
-	r := NewRoster(client, "d")
+	r := NewRoster(kubeapitest.Of(client), "d")
 	if _, ok := r.Registered(); ok || !r.Exists("z") {
 		t.Error("it knows before it has looked")
 	}
@@ -150,7 +151,7 @@ func TestReplicas(t *testing.T) {
 	var told []string
 	replica := func(address string) *Replicas {
 		return &Replicas{
-			Client: client, Namespace: "ns", Driver: "d", Self: address, Now: func() time.Time { return now },
+			Client: kubeapitest.Of(client), Namespace: "ns", Driver: "d", Self: address, Now: func() time.Time { return now },
 			Tell: func(a []string) { told = a },
 		}
 	}
@@ -195,7 +196,7 @@ type made struct {
 func newMade(client *fake.Clientset, clock time.Time) *made {
 	m := &made{client: client, clock: clock}
 	m.Certificates = &Certificates{
-		Client: client, Namespace: "ns", Secret: "s", ConfigMap: "c", ServerName: link.DefaultName, Now: func() time.Time { return m.clock },
+		Client: kubeapitest.Of(client), Namespace: "ns", Secret: "s", ConfigMap: "c", ServerName: link.DefaultName, Now: func() time.Time { return m.clock },
 	}
 	return m
 }
@@ -380,7 +381,7 @@ func TestClaims(t *testing.T) {
 		&core.PersistentVolume{ObjectMeta: meta.ObjectMeta{Name: "other"}, Spec: csi("other.io", "p.w")},
 		&core.PersistentVolume{ObjectMeta: meta.ObjectMeta{Name: "host"}},
 	)
-	refs, err := (&Claims{Client: client, Driver: "csi-loop.io"}).References(t.Context())
+	refs, err := (&Claims{Client: kubeapitest.Of(client), Driver: "csi-loop.io"}).References(t.Context())
 	must(t, err)
 	if !maps.Equal(refs.Claims, map[string]string{"u1": "", "u2": "pv"}) || !maps.Equal(refs.PVs, map[string]string{"pv": "p.v", "other": "", "host": ""}) {
 		t.Errorf("%+v", refs)
@@ -388,7 +389,7 @@ func TestClaims(t *testing.T) {
 	for _, resource := range []string{"persistentvolumes", "persistentvolumeclaims"} {
 		client := fake.NewClientset()
 		client.PrependReactor("list", resource, func(clienttesting.Action) (bool, runtime.Object, error) { return true, nil, errors.New("no") })
-		if _, err := (&Claims{Client: client}).References(t.Context()); err == nil {
+		if _, err := (&Claims{Client: kubeapitest.Of(client)}).References(t.Context()); err == nil {
 			t.Errorf("%s that cannot be read are none", resource)
 		}
 	}

@@ -8,29 +8,27 @@ import (
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/kubernetes/scheme"
-	typedcore "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/tools/pager"
 	"k8s.io/client-go/tools/record"
 
+	"github.com/csi-loop/csi-loop/internal/kubeapi"
 	"github.com/csi-loop/csi-loop/pkg/router"
 )
 
 // Notices tells of problems by events on claims. Those that come again are counted, and
 // many on one claim are held back, by the recorder of client-go.
 type Notices struct {
-	client      kubernetes.Interface
+	client      kubeapi.Interface
 	driver      string
 	broadcaster record.EventBroadcaster
 	recorder    record.EventRecorder
 }
 
 // NewNotices makes one for the volumes of a driver. Run ends it.
-func NewNotices(ctx context.Context, client kubernetes.Interface, driver string) *Notices {
+func NewNotices(ctx context.Context, client kubeapi.Interface, driver string) *Notices {
 	b := record.NewBroadcaster(record.WithContext(ctx))
-	b.StartRecordingToSink(&typedcore.EventSinkImpl{Interface: client.CoreV1().Events(meta.NamespaceAll)})
-	return &Notices{client: client, driver: driver, broadcaster: b, recorder: b.NewRecorder(scheme.Scheme, core.EventSource{Component: driver})}
+	b.StartRecordingToSink(eventSink{ctx, client})
+	return &Notices{client: client, driver: driver, broadcaster: b, recorder: b.NewRecorder(kubeapi.Scheme, core.EventSource{Component: driver})}
 }
 
 // Run waits until ctx ends, and stops sending. What cannot be sent is dropped after some
@@ -44,7 +42,7 @@ func (n *Notices) Run(ctx context.Context) {
 func (n *Notices) Bound(ctx context.Context) ([]router.Bound, error) {
 	var all []router.Bound
 	err := pager.New(func(ctx context.Context, o meta.ListOptions) (runtime.Object, error) {
-		return n.client.CoreV1().PersistentVolumes().List(ctx, o)
+		return n.client.PersistentVolumes().List(ctx, o)
 	}).EachListItem(ctx, meta.ListOptions{}, func(o runtime.Object) error {
 		pv, ok := o.(*core.PersistentVolume)
 		if !ok || pv.Spec.CSI == nil || pv.Spec.CSI.Driver != n.driver || pv.Spec.ClaimRef == nil || pv.Status.Phase != core.VolumeBound {
@@ -88,4 +86,22 @@ func (n *Notices) Tell(b router.Bound, notice router.Notice) {
 	n.recorder.Event(&core.ObjectReference{
 		APIVersion: "v1", Kind: "PersistentVolumeClaim", Namespace: b.Namespace, Name: b.Name, UID: types.UID(b.UID),
 	}, kind, notice.Reason, notice.Message)
+}
+
+// eventSink writes events into their namespaces.
+type eventSink struct {
+	ctx    context.Context //nolint:containedctx // record.EventSink has none in its calls
+	client kubeapi.Interface
+}
+
+func (s eventSink) Create(e *core.Event) (*core.Event, error) {
+	return s.client.Events(e.Namespace).Create(s.ctx, e, meta.CreateOptions{})
+}
+
+func (s eventSink) Update(e *core.Event) (*core.Event, error) {
+	return s.client.Events(e.Namespace).Update(s.ctx, e, meta.UpdateOptions{})
+}
+
+func (s eventSink) Patch(e *core.Event, data []byte) (*core.Event, error) {
+	return s.client.Events(e.Namespace).Patch(s.ctx, e.Name, types.StrategicMergePatchType, data, meta.PatchOptions{})
 }

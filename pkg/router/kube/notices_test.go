@@ -12,6 +12,7 @@ import (
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes/fake"
 
+	"github.com/csi-loop/csi-loop/internal/kubeapi/kubeapitest"
 	"github.com/csi-loop/csi-loop/pkg/router"
 )
 
@@ -45,7 +46,7 @@ func TestBound(t *testing.T) {
 			e.Values = []string{"n1", "n2"}
 		}),
 	)
-	got, err := NewNotices(t.Context(), client, "d.io").Bound(t.Context())
+	got, err := NewNotices(t.Context(), kubeapitest.Of(client), "d.io").Bound(t.Context())
 	must(t, err)
 	want := []router.Bound{
 		{Volume: "pool.a", Node: "n1", Namespace: "shop", Name: "claim-a", UID: "u"},
@@ -61,7 +62,7 @@ func TestBound(t *testing.T) {
 func TestTellMakesEvents(t *testing.T) {
 	client := fake.NewClientset()
 	ctx, cancel := context.WithCancel(t.Context())
-	n := NewNotices(ctx, client, "d.io")
+	n := NewNotices(ctx, kubeapitest.Of(client), "d.io")
 	over := make(chan struct{})
 	go func() {
 		defer close(over)

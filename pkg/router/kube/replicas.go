@@ -11,8 +11,9 @@ import (
 	coordination "k8s.io/api/coordination/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/klog/v2"
+
+	"github.com/csi-loop/csi-loop/internal/kubeapi"
 )
 
 const (
@@ -29,7 +30,7 @@ const (
 // Replicas tells the controller's replicas of each other: each has a Lease whose
 // holder is the address where nodes reach it.
 type Replicas struct {
-	Client    kubernetes.Interface
+	Client    kubeapi.Interface
 	Namespace string
 	Driver    string
 	// Self is this replica's address.
@@ -56,7 +57,7 @@ func (r *Replicas) Run(ctx context.Context) {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
-	if err := r.Client.CoordinationV1().Leases(r.Namespace).Delete(ctx, r.name(), meta.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+	if err := r.Client.Leases(r.Namespace).Delete(ctx, r.name(), meta.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
 		klog.FromContext(ctx).Error(err, "Cannot give up the lease")
 	}
 }
@@ -68,7 +69,7 @@ func (r *Replicas) name() string {
 }
 
 func (r *Replicas) round(ctx context.Context) error {
-	leases := r.Client.CoordinationV1().Leases(r.Namespace)
+	leases := r.Client.Leases(r.Namespace)
 	renewErr := r.renew(ctx)
 	all, err := leases.List(ctx, meta.ListOptions{LabelSelector: replicaLabel + "=" + r.Driver})
 	if err != nil {
@@ -94,7 +95,7 @@ func (r *Replicas) round(ctx context.Context) error {
 
 // renew makes or renews the lease.
 func (r *Replicas) renew(ctx context.Context) error {
-	leases := r.Client.CoordinationV1().Leases(r.Namespace)
+	leases := r.Client.Leases(r.Namespace)
 	now, seconds := meta.NewMicroTime(r.Now()), int32(replicaLease/time.Second)
 	lease, err := leases.Get(ctx, r.name(), meta.GetOptions{})
 	if apierrors.IsNotFound(err) {

@@ -11,15 +11,15 @@ import (
 
 	authentication "k8s.io/api/authentication/v1"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes"
 
+	"github.com/csi-loop/csi-loop/internal/kubeapi"
 	"github.com/csi-loop/csi-loop/pkg/router"
 	"github.com/csi-loop/csi-loop/pkg/router/link"
 )
 
 // Reviewer asks the API server whose a token is.
 type Reviewer struct {
-	Client kubernetes.Interface
+	Client kubeapi.Interface
 	// Namespace and ServiceAccount are those of the nodes' pods.
 	Namespace, ServiceAccount string
 }
@@ -36,7 +36,7 @@ const (
 // Authenticate is router.Authenticator. Whoever may create tokens can make one with
 // a node's name and no pod, so all four of pod, node and their UIDs must be there.
 func (r *Reviewer) Authenticate(ctx context.Context, token string) (router.Identity, error) {
-	review, err := r.Client.AuthenticationV1().TokenReviews().Create(ctx, &authentication.TokenReview{
+	review, err := r.Client.TokenReviews().Create(ctx, &authentication.TokenReview{
 		Spec: authentication.TokenReviewSpec{Token: token, Audiences: []string{link.Audience}},
 	}, meta.CreateOptions{})
 	if err != nil {
