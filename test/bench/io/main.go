@@ -53,7 +53,7 @@ func main() {
 	flag.StringVar(&o.out, "out", "", "a directory for the tables and plots")
 	flag.IntVar(&o.rounds, "rounds", 5, "how often each is run")
 	flag.DurationVar(&o.runtime, "runtime", time.Second, "how long a run takes, whole seconds")
-	size := flag.Int64("size", 512, "size of what is read and written, MiB")
+	size := flag.Int64("size", 256, "size of what is read and written, MiB")
 	pieces := flag.String("pieces", strings.Join(allPieces, ","), "which pieces, of these")
 	only := flag.String("jobs", "", "only those of fio's jobs whose name this regular expression matches")
 	flag.Parse()
@@ -111,7 +111,7 @@ func runPiece(ctx context.Context, o options, piece string) (err error) {
 	}
 	fs, kind, _ := strings.Cut(piece, "-")
 	b := &bench{o: o, piece: piece, kind: kind, dir: dir}
-	if b.pool, err = pool(ctx, dir, fs); err != nil {
+	if b.pool, err = b.newPool(ctx, dir, fs); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, b.pool.Close()) }()
@@ -150,11 +150,11 @@ func runPiece(ctx context.Context, o options, piece string) (err error) {
 	return r.write(o.out)
 }
 
-// pool takes the machine's own disk if that has the filesystem, for it has a layer less.
-func pool(ctx context.Context, dir, fs string) (*lab.Pool, error) {
-	p, err := lab.NewPool(ctx, dir, "", 0)
+// newPool takes the machine's own disk if that has the filesystem, for it has a layer less.
+func (b *bench) newPool(ctx context.Context, dir, fs string) (*lab.Pool, error) {
+	p, err := lab.NewPool(ctx, dir, "", 0, false)
 	if err != nil || p.Kind == fs {
 		return p, err
 	}
-	return lab.NewPool(ctx, dir, fs, 32*lab.GiB)
+	return lab.NewPool(ctx, dir, fs, 28*b.volumeSize()+2*lab.GiB, true)
 }

@@ -77,9 +77,11 @@ type Pool struct {
 	undo   []func() error
 }
 
-// NewPool makes a filesystem of that kind and size (bytes) on a loop device over a
-// sparse file in dir, with direct I/O; kind "" takes dir as it is. Close it.
-func NewPool(ctx context.Context, dir, kind string, size int64) (_ *Pool, err error) {
+// NewPool makes a filesystem of that kind and size (bytes) on a loop device over a file
+// in dir, with direct I/O; kind "" takes dir as it is. The file is sparse, unless it is
+// filled first: else who writes where nobody has been waits for the filesystem below
+// too, and who is at a place that was used before does not. Close it.
+func NewPool(ctx context.Context, dir, kind string, size int64, filled bool) (_ *Pool, err error) {
 	p := &Pool{Dir: dir, Kind: kind}
 	if kind == "" {
 		p.Kind, err = Run(ctx, "stat", "--file-system", "--format=%T", dir)
@@ -100,7 +102,12 @@ func NewPool(ctx context.Context, dir, kind string, size int64) (_ *Pool, err er
 		return nil, err
 	}
 	p.undo = append(p.undo, func() error { return os.Remove(disk) })
-	if err := errors.Join(f.Truncate(size), f.Close()); err != nil {
+	if filled {
+		err = fill(f, size)
+	} else {
+		err = f.Truncate(size)
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
 		return nil, err
 	}
 	if p.Device, err = Losetup(ctx, disk, "--direct-io=on", "--sector-size=4096"); err != nil {
@@ -123,6 +130,20 @@ func NewPool(ctx context.Context, dir, kind string, size int64) (_ *Pool, err er
 	}
 	p.undo = append(p.undo, func() error { return unix.Unmount(p.Dir, 0) })
 	return p, nil
+}
+
+// fill writes a file from end to end, and forgets what it wrote.
+func fill(f *os.File, size int64) error {
+	zeros := make([]byte, 4*MiB)
+	for off := int64(0); off < size; off += int64(len(zeros)) {
+		if _, err := f.Write(zeros[:min(int64(len(zeros)), size-off)]); err != nil {
+			return err
+		}
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	return unix.Fadvise(int(f.Fd()), 0, size, unix.FADV_DONTNEED)
 }
 
 // Close takes away what NewPool made, latest first.

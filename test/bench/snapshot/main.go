@@ -88,7 +88,7 @@ func run(ctx context.Context, o options) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, remove()) }()
-	pool, err := lab.NewPool(ctx, dir, o.pool, 200*lab.GiB)
+	pool, err := lab.NewPool(ctx, dir, o.pool, 200*lab.GiB, false)
 	if err != nil {
 		return err
 	}
