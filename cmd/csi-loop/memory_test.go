@@ -14,8 +14,8 @@ import (
 )
 
 // maxOwn is how much memory of its own serve may take with 1000 volumes, in KiB. What is
-// mapped of the program's file comes on top: 34 to 56 MiB of one and the same binary, by
-// how large the pages are in which the kernel happens to cache it.
+// mapped of the program's file comes on top, by how large the pages are in which the kernel
+// happens to cache it; here that is the tests' program, which is larger than csi-loop.
 const maxOwn = 30 << 10
 
 // resident is a field of the child's memory in KiB: VmRSS, VmHWM for its peak, or RssAnon
