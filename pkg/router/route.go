@@ -107,14 +107,15 @@ func (s *session) translate(ctx context.Context, method string, err error, answe
 		return status.Errorf(st.Code(), "%.*s", maxText, st.Message()) // without details, which CSI wants empty
 	case ctx.Err() != nil:
 		return status.FromContextError(ctx.Err()).Err()
-	case st.Code() == codes.Canceled && expires(ctx):
+	case (st.Code() == codes.Canceled || st.Code() == codes.DeadlineExceeded) && expires(ctx):
 		return status.FromContextError(context.DeadlineExceeded).Err()
 	}
 	return unavailablef("%s: link to node %q: %.*s", method, s.id.Node, maxText, st.Message())
 }
 
 // expires says whether the deadline of a call is a moment away: the node, which is told
-// of it, may notice first, and ends the call's stream.
+// of it, may notice first, and ends the call's stream. When that arrives behind the
+// deadline, gRPC calls it DEADLINE_EXCEEDED, though the timer of ctx may still be late.
 func expires(ctx context.Context) bool {
 	deadline, has := ctx.Deadline()
 	return has && time.Until(deadline) < 50*time.Millisecond

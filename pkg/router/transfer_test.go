@@ -116,6 +116,7 @@ func (k *copier) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest)
 	case <-job:
 	case <-time.After(50 * time.Millisecond):
 	case <-ctx.Done():
+		return nil, status.FromContextError(ctx.Err()).Err()
 	}
 	return nil, status.Error(codes.Aborted, "it goes on")
 }
