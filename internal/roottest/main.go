@@ -12,9 +12,10 @@ import (
 )
 
 // settle bounds the wait for what goes away by itself: the kernel finishes an
-// autoclear a moment after the last close when a stranger (udev) looked at the
-// device meanwhile.
-const settle = 3 * time.Second
+// autoclear a moment after the last close when a stranger (udev, mkfs.btrfs, which
+// opens the loop devices that are mounted) looked at the device meanwhile. On a busy
+// machine that moment is long; what was forgotten stays for ever.
+const settle = time.Minute
 
 // Option changes what Main accepts as clean.
 type Option func(*config)

@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 )
@@ -20,7 +21,7 @@ var mkfs = map[string][]string{
 // wants 300 MiB, btrfs 128 MiB at least. It calls Require.
 //
 // The test's clean-up unmounts it, and fails the test when that does not succeed
-// within a few seconds or its loop device stays: somebody still uses the pool.
+// within a minute or its loop device stays: somebody still uses the pool.
 func Pool(tb testing.TB, fsType string, size int64) string {
 	tb.Helper()
 	Require(tb)
@@ -48,13 +49,47 @@ func Pool(tb testing.TB, fsType string, size int64) string {
 		deadline := time.Now().Add(settle)
 		for len(Loops(dir)) > 0 {
 			if time.Now().After(deadline) {
-				tb.Errorf("pool is unmounted but its loop device stays: %v", Loops(dir))
+				left := Loops(dir)
+				tb.Errorf("pool is unmounted but its loop device stays: %v; who has it: %q", left, holders(left))
 				return
 			}
 			time.Sleep(5 * time.Millisecond)
 		}
 	})
 	return mountPoint
+}
+
+// holders lists who has a device open or mounted, of those that Loops lists: a process,
+// and the descriptor or the mount point; and devices that outlive their last close.
+func holders(loops []string) []string {
+	var found []string
+	for _, l := range loops {
+		name, _, _ := strings.Cut(l, " ")
+		node := "/dev/" + name
+		if b, err := os.ReadFile(filepath.Join("/sys/block", name, "loop/autoclear")); err == nil && string(b) == "0\n" {
+			found = append(found, name+" has no autoclear")
+		}
+		processes, _ := filepath.Glob("/proc/[0-9]*")
+		for _, p := range processes {
+			comm, _ := os.ReadFile(p + "/comm")
+			who := filepath.Base(p) + " " + strings.TrimSpace(string(comm)) + ": "
+			descriptors, _ := filepath.Glob(p + "/fd/*")
+			for _, fd := range descriptors {
+				if to, err := os.Readlink(fd); err == nil && to == node {
+					found = append(found, who+"fd "+filepath.Base(fd))
+				}
+			}
+			table, _ := os.ReadFile(p + "/mountinfo")
+			for line := range strings.Lines(string(table)) {
+				left, right, _ := strings.Cut(line, " - ")
+				fields, source := strings.Fields(left), strings.Fields(right)
+				if len(fields) > 4 && len(source) > 1 && source[1] == node {
+					found = append(found, who+"mount "+fields[4])
+				}
+			}
+		}
+	}
+	return found
 }
 
 // Run runs a command, fails the test when it fails, and returns its output

@@ -3,6 +3,9 @@ package roottest
 import (
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 	"testing"
 )
 
@@ -57,7 +60,18 @@ func TestBoundDeviceIsSeen(t *testing.T) {
 			t.Errorf("Loops = %v after losetup -d", got)
 		}
 	}()
-	if got := Loops(dir); len(got) != 1 {
+	got := Loops(dir)
+	if len(got) != 1 {
 		t.Errorf("Loops = %v, want one", got)
+	}
+	f, err := os.Open(node[:len(node)-1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	who := holders(got)
+	ours := func(w string) bool { return strings.HasPrefix(w, strconv.Itoa(os.Getpid())+" ") }
+	if len(who) < 2 || !strings.HasSuffix(who[0], "has no autoclear") || !slices.ContainsFunc(who, ours) {
+		t.Errorf("holders = %q, want no autoclear and this process", who)
 	}
 }
