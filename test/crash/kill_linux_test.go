@@ -2,6 +2,7 @@ package crash
 
 import (
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -95,8 +96,10 @@ const (
 func (x target) String() string { return fmt.Sprintf("%s (%d)", x.name, x.n) }
 
 // label names a call as targets do. What is done to /sys and /dev is apart: it
-// depends on which numbers were used before, by anybody on this machine.
+// depends on which numbers were used before, by anybody on this machine. The test's own
+// files are not apart, though they may be in /dev/shm.
 func label(c gate.Call) string {
+	ours := strings.HasPrefix(c.Path, os.TempDir()+"/")
 	switch {
 	case !c.Own && strings.HasPrefix(c.Path, "/sys/"):
 		return ofChild + " in /sys"
@@ -104,7 +107,7 @@ func label(c gate.Call) string {
 		return ofChild
 	case strings.HasPrefix(c.Path, "/sys/"):
 		return c.Name + " in /sys"
-	case strings.HasPrefix(c.Path, "/dev/"):
+	case strings.HasPrefix(c.Path, "/dev/") && !ours:
 		return c.Name + " in /dev"
 	}
 	return c.Name

@@ -176,14 +176,21 @@ func descriptor(tid, fd int) string {
 	return to
 }
 
-// text reads a string that ends with a zero from another process.
+// text reads a string that ends with a zero from another process: "?" if it has none.
 func text(tid int, address uint64) string {
-	// Not past the end of the page, behind which there may be nothing.
-	buf := make([]byte, 4096-address%4096)
-	if n := peek(tid, address, buf); n >= 0 {
-		if s, _, ok := strings.Cut(string(buf[:n]), "\x00"); ok {
-			return s
+	const page, most = 4096, 4096 // as long as a path may be
+	var all []byte
+	for len(all) < most {
+		// No further than the page, behind which there may be nothing.
+		buf := make([]byte, page-address%page)
+		n := peek(tid, address, buf)
+		if n <= 0 {
+			break
 		}
+		if s, _, ok := strings.Cut(string(buf[:n]), "\x00"); ok {
+			return string(all) + s
+		}
+		all, address = append(all, buf[:n]...), address+uint64(n)
 	}
 	return "?"
 }
