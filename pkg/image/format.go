@@ -190,9 +190,12 @@ func (t *tools) formatFile(ctx context.Context, dir *os.File, file string, s Spe
 		out, err = command(ctx, dir, found.path, args)
 	}
 	if err == nil {
-		return nil
+		err = checkMade(dir, file, s.Filesystem)
 	}
-	if ctx.Err() != nil {
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
 		return fmt.Errorf("%s: %w", filepath.Base(found.path), ctx.Err())
 	}
 	if errors.Is(err, os.ErrNotExist) {

@@ -190,7 +190,7 @@ func TestMkfsThatIsMissingOrFails(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "cannot do it: -q") || !strings.Contains(err.Error(), "exit status 3") {
 		t.Fatal(err)
 	}
-	script("mkfs.ext3", "printf x >> disk.img")
+	script("mkfs.ext3", `/usr/sbin/mkfs.ext3 "$@"; printf x >> disk.img`)
 	_, err = p.Create(ctx, Spec{Name: "v", Size: 8 * MiB, Filesystem: "ext3"})
 	if err == nil || !strings.Contains(err.Error(), "changed the image's size") {
 		t.Fatal(err)
@@ -198,7 +198,8 @@ func TestMkfsThatIsMissingOrFails(t *testing.T) {
 	// A loop device of somebody else went while mkfs looked at all of them.
 	count := filepath.Join(tools, "count")
 	script("mkfs.btrfs", `[ "$1" = --help ] && exit; echo x >> `+count+`; [ $(wc -l < `+count+`) -ge 3 ] ||
-		{ echo "ERROR: cannot check mount status of disk.img: No such device or address" >&2; exit 1; }`)
+		{ echo "ERROR: cannot check mount status of disk.img: No such device or address" >&2; exit 1; }
+		exec /usr/sbin/mkfs.btrfs "$@"`)
 	if _, err := p.Create(ctx, Spec{Name: "retried", Size: 128 * MiB, Filesystem: "btrfs", Allocation: Thin}); err != nil {
 		t.Fatal(err)
 	}

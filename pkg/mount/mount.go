@@ -109,6 +109,9 @@ func explain(err error, spec Spec, target string) error {
 	if !errors.As(err, &c) {
 		return &OpError{Op: "mount", Path: target, Err: err}
 	}
+	if c.param != "" && errors.Is(c.err, syscall.EIO) { // a fault, and not the option's
+		return &OpError{Op: c.op + " " + shorten(c.param) + " for", Path: target, Err: c.err, Words: c.words}
+	}
 	if c.param != "" {
 		reason := c.words
 		if reason == "" {

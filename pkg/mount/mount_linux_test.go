@@ -172,6 +172,13 @@ func TestMountFailuresSayWhy(t *testing.T) {
 		isErrno(t, err, syscall.EINVAL)
 		t.Log(err)
 	})
+	t.Run("a fault is not the option's", func(t *testing.T) {
+		err := explain(&configError{op: "set option", param: "noatime", err: syscall.EIO}, Spec{FSType: "ext4"}, target)
+		if errors.As(err, new(*OptionError)) || errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "noatime") {
+			t.Errorf("got %v", err)
+		}
+		isErrno(t, err, syscall.EIO)
+	})
 	t.Run("a filesystem that this kernel lacks", func(t *testing.T) {
 		_, err := newMount(ext4, "nosuchfs", Options{})
 		err = explain(err, Spec{FSType: "nosuchfs", Source: ext4}, target)

@@ -1,0 +1,36 @@
+package image
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestMkfsThatDidNotFinish: a program that says that it made a filesystem, and did not
+// write its superblock, as mkfs.btrfs does when that write fails, has made none.
+func TestMkfsThatDidNotFinish(t *testing.T) {
+	for _, c := range []struct {
+		filesystem string
+		at         int64 // where a byte is changed
+	}{
+		{"ext2", 1080}, {"ext3", 1080}, {"ext4", 1081}, {"xfs", 0}, {"xfs", 126}, {"btrfs", 64<<10 + 64},
+	} {
+		t.Run(fmt.Sprint(c.filesystem, " at ", c.at), func(t *testing.T) {
+			tools, dir := t.TempDir(), poolDir(t)
+			script := fmt.Sprintf("#!/bin/sh\n/usr/sbin/mkfs.%s \"$@\" || exit\nfor last; do :; done\n"+
+				"[ ! -f \"$last\" ] || printf '\\001' | dd of=\"$last\" bs=1 seek=%d conv=notrunc 2>/dev/null\n", c.filesystem, c.at)
+			if err := os.WriteFile(filepath.Join(tools, "mkfs."+c.filesystem), []byte(script), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			s, p := openPool(t, dir, WithToolDirs(tools))
+			_, err := p.Create(ctx, Spec{Name: "v", Size: 320 * MiB, Filesystem: c.filesystem, Allocation: Thin})
+			if err == nil || !strings.Contains(err.Error(), "no whole "+c.filesystem) {
+				t.Errorf("Create = %v", err)
+			}
+			wantClean(t, dir)
+			wantAccount(t, s, p)
+		})
+	}
+}
