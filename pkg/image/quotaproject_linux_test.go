@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"unsafe"
 
@@ -20,16 +21,31 @@ const bounded = "CSI_LOOP_TEST_BOUNDED"
 const quotaLimit = 96 * MiB
 
 // project makes a filesystem with project quotas, and on it a directory for a pool that
-// may hold quotaLimit. The test is skipped where the kernel has none, and fails where
-// the virtual machine should have them.
+// may hold quotaLimit.
 func project(t *testing.T, fsType string) (dir, device string) {
 	t.Helper()
-	image, top := filepath.Join(t.TempDir(), "pool.img"), t.TempDir()
+	top, device := withQuotas(t, fsType, "quota,project", "prjquota")
+	dir = filepath.Join(top, "pool")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	roottest.Run(t, "xfs_io", "-c", "chproj 7", "-c", "chattr +P", dir)
+	limitQuota(t, device, projectQuota, 7, quotaLimit)
+	return dir, device
+}
+
+// withQuotas mounts a filesystem of 512 MiB with quotas. The features are those that
+// mkfs.ext4 wants for it, the options those of the mount. The test is skipped where the
+// kernel has no such quotas, and fails where the virtual machine should have them.
+func withQuotas(t *testing.T, fsType, features, options string) (top, device string) {
+	t.Helper()
+	top = t.TempDir()
+	image := filepath.Join(t.TempDir(), "pool.img")
 	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 512*MiB)); err != nil {
 		t.Fatal(err)
 	}
 	mkfs := map[string][]string{
-		"ext4": {"mkfs.ext4", "-q", "-F", "-m", "0", "-I", "256", "-O", "quota,project", "-E", "quotatype=prjquota"},
+		"ext4": {"mkfs.ext4", "-q", "-F", "-m", "0", "-I", "256", "-O", features, "-E", "quotatype=" + strings.ReplaceAll(options, ",", ":")},
 		"xfs":  {"mkfs.xfs", "-q", "-f"},
 	}[fsType]
 	roottest.Run(t, append(mkfs, image)...)
@@ -39,26 +55,27 @@ func project(t *testing.T, fsType string) (dir, device string) {
 	}
 	device = string(bytes.TrimSpace(out))
 	t.Cleanup(func() { roottest.Run(t, "losetup", "-d", device) })
-	if err := unix.Mount(device, top, fsType, 0, "prjquota"); err != nil {
+	if err := unix.Mount(device, top, fsType, 0, options); err != nil {
 		if os.Getenv("CSI_LOOP_VM") != "" {
-			t.Fatal("the virtual machine has no project quotas: ", err)
+			t.Fatalf("the virtual machine has no quotas (%s): %v", options, err)
 		}
-		t.Skipf("this kernel has no project quotas for %s (%v): make test-vm runs it in a virtual machine", fsType, err)
+		t.Skipf("this kernel has no such quotas for %s (%s: %v): make test-vm runs it in a virtual machine", fsType, options, err)
 	}
 	t.Cleanup(func() { roottest.Run(t, "umount", top) })
-	dir = filepath.Join(top, "pool")
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	roottest.Run(t, "xfs_io", "-c", "chproj 7", "-c", "chattr +P", dir)
-	limitProject(t, device, quotaLimit)
-	return dir, device
+	return top, device
 }
 
-// limitProject is quotactl's Q_SETQUOTA of project 7.
-func limitProject(t *testing.T, device string, limit int64) {
+// Kinds of quotas, as quotactl numbers them.
+const (
+	userQuota    = 0
+	groupQuota   = 1
+	projectQuota = 2
+)
+
+// limitQuota is quotactl's Q_SETQUOTA: what a user, group or project may have, in bytes.
+func limitQuota(t *testing.T, device string, kind, id uintptr, limit int64) {
 	t.Helper()
-	const setQuota, projects, blockLimits = 0x800008, 2, 1
+	const setQuota, blockLimits = 0x800008, 1
 	arg := struct { // if_dqblk, limits in KiB
 		hard, soft, space, inodesHard, inodesSoft, inodes, blockTime, inodeTime uint64
 		valid                                                                   uint32
@@ -67,8 +84,25 @@ func limitProject(t *testing.T, device string, limit int64) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, _, errno := unix.Syscall6(unix.SYS_QUOTACTL, setQuota<<8|projects, uintptr(unsafe.Pointer(name)), 7, uintptr(unsafe.Pointer(&arg)), 0, 0); errno != 0 {
+	if _, _, errno := unix.Syscall6(unix.SYS_QUOTACTL, setQuota<<8|kind, uintptr(unsafe.Pointer(name)), id, uintptr(unsafe.Pointer(&arg)), 0, 0); errno != 0 {
 		t.Fatal("quotactl: ", errno)
+	}
+}
+
+// withoutResource runs the test that calls it once more, in a process that lacks
+// CAP_SYS_RESOURCE, and reports what that said.
+func withoutResource(t *testing.T) {
+	t.Helper()
+	name, _, _ := strings.Cut(t.Name(), "/")
+	cmd := exec.Command("setpriv", "--inh-caps=-sys_resource", "--bounding-set=-sys_resource", os.Args[0], "-test.run=^"+name+"$", "-test.v")
+	cmd.Env = append(os.Environ(), bounded+"=1")
+	out, err := cmd.CombinedOutput()
+	t.Logf("%s", out)
+	switch {
+	case err != nil:
+		t.Error(err)
+	case bytes.Contains(out, []byte("--- SKIP")):
+		t.Skip("see above")
 	}
 }
 
@@ -78,16 +112,7 @@ func limitProject(t *testing.T, device string, limit int64) {
 func TestProjectQuota(t *testing.T) {
 	roottest.Require(t)
 	if os.Getenv(bounded) == "" {
-		cmd := exec.Command("setpriv", "--inh-caps=-sys_resource", "--bounding-set=-sys_resource", os.Args[0], "-test.run=^TestProjectQuota$", "-test.v")
-		cmd.Env = append(os.Environ(), bounded+"=1")
-		out, err := cmd.CombinedOutput()
-		t.Logf("%s", out)
-		switch {
-		case err != nil:
-			t.Error(err)
-		case bytes.Contains(out, []byte("--- SKIP")):
-			t.Skip("see above")
-		}
+		withoutResource(t)
 		return
 	}
 	for _, fsType := range []string{"ext4", "xfs"} {
@@ -106,7 +131,7 @@ func TestProjectQuota(t *testing.T) {
 				t.Error(err)
 			}
 			thin := create(t, p, Spec{Name: "thin", Size: 32 * MiB, Allocation: Thin})
-			limitProject(t, device, 48*MiB) // somebody takes from it what was promised
+			limitQuota(t, device, projectQuota, 7, 48*MiB) // somebody takes from it what was promised
 			if failed := writeAll(p, thin.ID, 32*MiB); !errors.Is(failed, unix.EDQUOT) && !errors.Is(failed, unix.ENOSPC) {
 				t.Errorf("more was written than the quota is: %v", failed)
 			}
@@ -118,7 +143,7 @@ func TestProjectQuota(t *testing.T) {
 			if err := p.Remove(ctx, thin.ID); err != nil {
 				t.Fatal(err)
 			}
-			limitProject(t, device, quotaLimit)
+			limitQuota(t, device, projectQuota, 7, quotaLimit)
 			eventually(t, func() error {
 				_, err := p.Create(ctx, Spec{Name: "another", Size: 32 * MiB})
 				return err

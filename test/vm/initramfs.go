@@ -21,7 +21,8 @@ const (
 		mkfs.xfs xfs_growfs xfs_repair xfs_db xfs_io xfs_admin
 		mkfs.btrfs btrfs btrfstune
 		cryptsetup
-		losetup mount umount blkid blockdev fallocate fstrim fsfreeze unshare nsenter dmsetup`
+		losetup mount umount blkid blockdev fallocate fstrim fsfreeze unshare nsenter dmsetup sfdisk
+		sh cp ln mv rm sleep`
 	optionalTools = "debugfs findmnt setpriv lsattr chattr strace"
 )
 
