@@ -82,7 +82,7 @@ func (s *controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolu
 	if have, ok := d.images.Find(want.Name); ok {
 		return d.existing(ctx, req, have, want, size)
 	}
-	if err := d.reachable(req.GetAccessibilityRequirements()); err != nil {
+	if err := d.suits(req, want); err != nil {
 		return nil, err
 	}
 	pool, err := d.pool(want.Pool)
@@ -123,6 +123,15 @@ func (d *Driver) same(req *csi.CreateVolumeRequest, have image.Volume, want want
 	return nil
 }
 
+// suits refuses a volume that does not exist yet and cannot be made on this node:
+// RESOURCE_EXHAUSTED.
+func (d *Driver) suits(req *csi.CreateVolumeRequest, want wanted) error {
+	if err := d.reachable(req.GetAccessibilityRequirements()); err != nil {
+		return err
+	}
+	return d.canEncrypt(want.Encryption)
+}
+
 // wanted is a CreateVolume request after validation.
 type wanted struct {
 	image.Spec
@@ -146,9 +155,6 @@ func (d *Driver) parseCreate(req *csi.CreateVolumeRequest, offer *transfer.Offer
 		return none, capacity{}, err
 	}
 	p.tuning = p.tuning.Merge(mutable)
-	if err := d.canEncrypt(p.encryption); err != nil {
-		return none, capacity{}, err
-	}
 	c, err := parseCapacity(req.GetCapacityRange())
 	if err != nil {
 		return none, c, err

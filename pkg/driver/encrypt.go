@@ -63,13 +63,14 @@ func mappingName(ref loop.Ref) string {
 	return fmt.Sprintf("%sloop%d-%d", MappingPrefix, ref.Number, ref.DiskSeq)
 }
 
-// canEncrypt refuses, before anything is made, what this node cannot do.
+// canEncrypt refuses, before anything is made, what this node cannot do:
+// RESOURCE_EXHAUSTED, the code that makes Kubernetes choose another node.
 func (d *Driver) canEncrypt(e image.Encryption) error {
 	if e.Type == "" {
 		return nil
 	}
 	if err := d.crypt.Available(); err != nil {
-		return fmt.Errorf("parameter %q: node %q: %w", paramEncrypted, d.cfg.NodeID, err)
+		return exhaustedf("parameter %q: node %q: %v", paramEncrypted, d.cfg.NodeID, err)
 	}
 	return nil
 }

@@ -40,7 +40,7 @@ func TestNoEncryptionWithoutDMCrypt(t *testing.T) {
 	n := withCrypt(t, fmt.Errorf("%w: no such thing", crypt.ErrUnavailable))
 	params := map[string]string{"encrypted": "true"}
 	_, err := n.tryCreate("v", blockCap(legacy), params, nil)
-	code(t, err, codes.FailedPrecondition)
+	code(t, err, codes.ResourceExhausted) // Kubernetes chooses another node
 	if made := n.store.List(); len(made) > 0 {
 		t.Errorf("made %v", made)
 	}
@@ -51,6 +51,23 @@ func TestNoEncryptionWithoutDMCrypt(t *testing.T) {
 	if _, err := n.tryCreate("v", blockCap(legacy), map[string]string{"encrypted": "false"}, nil); err != nil {
 		t.Error(err)
 	}
+
+	// A volume that was made while there was dm-crypt exists: it must not be made again
+	// elsewhere.
+	n.d.crypt = &fakeCrypt{}
+	have, err := n.tryCreate("secret", blockCap(legacy), params, nil)
+	n.must(err)
+	n.d.crypt = &fakeCrypt{err: crypt.ErrUnavailable}
+	again, err := n.tryCreate("secret", blockCap(legacy), params, nil)
+	if err != nil || again.GetVolumeId() != have.GetVolumeId() {
+		t.Errorf("%v, %v", again, err)
+	}
+	_, err = n.tryCreate("copy", blockCap(legacy), params, volume{id: have.GetVolumeId()}.asSource())
+	code(t, err, codes.ResourceExhausted)
+	_, err = n.client.NodeStageVolume(t.Context(), &csi.NodeStageVolumeRequest{
+		VolumeId: have.GetVolumeId(), StagingTargetPath: filepath.Join(n.dir, "staging"), VolumeCapability: blockCap(legacy), Secrets: map[string]string{"passphrase": leftKey},
+	})
+	code(t, err, codes.FailedPrecondition) // what the kubelet takes for final: nothing is attached
 }
 
 func TestEncryptionParameters(t *testing.T) {

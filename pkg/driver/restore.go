@@ -139,7 +139,7 @@ func (d *Driver) createCopy(ctx context.Context, req *csi.CreateVolumeRequest, w
 			// The tuning follows when the job is done, under the volume's lock.
 			return func(context.Context) error { return nil }, d.same(req, have, want, size)
 		}
-		if err := d.reachable(req.GetAccessibilityRequirements()); err != nil {
+		if err := d.suits(req, want); err != nil {
 			return nil, err
 		}
 		if offer := transfer.OfferOf(ctx); offer != nil && !d.local(want.Source) {

@@ -89,7 +89,7 @@ var sentinelCodes = []struct {
 	// back by itself, and until then nothing is known about the volume.
 	{image.ErrPool, codes.Unavailable, "the disk of the pool is not mounted, fails, or is another than configured: see [CSILoopPoolUnreachable](../operations.md#csilooppoolunreachable)"},
 
-	{crypt.ErrUnavailable, codes.FailedPrecondition, "install cryptsetup on the node and load dm-crypt (`modprobe dm-crypt`), or give the class `allowedTopologies` with nodes that have them: `csi-loop doctor` says what is missing"},
+	{crypt.ErrUnavailable, codes.FailedPrecondition, "install cryptsetup on the node and load dm-crypt (`modprobe dm-crypt`): `csi-loop doctor` says what is missing. CreateVolume answers `ResourceExhausted` with it, so that Kubernetes chooses another node"},
 	{crypt.ErrPassphrase, codes.InvalidArgument, "the node-stage secret has another passphrase than the volume; that of a copy is its source's: see [encrypted volumes](../operations.md#encrypted-volumes)"},
 	{crypt.ErrBusy, codes.Aborted, "somebody has the mapping of an encrypted volume open; it is tried again. `fuser -v /dev/dm-N` on the node says who"},
 
