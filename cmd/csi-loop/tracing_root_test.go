@@ -3,7 +3,10 @@ package main
 import (
 	"context"
 	"encoding/hex"
+	"fmt"
 	"net"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -13,7 +16,9 @@ import (
 	collectorpb "go.opentelemetry.io/proto/otlp/collector/trace/v1"
 	tracepb "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/prototext"
 
 	"github.com/csi-loop/csi-loop/internal/roottest"
@@ -94,6 +99,9 @@ func (c *spanCollector) tree(trace, parent string) string {
 					words = append(words, a.GetKey()+"="+a.GetValue().GetStringValue())
 				}
 			}
+			if kind == "" && x.GetStatus().GetCode() == tracepb.Status_STATUS_CODE_ERROR {
+				words = append(words, "failed")
+			}
 			b.WriteString(indent + strings.Join(words, " ") + "\n")
 			below(hex.EncodeToString(x.GetSpanId()), indent+"  ")
 		}
@@ -173,6 +181,93 @@ func TestTraceOverTheLink(t *testing.T) {
 	for _, resource := range []string{`"service.name"`, `"csi-loop"`, `"k8s.node.name"`, `"n1"`} {
 		if !strings.Contains(text, resource) {
 			t.Errorf("%s is not in it", resource)
+		}
+	}
+}
+
+// The steps of a node's calls are spans below them: those of the loop device, the mounts,
+// the freeze and the copy. A step that fails says so, and why.
+func TestTraceOfTheSteps(t *testing.T) {
+	roottest.Require(t)
+	c := newSpanCollector(t)
+	p := newPlace(t)
+	pool := roottest.Pool(t, "ext4", 1<<30) // no reflinks: what is copied is copied
+	s := spawn(t, nil, replace(p.args("--tracing-endpoint=http://"+c.address), "--pool", "default="+pool)...)
+	s.waitFor("Serving")
+	conn := dial(t, p.socket)
+	controller, node := csi.NewControllerClient(conn), csi.NewNodeClient(conn)
+	capability := capabilityOf("ext4")
+	staging, target := filepath.Join(p.dir, "staging"), filepath.Join(p.dir, "target")
+	if err := os.Mkdir(staging, 0o750); err != nil {
+		t.Fatal(err)
+	}
+	const parent = "b7ad6b7169203331"
+	want := map[string]string{} // by trace
+	// call makes a call in a trace of its own, and says what that shall have.
+	call := func(name string, code codes.Code, steps string, f func(context.Context) error) {
+		t.Helper()
+		trace := fmt.Sprintf("%032x", len(want)+1)
+		want[trace] = name + "\n" + steps
+		if err := f(metadata.AppendToOutgoingContext(t.Context(), "traceparent", "00-"+trace+"-"+parent+"-01")); status.Code(err) != code {
+			t.Fatalf("%s: %v", name, err)
+		}
+	}
+	var id, snapshot, restored string
+	call("Controller/CreateVolume", codes.OK, "  create image\n    format image\n", func(ctx context.Context) error {
+		made, err := controller.CreateVolume(ctx, &csi.CreateVolumeRequest{Name: "pvc-1", CapacityRange: &csi.CapacityRange{RequiredBytes: 16 << 20}, VolumeCapabilities: []*csi.VolumeCapability{capability}})
+		id = made.GetVolume().GetVolumeId()
+		return err
+	})
+	call("Node/NodeStageVolume", codes.OK, "  attach\n  mount\n", func(ctx context.Context) error {
+		_, err := node.NodeStageVolume(ctx, &csi.NodeStageVolumeRequest{VolumeId: id, StagingTargetPath: staging, VolumeCapability: capability})
+		return err
+	})
+	call("Node/NodePublishVolume", codes.OK, "  bind mount\n", func(ctx context.Context) error {
+		_, err := node.NodePublishVolume(ctx, &csi.NodePublishVolumeRequest{VolumeId: id, StagingTargetPath: staging, TargetPath: target, VolumeCapability: capability})
+		return err
+	})
+	call("Controller/CreateSnapshot", codes.OK, "  copy data\n  freeze\n", func(ctx context.Context) error {
+		made, err := controller.CreateSnapshot(ctx, &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: id, Parameters: map[string]string{"copyInUse": "true", "freezeTimeout": "1m"}})
+		snapshot = made.GetSnapshot().GetSnapshotId()
+		return err
+	})
+	call("Controller/CreateVolume", codes.OK, "  create image\n    copy data\n", func(ctx context.Context) error {
+		made, err := controller.CreateVolume(ctx, &csi.CreateVolumeRequest{
+			Name: "pvc-2", CapacityRange: &csi.CapacityRange{RequiredBytes: 16 << 20}, VolumeCapabilities: []*csi.VolumeCapability{capability}, VolumeContentSource: source(snapshot, ""),
+		})
+		restored = made.GetVolume().GetVolumeId()
+		return err
+	})
+	call("Node/NodeUnpublishVolume", codes.OK, "  unmount\n", func(ctx context.Context) error {
+		_, err := node.NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: id, TargetPath: target})
+		return err
+	})
+	call("Node/NodeUnstageVolume", codes.OK, "  unmount\n  wait for detach\n", func(ctx context.Context) error {
+		_, err := node.NodeUnstageVolume(ctx, &csi.NodeUnstageVolumeRequest{VolumeId: id, StagingTargetPath: staging})
+		return err
+	})
+	call("Node/NodeStageVolume", codes.InvalidArgument, "  attach\n  mount failed\n  wait for detach\n", func(ctx context.Context) error {
+		refused := capabilityOf("ext4")
+		refused.GetMount().MountFlags = []string{"inode_readahead_blks=3"} // no power of two
+		_, err := node.NodeStageVolume(ctx, &csi.NodeStageVolumeRequest{VolumeId: id, StagingTargetPath: staging, VolumeCapability: refused})
+		return err
+	})
+	for _, id := range []string{id, restored} {
+		if _, err := controller.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: id}); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := controller.DeleteSnapshot(t.Context(), &csi.DeleteSnapshotRequest{SnapshotId: snapshot}); err != nil {
+		t.Error(err)
+	}
+	s.stop() // sends what is left
+	for trace, want := range want {
+		// Of the call's own span only the name is looked at here.
+		first, steps, _ := strings.Cut(c.tree(trace, parent), "\n")
+		_, method, _ := strings.Cut(first, "csi.v1.")
+		method, _, _ = strings.Cut(method, " ")
+		if diff := cmp.Diff(want, method+"\n"+steps); diff != "" {
+			t.Error(diff)
 		}
 	}
 }

@@ -73,6 +73,14 @@ func (t toldMounts) Unmount(ctx context.Context, target string) error {
 	return err
 }
 
+// Remove is an unmount to whoever reads of it, with the removal of the mount point.
+func (t toldMounts) Remove(ctx context.Context, target string) error {
+	ctx, end := t.step(ctx, "unmount")
+	err := t.mounter.Remove(ctx, target)
+	end(err)
+	return err
+}
+
 func (t toldMounts) Grow(ctx context.Context, s mount.GrowSpec) error {
 	ctx, end := t.step(ctx, "grow filesystem")
 	err := t.mounter.Grow(ctx, s)

@@ -194,6 +194,31 @@ func TestSite(t *testing.T) {
 	}
 }
 
+// A template that is well has a line too: how large it is, and what was made of it.
+func TestTemplateLine(t *testing.T) {
+	s, cfg := goodSite()
+	golden, raw := image.TemplateView{ID: "a.golden"}, image.TemplateView{ID: "a.disk"}
+	golden.Size, golden.Filesystem, raw.Size = 64<<20, "ext4", 2<<30
+	s.Pools[0].Templates = []image.TemplateView{golden, raw}
+	made := s.Pools[0].Volumes[0]
+	made.Source = &image.Source{Template: "a.golden"}
+	other := made
+	other.Source = &image.Source{Snapshot: "a.golden"}
+	s.Pools[0].Volumes = append(s.Pools[0].Volumes, made, made, other)
+	var got []string
+	for _, f := range CheckSite(s, cfg, true) {
+		if strings.HasPrefix(f.Subject, "template ") {
+			got = append(got, fmt.Sprintf("%s %s: %s%s", f.Level, f.Subject, f.Message, f.Fix))
+		}
+	}
+	if want := []string{
+		"ok template a.golden: 64.0 MiB, ext4, in pool p: 2 volumes were made of it",
+		"ok template a.disk: 2.0 GiB, raw, in pool p: 0 volumes were made of it",
+	}; !slices.Equal(got, want) {
+		t.Errorf("got  %q\nwant %q", got, want)
+	}
+}
+
 func TestEveryProblemSaysWhatMendsIt(t *testing.T) {
 	n := goodNode()
 	n.Root, n.Loop, n.MaxPart, n.Capabilities, n.Propagation = false, loop.ErrUnsupported, 1, 0, ""
