@@ -4,8 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,20 +13,14 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
-	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes/fake"
 
-	"github.com/csi-loop/csi-loop/internal/kubeapi/kubeapitest"
 	"github.com/csi-loop/csi-loop/internal/roottest"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/image"
-	"github.com/csi-loop/csi-loop/pkg/loop"
-	"github.com/csi-loop/csi-loop/pkg/mount"
 	"github.com/csi-loop/csi-loop/pkg/router"
-	"github.com/csi-loop/csi-loop/pkg/router/kube"
 	"github.com/csi-loop/csi-loop/pkg/router/link"
 )
 
@@ -61,38 +55,12 @@ func newPair(t *testing.T, pools [2]string) *pair { t.Helper(); return newPairAt
 func newPairAt(t *testing.T, pools [2]string, rate int64) *pair {
 	t.Helper()
 	p := &pair{t: t, place: newPlace(t)}
-	client := fake.NewClientset()
-	certificates := &kube.Certificates{Client: kubeapitest.Of(client), Namespace: "ns", Secret: "s", ConfigMap: "c", ServerName: link.DefaultName}
-	p.must(certificates.Ensure(t.Context()))
-	bundle, err := client.CoreV1().ConfigMaps("ns").Get(t.Context(), "c", meta.GetOptions{})
-	p.must(err)
-	p.ca = p.place.dir + "/ca.crt"
-	p.must(os.WriteFile(p.ca, []byte(bundle.Data[kube.CAKey]), 0o600))
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	p.must(err)
-	p.address = l.Addr().String()
-	p.must(l.Close())
-
-	running, stop := context.WithCancel(context.Background())
-	group, running := errgroup.WithContext(running)
-	done := make(chan error, 1)
-	go func() {
-		done <- routeCSI(running, plan{
-			mode: modeController, endpoint: "unix://" + p.place.socket, stopTimeout: time.Second, driver: driver.Config{Name: driver.DefaultName, Version: "v1"},
-			link: linkConfig{LinkListen: p.address, LinkAdvertise: p.address}, transferRate: rate,
-		}, newMetrics(build{}), group, router.Config{
-			Auth: podTokens{}, Roster: noRoster{}, Claims: noClaims{}, Certificate: certificates.Get,
-		}, func(ctx context.Context, tell func([]string)) {
-			tell([]string{p.address})
-			<-ctx.Done()
-		})
-	}()
-	t.Cleanup(func() {
-		stop()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
+	certificates, ca := linkCertificates(t, fake.NewClientset(), p.place.dir)
+	p.ca, p.address = ca, freeAddress(t)
+	control(t, plan{
+		mode: modeController, endpoint: "unix://" + p.place.socket, stopTimeout: time.Second, driver: driver.Config{Name: driver.DefaultName, Version: "v1"},
+		link: linkConfig{LinkListen: p.address, LinkAdvertise: p.address}, transferRate: rate,
+	}, newMetrics(build{}), router.Config{Auth: podTokens{}, Roster: noRoster{}, Claims: noClaims{}, Certificate: certificates.Get})
 	for i, fsType := range pools {
 		n := &pairNode{p: p, name: fmt.Sprintf("n%d", i+1)}
 		n.work = filepath.Join(p.place.dir, n.name)
@@ -117,25 +85,18 @@ func (p *pair) must(err error) {
 func (n *pairNode) start() {
 	p, t := n.p, n.p.t
 	t.Helper()
-	ctx := context.Background()
-	images, err := image.Open(ctx, []image.Config{{Name: "default", Path: n.pool}}, image.WithRefresh(0))
-	p.must(err)
-	loops, err := loop.New(ctx)
-	p.must(err)
 	c := plan{
 		endpoint: "unix://" + n.work + "/csi.sock", stopTimeout: time.Second,
 		driver: driver.Config{Name: driver.DefaultName, Version: "v1", NodeID: n.name, StateDir: n.work + "/state", DefaultPool: "default"},
 		link:   linkConfig{ControllerAddress: []string{p.address}, ControllerCA: p.ca, LinkTokenFile: n.work + "/token", ControllerName: link.DefaultName},
 	}
 	p.must(os.WriteFile(c.link.LinkTokenFile, []byte(n.name), 0o600))
-	d, err := driver.New(c.driver, images, nil, loops, mount.New())
-	p.must(err)
-	p.must(d.Reconcile(ctx))
+	m := openStack(t, []image.Config{{Name: "default", Path: n.pool}}, c.driver, image.WithRefresh(0))
+	ctx, cancel := context.WithCancel(context.Background())
 	l, err := driver.Listen(ctx, c.endpoint)
 	p.must(err)
-	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan error, 1)
-	go func() { done <- serveNode(ctx, d, images, c, l, newMetrics(build{})) }()
+	go func() { done <- serveNode(ctx, m.d, m.images, c, l, newMetrics(build{})) }()
 	stopped := false
 	n.stop = func() {
 		if stopped {
@@ -143,13 +104,8 @@ func (n *pairNode) start() {
 		}
 		stopped = true
 		cancel()
-		if err := <-done; err != nil {
+		if err := errors.Join(<-done, m.close()); err != nil {
 			t.Error(err)
-		}
-		for _, c := range []interface{ Close() error }{d, images, loops} {
-			if err := c.Close(); err != nil {
-				t.Error(err)
-			}
 		}
 	}
 	t.Cleanup(n.stop)

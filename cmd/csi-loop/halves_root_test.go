@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -14,7 +13,6 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
-	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	core "k8s.io/api/core/v1"
@@ -25,8 +23,6 @@ import (
 	"github.com/csi-loop/csi-loop/internal/roottest"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/image"
-	"github.com/csi-loop/csi-loop/pkg/loop"
-	"github.com/csi-loop/csi-loop/pkg/mount"
 	"github.com/csi-loop/csi-loop/pkg/report"
 	"github.com/csi-loop/csi-loop/pkg/router"
 	"github.com/csi-loop/csi-loop/pkg/router/kube"
@@ -72,59 +68,29 @@ func newHalves(t *testing.T, told plan) *halves {
 	h.volume = v.ID
 	must(store.Close())
 
-	images, err := image.Open(ctx, []image.Config{{Name: "default", Path: place.pool}, {Name: "late", Path: h.lateHome}}, image.WithRefresh(20*time.Millisecond), image.WithSteps(image.Step(told.driver.Step)))
-	must(err)
-	loops, err := loop.New(ctx)
-	must(err)
-	d, err := driver.New(driver.Config{Name: driver.DefaultName, Version: "v1", NodeID: "n1", StateDir: place.state, DefaultPool: "default", Stats: told.driver.Stats, Step: told.driver.Step}, images, nil, loops, mount.New())
-	must(err)
-
-	client := fake.NewClientset(boundVolume(h.volume))
-	h.client, h.metrics = client, newMetrics(build{})
-	certificates := &kube.Certificates{Client: kubeapitest.Of(client), Namespace: "ns", Secret: "s", ConfigMap: "c", ServerName: link.DefaultName}
-	must(certificates.Ensure(ctx))
-	bundle, err := client.CoreV1().ConfigMaps("ns").Get(ctx, "c", meta.GetOptions{})
-	must(err)
-	ca, token := place.dir+"/ca.crt", place.dir+"/token"
-	must(os.WriteFile(ca, []byte(bundle.Data[kube.CAKey]), 0o600))
+	node := openStack(t, []image.Config{{Name: "default", Path: place.pool}, {Name: "late", Path: h.lateHome}}, driver.Config{
+		Name: driver.DefaultName, Version: "v1", NodeID: "n1", StateDir: place.state, DefaultPool: "default", Stats: told.driver.Stats, Step: told.driver.Step,
+	}, image.WithRefresh(20*time.Millisecond), image.WithSteps(image.Step(told.driver.Step)))
+	t.Cleanup(func() {
+		if err := node.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	h.client, h.metrics = fake.NewClientset(boundVolume(h.volume)), newMetrics(build{})
+	certificates, ca := linkCertificates(t, h.client, place.dir)
+	token, address := place.dir+"/token", freeAddress(t)
 	must(os.WriteFile(token, []byte("good\n"), 0o600))
-
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(err)
-	address := l.Addr().String()
-	must(l.Close())
 	p := plan{
 		mode: modeController, endpoint: "unix://" + h.socket, stopTimeout: time.Second, eventInterval: 20 * time.Millisecond, driver: driver.Config{Name: driver.DefaultName, Version: "v1", NodeID: "n1", DefaultPool: "default", Stats: told.driver.Stats}, linkStats: told.linkStats,
 		link: linkConfig{LinkListen: address, LinkAdvertise: address, ControllerAddress: []string{address}, ControllerCA: ca, LinkTokenFile: token, ControllerName: link.DefaultName},
 	}
-	running, stop := context.WithCancel(context.Background())
-	group, running := errgroup.WithContext(running)
-	settings := linkSettings(running, d, images, p)
+	settings := linkSettings(ctx, node.d, node.images, p)
 	settings.Refresh = 20 * time.Millisecond
 	agent := link.NewAgent(settings)
-	group.Go(func() error { agent.Run(running); return nil })
-	notices := kube.NewNotices(running, kubeapitest.Of(client), driver.DefaultName)
-	group.Go(func() error { notices.Run(running); return nil })
-	done := make(chan error, 1)
-	go func() {
-		done <- routeCSI(running, p, h.metrics, group, router.Config{
-			Auth: oneToken{}, Roster: noRoster{}, Claims: noClaims{}, Notices: notices, Certificate: certificates.Get,
-		}, func(ctx context.Context, tell func([]string)) {
-			tell([]string{address})
-			<-ctx.Done()
-		})
-	}()
-	t.Cleanup(func() {
-		stop()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-		for _, c := range []interface{ Close() error }{d, images, loops} {
-			if err := c.Close(); err != nil {
-				t.Error(err)
-			}
-		}
-	})
+	notices := kube.NewNotices(ctx, kubeapitest.Of(h.client), driver.DefaultName)
+	control(t, p, h.metrics, router.Config{
+		Auth: oneToken{}, Roster: noRoster{}, Claims: noClaims{}, Notices: notices, Certificate: certificates.Get,
+	}, func(ctx context.Context) error { agent.Run(ctx); return nil }, func(ctx context.Context) error { notices.Run(ctx); return nil })
 	return h
 }
 
