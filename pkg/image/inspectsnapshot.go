@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"slices"
 )
 
@@ -24,34 +25,61 @@ type SnapshotView struct {
 }
 
 // inspectSnapshots looks at the snapshots and groups of a pool.
-func (p *Pool) inspectSnapshots(ctx context.Context) (all []SnapshotView, err error) {
+func (p *Pool) inspectSnapshots(ctx context.Context) (_ []SnapshotView, err error) {
 	if p.groups, err = openDirAt(p.root, groupsDir); err == nil {
 		err = p.inspectGroups()
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, poolError(p.config, "%s: %w", groupsDir, err)
 	}
-	p.snapshots, err = openDirAt(p.root, snapshotsDir)
+	return inspectEntries(ctx, p, snapshotsDir, &p.snapshots, p.inspectSnapshot)
+}
+
+// inspectEntries looks at what is in a directory of the pool, by name: nothing if there is
+// no such directory, which is opened into dir. What is gone by now is left out.
+func inspectEntries[V any](ctx context.Context, p *Pool, name string, dir **os.File, look func(entry string) (V, bool)) (all []V, err error) {
+	*dir, err = openDirAt(p.root, name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	var content []string
 	if err == nil {
-		content, err = names(p.snapshots)
+		content, err = names(*dir)
 	}
 	if err != nil {
-		return nil, poolError(p.config, "%s: %w", snapshotsDir, err)
+		return nil, poolError(p.config, "%s: %w", name, err)
 	}
 	slices.Sort(content)
-	for _, dir := range content {
+	for _, entry := range content {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		if v, ok := p.inspectSnapshot(dir); ok {
+		if v, ok := look(entry); ok {
 			all = append(all, v)
 		}
 	}
 	return all, nil
+}
+
+// isEntry says whether something is in a directory, as far as can be seen.
+func isEntry(dir *os.File, name string) bool {
+	_, err := statAt(dir, name)
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
+// inspectImage is how much space the image of a snapshot or template has, or what is
+// wrong with it.
+func (p *Pool) inspectImage(parent *os.File, parentName, dir string, size int64) (allocated int64, err error) {
+	d, f, err := p.openImage(parent, parentName, dir, size, false)
+	if err != nil {
+		return 0, err
+	}
+	defer d.Close()
+	defer f.Close()
+	if st, err := statFile(f); err == nil {
+		allocated = st.Allocated
+	}
+	return allocated, nil
 }
 
 func (p *Pool) inspectGroups() error {
@@ -75,24 +103,12 @@ func (p *Pool) inspectSnapshot(dir string) (SnapshotView, bool) {
 	v := SnapshotView{ID: VolumeID(p.ID(), dir), Snapshot: Snapshot{Pool: p.Name()}}
 	r, err := p.loadSnapshot(dir)
 	if err != nil {
-		if _, gone := statAt(p.snapshots, dir); errors.Is(gone, fs.ErrNotExist) {
-			return v, false
-		}
 		v.Err = fmt.Errorf("%s/%s/%s: %w", p.Path(), snapshotsDir, dir, err)
-		return v, true
+		return v, isEntry(p.snapshots, dir)
 	}
 	v.Snapshot = p.snapshot(dir, r)
 	p.cuts[dir] = r
-	d, f, err := p.openImage(p.snapshots, snapshotsDir, dir, r.Volume.Size, false)
-	if err != nil {
-		v.ImageErr = err
-		return v, true
-	}
-	defer d.Close()
-	defer f.Close()
-	if st, err := statFile(f); err == nil {
-		v.Allocated = st.Allocated
-	}
+	v.Allocated, v.ImageErr = p.inspectImage(p.snapshots, snapshotsDir, dir, r.Volume.Size)
 	return v, true
 }
 
