@@ -68,6 +68,8 @@ func TestMistakesAreExplained(t *testing.T) {
 		"storageClasses: [{name: a, default: true}, {name: b, default: true}]":           "storageClasses[1].default: a is the default class already",
 		"storageClasses: [{name: a, parameters: {pool: fast}}]":                          `storageClasses[0].parameters.pool: no node has a pool "fast"; there are: default`,
 		"storageClasses: [{name: a, parameters: {encrypted: true}}]":                     "storageClasses[0]: encrypted volumes need nodeStageSecretRef",
+		`storageClasses: [{name: a, parameters: {encrypted: "1"}}]`:                      "storageClasses[0]: encrypted volumes need nodeStageSecretRef",
+		"storageClasses: [{name: a, parameters: {encrypted: sure}}]":                     "at '/storageClasses/0/parameters/encrypted': value must be one of",
 		"storageClasses: [{name: a, nodeStageSecretRef: {name: s, namespace: x}}]":       `storageClasses[0].nodeStageSecretRef: set parameters.encrypted to "true" too`,
 		"storageClasses: [{name: a, nodeStageSecretRef: {name: s}}]":                     "missing property 'namespace'",
 		"encryption: {pbkdf: scrypt}":                                                    "at '/encryption/pbkdf'",

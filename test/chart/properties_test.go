@@ -244,6 +244,11 @@ func TestClasses(t *testing.T) {
 	}, find[*storage.StorageClass](t, all, "c").Parameters); diff != "" {
 		t.Errorf("encrypted class: %s", diff)
 	}
+	// csi-loop takes more than one word for true.
+	one := find[*storage.StorageClass](t, render(t, `storageClasses: [{name: one, parameters: {encrypted: "1"}, nodeStageSecretRef: {name: s, namespace: x}}]`), "one")
+	if one.Parameters["encrypted"] != "1" {
+		t.Errorf("%v", one.Parameters)
+	}
 	if diff := cmp.Diff(map[string]string{
 		"csi.storage.k8s.io/fstype": "xfs", "pool": "fast", "allocation": "thin", "directIO": "on", "blockSize": "512", "mkfsOptions": "-K", "sourceNode": "required", "readBandwidth": "104857600", "copyInUse": "true", "template": "golden",
 	}, a.Parameters); diff != "" {

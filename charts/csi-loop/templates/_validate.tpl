@@ -170,7 +170,8 @@
 {{- fail (printf "%s.parameters.pool: no node has a pool %q; there are: %s" $at . (join ", " (uniq $pools))) -}}
 {{- end -}}
 {{- end -}}
-{{- $encrypted := eq (toString ($c.parameters | default dict).encrypted) "true" -}}
+{{- /* What csi-loop takes for true. */ -}}
+{{- $encrypted := has (toString ($c.parameters | default dict).encrypted) (list "true" "True" "TRUE" "t" "T" "1") -}}
 {{- if and $encrypted (not $c.nodeStageSecretRef) -}}
 {{- fail (printf "%s: encrypted volumes need nodeStageSecretRef, the secret with their passphrase" $at) -}}
 {{- end -}}
