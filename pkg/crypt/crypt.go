@@ -92,7 +92,7 @@ func (c *Crypt) Available() error {
 	if _, err := find(); err != nil {
 		return err
 	}
-	version, err := targetVersion(filepath.Join(c.dev, "mapper/control"))
+	version, err := targetVersion(c.control())
 	switch {
 	case errors.Is(err, errors.ErrUnsupported):
 		return fmt.Errorf("%w: the kernel has no device mapper (dm_mod)", ErrUnavailable)
@@ -158,7 +158,8 @@ type OpenSpec struct {
 }
 
 // Open maps what Format made, to the end of the device. ErrPassphrase when it is not the
-// one; ErrBusy when there is a mapping of that name.
+// one; ErrBusy when there is a mapping of that name. One that has no table, which an Open
+// that was cut short left, is none: it is ended first.
 func (c *Crypt) Open(ctx context.Context, device string, passphrase []byte, s OpenSpec) (Mapping, error) {
 	args := []string{"open", "--type", "luks2", "--disable-keyring", "--disable-external-tokens", "--key-file", "-"}
 	if s.Discard {
@@ -167,7 +168,17 @@ func (c *Crypt) Open(ctx context.Context, device string, passphrase []byte, s Op
 	if s.ReadOnly {
 		args = append(args, "--readonly")
 	}
-	if err := c.run(ctx, passphrase, append(args, device, s.Name)...); err != nil {
+	args = append(args, device, s.Name)
+	err := c.run(ctx, passphrase, args...)
+	if errors.Is(err, ErrBusy) {
+		if ended, endErr := c.endHollow(ctx, s.Name); endErr != nil {
+			return Mapping{}, errors.Join(err, endErr)
+		} else if ended {
+			klog.FromContext(ctx).Info("Ended a mapping that was never made whole", "mapping", s.Name, "device", device)
+			err = c.run(ctx, passphrase, args...)
+		}
+	}
+	if err != nil {
 		return Mapping{}, err
 	}
 	c.dropNode(s.Name)
@@ -190,7 +201,7 @@ func (c *Crypt) Resize(ctx context.Context, m Mapping) error {
 func (c *Crypt) Close(ctx context.Context, m Mapping) error {
 	deadline := time.Now().Add(busyTime)
 	for {
-		err := remove(filepath.Join(c.dev, "mapper/control"), m.Name, m.UUID, false)
+		err := remove(c.control(), m.Name, m.UUID, false)
 		switch {
 		case err == nil || errors.Is(err, syscall.ENXIO):
 			c.dropNode(m.Name)
@@ -211,7 +222,7 @@ func (c *Crypt) Close(ctx context.Context, m Mapping) error {
 // CloseLast ends the mapping as soon as its last user is gone, which is at once when it
 // has none.
 func (c *Crypt) CloseLast(m Mapping) error {
-	err := remove(filepath.Join(c.dev, "mapper/control"), m.Name, m.UUID, true)
+	err := remove(c.control(), m.Name, m.UUID, true)
 	if err != nil && !errors.Is(err, syscall.ENXIO) {
 		return fmt.Errorf("remove mapping %s after its last user: %w", m.Name, err)
 	}

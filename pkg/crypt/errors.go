@@ -13,4 +13,6 @@ var (
 	ErrForeign = errors.New("a LUKS header of another layout")
 	// ErrBusy says that a mapping has users and stays.
 	ErrBusy = errors.New("the mapping is in use")
+	// ErrGone says that a mapping ended meanwhile.
+	ErrGone = errors.New("the mapping is gone")
 )

@@ -41,9 +41,18 @@ type Header struct {
 // ErrNoHeader when none is whole, ErrForeign when there is one of another layout; any
 // other error is that of reading.
 func ReadHeader(r io.ReaderAt) (Header, error) {
-	var newest Header
-	var sequence uint64
-	found := false
+	copies, err := ReadCopies(r)
+	if err != nil {
+		return Header{}, err
+	}
+	return copies[0], nil
+}
+
+// ReadCopies is ReadHeader for all copies that are whole: one or two, the newer first.
+// They differ where a change of the header was cut short, or reached one of them only.
+func ReadCopies(r io.ReaderAt) ([]Header, error) {
+	var copies []Header
+	var first uint64 // the sequence number of copies[0]
 	for copyNumber, magic := range magics {
 		area := make([]byte, areaBytes)
 		offset := int64(copyNumber) * areaBytes
@@ -51,20 +60,24 @@ func ReadHeader(r io.ReaderAt) (Header, error) {
 			if errors.Is(err, io.EOF) {
 				continue
 			}
-			return Header{}, fmt.Errorf("read the LUKS2 header: %w", err)
+			return nil, fmt.Errorf("read the LUKS2 header: %w", err)
 		}
 		if copyNumber == 0 && isForeign(area) {
-			return Header{}, ErrForeign
+			return nil, ErrForeign
 		}
-		h, number, ok := parseHeader(area, magic, uint64(offset))
-		if ok && (!found || number > sequence) {
-			newest, sequence, found = h, number, true
+		h, sequence, ok := parseHeader(area, magic, uint64(offset))
+		switch {
+		case !ok:
+		case len(copies) > 0 && sequence > first:
+			copies = []Header{h, copies[0]}
+		default:
+			copies, first = append(copies, h), sequence
 		}
 	}
-	if !found {
-		return Header{}, ErrNoHeader
+	if len(copies) == 0 {
+		return nil, ErrNoHeader
 	}
-	return newest, nil
+	return copies, nil
 }
 
 // isForeign says whether a device begins with a LUKS header of a layout that Format does

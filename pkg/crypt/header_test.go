@@ -2,10 +2,13 @@ package crypt
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 )
 
@@ -72,6 +75,45 @@ func TestReadHeader(t *testing.T) {
 				t.Errorf("got %+v, %v", h, err)
 			}
 		})
+	}
+}
+
+// headerCopy is one copy of a header, as far as it is read.
+func headerCopy(number int, sequence uint64, label string) []byte {
+	b := make([]byte, areaBytes)
+	copy(b, magics[number])
+	binary.BigEndian.PutUint16(b[atVersion:], 2)
+	binary.BigEndian.PutUint64(b[atHeaderSize:], areaBytes)
+	binary.BigEndian.PutUint64(b[atSequence:], sequence)
+	copy(b[atLabel:], label)
+	copy(b[atChecksumAlg:], "sha256")
+	binary.BigEndian.PutUint64(b[atOffset:], uint64(number*areaBytes))
+	sum := sha256.Sum256(b)
+	copy(b[atChecksum:], sum[:])
+	return b
+}
+
+func TestReadCopies(t *testing.T) {
+	broken := make([]byte, areaBytes)
+	for name, test := range map[string]struct {
+		first, second []byte
+		want          []string
+	}{
+		"alike":               {headerCopy(0, 4, "a"), headerCopy(1, 4, "a"), []string{"a", "a"}},
+		"the first is newer":  {headerCopy(0, 5, "new"), headerCopy(1, 4, "old"), []string{"new", "old"}},
+		"the second is newer": {headerCopy(0, 4, "old"), headerCopy(1, 5, "new"), []string{"new", "old"}},
+		"first damaged":       {broken, headerCopy(1, 4, "old"), []string{"old"}},
+		"second damaged":      {headerCopy(0, 5, "new"), broken, []string{"new"}},
+		"both damaged":        {broken, broken, nil},
+	} {
+		copies, err := ReadCopies(bytes.NewReader(append(test.first, test.second...)))
+		var labels []string
+		for _, h := range copies {
+			labels = append(labels, h.Label)
+		}
+		if !slices.Equal(labels, test.want) || errors.Is(err, ErrNoHeader) != (test.want == nil) {
+			t.Errorf("%s: %q, %v, want %q", name, labels, err, test.want)
+		}
 	}
 }
 

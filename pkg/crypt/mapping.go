@@ -90,19 +90,31 @@ func (c *Crypt) mapping(device string) (m Mapping, ok bool, err error) {
 		return m, false, nil //nolint:nilerr // it is called otherwise
 	}
 	m = Mapping{Number: number, Path: filepath.Join(c.dev, device)}
+	ok, err = readIdentity(filepath.Join(c.sys, "block", device), &m)
+	return m, ok, err
+}
+
+// readIdentity reads name and UUID of the mapping that a directory of sysfs describes;
+// false when there is none.
+func readIdentity(dir string, m *Mapping) (bool, error) {
 	for _, attr := range []struct {
 		file string
 		into *string
 	}{{"name", &m.Name}, {"uuid", &m.UUID}} {
-		b, err := os.ReadFile(filepath.Join(c.sys, "block", device, "dm", attr.file))
+		b, err := os.ReadFile(filepath.Join(dir, "dm", attr.file))
 		if isGone(err) {
-			return m, false, nil
+			return false, nil
 		} else if err != nil {
-			return m, false, fmt.Errorf("describe %s: %w", device, err)
+			return false, fmt.Errorf("describe %s: %w", filepath.Base(dir), err)
 		}
 		*attr.into = strings.TrimSuffix(string(b), "\n")
 	}
-	return m, true, nil
+	return true, nil
+}
+
+// isNone says whether opening the node of a mapping tells that there is none.
+func isNone(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENODEV) || errors.Is(err, syscall.ENXIO)
 }
 
 // isGone says whether a mapping ended while it was looked at.

@@ -2,6 +2,7 @@ package crypt
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -27,7 +28,8 @@ func runTogether(cmd *exec.Cmd) error {
 	return cmd.Run()
 }
 
-// control asks the device mapper one thing. The answer may follow the request in data.
+// control asks the device mapper one thing. The answer comes in head, and may follow it in
+// data.
 func control(path string, request uintptr, head *unix.DmIoctl, data []byte) error {
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -44,8 +46,50 @@ func control(path string, request uintptr, head *unix.DmIoctl, data []byte) erro
 	if errno != 0 {
 		return errno
 	}
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(head)), unix.SizeofDmIoctl), buffer)
 	copy(data, buffer[unix.SizeofDmIoctl:])
 	return nil
+}
+
+// listNames are the names of all mappings of the machine.
+func listNames(path string) ([]string, error) {
+	for size := 64 << 10; ; size *= 4 {
+		var head unix.DmIoctl
+		answer := make([]byte, size)
+		switch err := control(path, unix.DM_LIST_DEVICES, &head, answer); {
+		case errors.Is(err, unix.ENOENT): // no node: nothing was ever mapped from here
+			return nil, nil
+		case err != nil:
+			return nil, fmt.Errorf("list mappings: %w", err)
+		case head.Flags&unix.DM_BUFFER_FULL_FLAG == 0:
+			return parseNames(answer), nil
+		case size > 64<<20:
+			return nil, fmt.Errorf("list mappings: %w", unix.E2BIG)
+		}
+	}
+}
+
+// status describes the mapping of a name: whether a table is in force. ENXIO when there
+// is no such mapping.
+func status(path, name string) (uuid string, active bool, err error) {
+	var head unix.DmIoctl
+	copy(head.Name[:len(head.Name)-1], name)
+	if err := control(path, unix.DM_DEV_STATUS, &head, nil); err != nil {
+		return "", false, err
+	}
+	return unix.ByteSliceToString(head.Uuid[:]), head.Flags&unix.DM_ACTIVE_PRESENT_FLAG != 0, nil
+}
+
+// blockNumbers are major and minor of an open block device, as sysfs writes them.
+func blockNumbers(f *os.File) (string, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return "", err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return "", fmt.Errorf("%w: no block device", ErrGone)
+	}
+	return fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)), nil
 }
 
 // targetVersion is the version of the kernel's target "crypt", which is loaded if it is a

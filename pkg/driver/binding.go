@@ -88,6 +88,12 @@ func (d *Driver) ensureHeld(ctx context.Context, b binding, image loop.FileID) (
 	if errors.Is(err, loop.ErrNotBound) || errors.Is(err, loop.ErrNotExist) {
 		return false, nil
 	}
+	if err == nil {
+		dev, err = d.withMapping(dev, b)
+	}
+	if errors.Is(err, crypt.ErrGone) {
+		return false, nil
+	}
 	if err != nil {
 		return false, err
 	}

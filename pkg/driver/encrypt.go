@@ -5,10 +5,8 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
-	"fmt"
+	"io"
 	"os"
-
-	"github.com/container-storage-interface/spec/lib/go/csi"
 
 	"github.com/csi-loop/csi-loop/pkg/crypt"
 	"github.com/csi-loop/csi-loop/pkg/image"
@@ -29,6 +27,8 @@ type encrypter interface {
 	Close(ctx context.Context, m crypt.Mapping) error
 	CloseLast(m crypt.Mapping) error
 	Over(device string) ([]crypt.Mapping, error)
+	Hollow(prefix string) ([]crypt.Mapping, error)
+	Hold(m crypt.Mapping) (io.Closer, error)
 	Size(m crypt.Mapping) (int64, error)
 	SetReadAhead(m crypt.Mapping, n int64) error
 }
@@ -59,10 +59,6 @@ func labelOf(volumeID string) string {
 	return labelPrefix + hex.EncodeToString(sum[:16])
 }
 
-func mappingName(ref loop.Ref) string {
-	return fmt.Sprintf("%sloop%d-%d", MappingPrefix, ref.Number, ref.DiskSeq)
-}
-
 // canEncrypt refuses, before anything is made, what this node cannot do:
 // RESOURCE_EXHAUSTED, the code that makes Kubernetes choose another node.
 func (d *Driver) canEncrypt(e image.Encryption) error {
@@ -70,7 +66,7 @@ func (d *Driver) canEncrypt(e image.Encryption) error {
 		return nil
 	}
 	if err := d.crypt.Available(); err != nil {
-		return exhaustedf("parameter %q: node %q: %v", paramEncrypted, d.cfg.NodeID, err)
+		return exhaustedf("parameter %q: node %q cannot encrypt: %v", paramEncrypted, d.cfg.NodeID, err)
 	}
 	return nil
 }
@@ -91,17 +87,6 @@ func passphraseOf(secrets map[string]string) ([]byte, error) {
 func (d *Driver) isEncrypted(id string) bool {
 	v, err := d.volumeNamed(id)
 	return err == nil && v.Encrypted()
-}
-
-// mappingOver finds the mapping of a binding.
-func (d *Driver) mappingOver(ref loop.Ref) (crypt.Mapping, bool, error) {
-	all, err := d.crypt.Over(fmt.Sprintf("loop%d", ref.Number))
-	for _, m := range all {
-		if m.Name == mappingName(ref) {
-			return m, true, nil
-		}
-	}
-	return crypt.Mapping{}, false, err
 }
 
 // fullBinding is bindingOf with the mapping over an encrypted volume's device, if there
@@ -180,61 +165,6 @@ func (d *Driver) isUnfinished(ctx context.Context, id string) (bool, error) {
 func withoutHeader(err error) error {
 	if errors.Is(err, crypt.ErrNoHeader) || errors.Is(err, crypt.ErrForeign) {
 		return nil
-	}
-	return err
-}
-
-// mapped is a binding with its mapping.
-func (d *Driver) mapped(b binding, m crypt.Mapping) (binding, error) {
-	device, err := d.mtab.DeviceAt(m.Path)
-	b.Device, b.Mapping = device, m
-	return b, err
-}
-
-// closeMappings ends what lies over the device of a binding that is still in force: its
-// mapping, and what a killed cryptsetup left.
-func (d *Driver) closeMappings(ctx context.Context, b binding, image loop.FileID) error {
-	if _, bound, err := d.loopStatus(ctx, b, image); err != nil || !bound {
-		return err
-	}
-	all, err := d.crypt.Over(fmt.Sprintf("loop%d", b.Number))
-	errs := []error{err}
-	for _, m := range all {
-		if m.Name == mappingName(b.ref()) || m.Temporary() {
-			errs = append(errs, d.crypt.Close(ctx, m))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// growMapping lets a mapping follow its loop device.
-func (d *Driver) growMapping(ctx context.Context, b binding, want int64) error {
-	if err := d.crypt.Resize(ctx, b.Mapping); err != nil {
-		return err
-	}
-	size, err := d.crypt.Size(b.Mapping)
-	if err != nil {
-		return err
-	}
-	if size != want {
-		return abortedf("%s has %d bytes, its volume %d", b.Mapping.Path, size, want)
-	}
-	return nil
-}
-
-// mappingProblem finds a mapping that did not follow the growth of its volume.
-func (d *Driver) mappingProblem(r stageRecord, v image.Volume, p *problems) {
-	size, err := d.crypt.Size(r.Device.Mapping)
-	if err == nil && v.ID != "" && size < v.Content() {
-		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonDeviceSmaller, "%s has %d bytes, the volume %d: the expansion is not finished on this node", r.Device.Mapping.Path, size, v.Content())
-	}
-}
-
-// addMapping notes the mapping over a device of a raw block volume.
-func (d *Driver) addMapping(w *writers, info loop.Info) error {
-	m, ok, err := d.mappingOver(info.Ref)
-	if ok {
-		w.nodes = append(w.nodes, m.Path)
 	}
 	return err
 }

@@ -5,13 +5,16 @@ import (
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 
 	"github.com/csi-loop/csi-loop/internal/roottest"
+	"github.com/csi-loop/csi-loop/pkg/crypt"
 	"github.com/csi-loop/csi-loop/pkg/image"
 )
 
@@ -151,4 +154,102 @@ func TestEncryptedLabelIsProven(t *testing.T) {
 		e.must(e.unstage(id))
 		e.remove(id)
 	}
+}
+
+// copier keeps the header as it is before it gets its label.
+type copier struct {
+	encrypter
+
+	image  string
+	header []byte
+}
+
+func (c *copier) Relabel(ctx context.Context, device, label string) error {
+	b, err := os.ReadFile(c.image)
+	if err != nil {
+		return err
+	}
+	c.header = b[:32<<10]
+	return c.encrypter.Relabel(ctx, device, label)
+}
+
+// TestEncryptedOldSecondCopy: an end of cryptsetup between the two copies of a header leaves a second that
+// says that nobody was given the volume. The next staging makes both the same, and hands it out then.
+func TestEncryptedOldSecondCopy(t *testing.T) {
+	e := newEncrypting(t)
+	c := mountCap("ext4", oneWriter)
+	id := e.create("v", c, 64*mib, nil, nil)
+	was := &copier{encrypter: e.d.crypt, image: e.image(id)}
+	e.d.crypt = was
+	e.must(e.stage(id, c, e.key(goodKey)))
+	e.write(filepath.Join(e.path("staging", id), "file"))
+	e.must(e.unstage(id))
+	f, err := os.OpenFile(e.image(id), os.O_RDWR, 0)
+	e.must(err)
+	defer f.Close()
+	_, err = f.WriteAt(was.header[16<<10:], 16<<10)
+	e.must(err)
+	if copies, err := crypt.ReadCopies(f); err != nil || len(copies) != 2 || copies[0].Label != labelOf(id) || copies[1].Label != labelUnfinished {
+		t.Fatalf("copies %+v, %v", copies, err)
+	}
+	e.must(e.stage(id, c, e.key(goodKey)))
+	e.read(filepath.Join(e.path("staging", id), "file"))
+	if copies, err := crypt.ReadCopies(f); err != nil || len(copies) != 2 || copies[1].Label != labelOf(id) {
+		t.Fatalf("copies %+v, %v", copies, err)
+	}
+	e.must(e.unstage(id))
+	e.damageHeader(id, 16<<10) // the second is believed now
+	e.must(e.stage(id, c, e.key(goodKey)))
+	e.read(filepath.Join(e.path("staging", id), "file"))
+	e.must(e.unstage(id))
+	e.remove(id)
+}
+
+// TestEncryptedHollowMapping: cryptsetup was ended before the mapping had a table. The next staging, and the
+// start if the device is gone, end what is left; it is not in the way until a reboot.
+func TestEncryptedHollowMapping(t *testing.T) {
+	e := newEncrypting(t)
+	t.Setenv("DM_DISABLE_UDEV", "1") // dmsetup makes the nodes itself
+	c := blockCap(legacy)
+	id := e.create("raw", c, 16*mib, nil, nil)
+	e.must(e.stage(id, c, e.key(goodKey)))
+	r, _ := e.d.state.get(id)
+	name := r.Device.Mapping.Name
+	e.must(e.d.letGo(r.Device.ref()))
+	e.must(e.d.crypt.Close(t.Context(), r.Device.Mapping))
+	roottest.Run(t, "dmsetup", "create", name, "--notable")
+	e.must(e.stage(id, c, e.key(goodKey)))
+	e.must(e.publish(id, c, false))
+	e.write(e.path("target", id))
+	e.must(e.unpublish(id))
+	e.must(e.unstage(id))
+	e.clean()
+	roottest.Run(t, "dmsetup", "create", name, "--notable")
+	e.restart()
+	if left := roottest.Run(t, "dmsetup", "ls"); strings.Contains(left, MappingPrefix) {
+		t.Errorf("left by the start: %s", left)
+	}
+	e.remove(id)
+}
+
+// TestEncryptedMappingIsHeld: the mapping of a raw block volume cannot be removed by hand, so that its number
+// does not go to another below the pod.
+func TestEncryptedMappingIsHeld(t *testing.T) {
+	e := newEncrypting(t)
+	c := blockCap(legacy)
+	id := e.create("raw", c, 16*mib, nil, nil)
+	e.must(e.stage(id, c, e.key(goodKey)))
+	e.must(e.publish(id, c, false))
+	for _, when := range []string{"staged", "started"} {
+		r, _ := e.d.state.get(id)
+		if out, err := exec.Command("dmsetup", "remove", r.Device.Mapping.Name).CombinedOutput(); err == nil {
+			t.Fatalf("%s: removed: %s", when, out)
+		}
+		e.healthy(id)
+		e.restart()
+	}
+	e.must(e.unpublish(id))
+	e.must(e.unstage(id))
+	e.clean()
+	e.remove(id)
 }

@@ -1,14 +1,8 @@
 package driver
 
 import (
-	"context"
-	"crypto/sha256"
-	"encoding/binary"
-	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -18,137 +12,6 @@ import (
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 )
-
-// fakeMappings are mappings over the fake's loop devices. The headers are real, as the
-// driver reads them in the image; what is behind them is not encrypted.
-type fakeMappings struct {
-	t         *testing.T
-	k         *fakeKernel
-	node      string // a file that stands for the node of every mapping
-	over      map[string]crypt.Mapping
-	key       map[string]string // by UUID
-	formatted int
-}
-
-func newFakeMappings(t *testing.T) (*node, *fakeMappings) {
-	n := newFake(t)
-	m := &fakeMappings{t: t, k: n.fake, node: filepath.Join(n.dir, "dm-0"), over: map[string]crypt.Mapping{}, key: map[string]string{}}
-	n.must(os.WriteFile(m.node, nil, 0o600))
-	n.d.crypt = m
-	return n, m
-}
-
-// restarted is a restart of the driver, which keeps the mappings.
-func (m *fakeMappings) restarted(n *node) {
-	n.halt()
-	n.start()
-	n.d.crypt = m
-}
-
-func (m *fakeMappings) device(path string) *fakeDevice {
-	m.k.mu.Lock()
-	defer m.k.mu.Unlock()
-	return m.k.devices[int(nodeMinor(path))]
-}
-
-func (m *fakeMappings) header(path string) crypt.Header {
-	f, err := os.Open(m.device(path).path)
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	defer f.Close()
-	h, _ := crypt.ReadHeader(f)
-	return h
-}
-
-// writeHeader writes both copies of a LUKS2 header, as far as they are read.
-func (m *fakeMappings) writeHeader(file, uuid, label string) {
-	m.t.Helper()
-	const size = 16 << 10
-	f, err := os.OpenFile(file, os.O_RDWR, 0)
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	defer f.Close()
-	for i, magic := range []string{"LUKS\xba\xbe", "SKUL\xba\xbe"} {
-		b := make([]byte, size)
-		copy(b, magic)
-		binary.BigEndian.PutUint16(b[6:], 2)
-		binary.BigEndian.PutUint64(b[8:], size)
-		copy(b[24:], label)
-		copy(b[72:], "sha256")
-		copy(b[168:], uuid)
-		binary.BigEndian.PutUint64(b[256:], uint64(i*size))
-		sum := sha256.Sum256(b)
-		copy(b[448:], sum[:])
-		if _, err := f.WriteAt(b, int64(i*size)); err != nil {
-			m.t.Fatal(err)
-		}
-	}
-}
-
-func (m *fakeMappings) Available() error { return nil }
-
-func (m *fakeMappings) Format(_ context.Context, device string, key []byte, s crypt.FormatSpec) error {
-	m.formatted++
-	uuid := fmt.Sprintf("header-%d", m.formatted)
-	m.key[uuid] = string(key)
-	m.writeHeader(m.device(device).path, uuid, s.Label)
-	return nil
-}
-
-func (m *fakeMappings) Relabel(_ context.Context, device, label string) error {
-	m.writeHeader(m.device(device).path, m.header(device).UUID, label)
-	return nil
-}
-
-func (m *fakeMappings) Verify(_ context.Context, device string, key []byte) error {
-	if m.key[m.header(device).UUID] != string(key) {
-		return crypt.ErrPassphrase
-	}
-	return nil
-}
-
-func (m *fakeMappings) Open(ctx context.Context, device string, key []byte, s crypt.OpenSpec) (crypt.Mapping, error) {
-	below := filepath.Base(device)
-	if _, ok := m.over[below]; ok {
-		return crypt.Mapping{}, crypt.ErrBusy
-	}
-	if err := m.Verify(ctx, device, key); err != nil {
-		return crypt.Mapping{}, err
-	}
-	made := crypt.Mapping{Name: s.Name, UUID: "CRYPT-LUKS2-" + strings.ReplaceAll(m.header(device).UUID, "-", "") + "-" + s.Name, Path: m.node}
-	m.over[below] = made
-	return made, nil
-}
-
-func (m *fakeMappings) Close(_ context.Context, closed crypt.Mapping) error {
-	for below, have := range m.over {
-		if have == closed {
-			delete(m.over, below)
-		}
-	}
-	return nil
-}
-
-func (m *fakeMappings) CloseLast(crypt.Mapping) error               { return nil }
-func (m *fakeMappings) Resize(context.Context, crypt.Mapping) error { return nil }
-func (m *fakeMappings) SetReadAhead(crypt.Mapping, int64) error     { return nil }
-func (m *fakeMappings) Over(device string) (all []crypt.Mapping, err error) {
-	if made, ok := m.over[device]; ok {
-		all = append(all, made)
-	}
-	return all, nil
-}
-
-func (m *fakeMappings) Size(made crypt.Mapping) (int64, error) {
-	for below, have := range m.over {
-		if have == made {
-			return m.device("/dev/"+below).info.Size - image.HeaderSize, nil
-		}
-	}
-	return 0, errors.New("no such mapping")
-}
 
 // stageWith stages with a passphrase.
 func (v volume) stageWith(key string) error {
@@ -212,11 +75,12 @@ func TestRecoveredByItsMapping(t *testing.T) {
 	id := image.VolumeID("aaaaaaaaaaaaaaaaaaaa", "v")
 	dev, err := n.fake.Attach(t.Context(), f, loop.Mapping{BlockSize: 4096, Tag: poolTag(id)})
 	n.must(err)
-	m.over["loop0"] = crypt.Mapping{Name: mappingName(dev.Info().Ref), Path: m.node}
+	m.put("loop0", crypt.Mapping{Name: mappingName(dev.Info().Ref), Path: m.node})
 	r := stageRecord{VolumeID: id}
 	if found, err := n.d.recoverStaging(t.Context(), &r); err != nil || !found || !r.Block || !r.Encrypted || !r.Device.encrypted() {
 		t.Errorf("%v, %v: %+v", found, err, r)
 	}
+	m.lose()
 	n.must(dev.Close())
 	n.must(n.fake.Detach(t.Context(), dev.Info().Ref))
 }
@@ -251,8 +115,8 @@ func TestFinalErrorLeavesNoDevice(t *testing.T) {
 	v := n.create("v", 16*mib, blockCap(legacy), encrypted)
 	n.must(v.stageWith(leftKey))
 	r := n.record(v.id)
+	m.lose()
 	n.must(n.d.letGo(r.Device.ref()))
-	m.over = map[string]crypt.Mapping{}
 	r.Device = binding{}
 	n.must(n.d.state.put(r))
 	code(t, v.stageWith(otherKey), codes.InvalidArgument)
@@ -261,8 +125,8 @@ func TestFinalErrorLeavesNoDevice(t *testing.T) {
 	}
 	// Nor does a start keep one.
 	n.must(v.stageWith(leftKey))
-	m.over = map[string]crypt.Mapping{}
-	m.restarted(n)
+	m.lose()
+	n.restart()
 	if all, _ := n.fake.FindAll(t.Context()); len(all) > 0 {
 		t.Fatalf("left by the start: %+v", all)
 	}

@@ -38,8 +38,9 @@ type node struct {
 	pool []image.Config
 	dirs []string
 
-	fake *fakeKernel
-	pods *fakePods
+	fake     *fakeKernel
+	pods     *fakePods
+	mappings encrypter // dm-crypt is asked if nil
 
 	socket string
 	d      *Driver
@@ -89,6 +90,9 @@ func (n *node) start() {
 	d, err := newDriver(n.cfg, store, dirs, n.fake, n.fake, fakeMounts{n.fake}, n.fake, n.fake)
 	n.must(err)
 	d.tuner, d.pods = n.fake, n.pods
+	if n.mappings != nil {
+		d.crypt = n.mappings
+	}
 	n.must(d.Reconcile(ctx))
 	n.socket = filepath.Join(socketDir(n.t), "csi.sock")
 	l, err := Listen(ctx, "unix://"+n.socket)

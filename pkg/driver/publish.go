@@ -339,12 +339,15 @@ func (d *Driver) dropReadDevice(ctx context.Context, r *stageRecord) error {
 		return nil
 	}
 	d.resetReadAhead(ctx, *r, r.ReadDevice)
+	if err := d.letGo(r.ReadDevice.ref()); err != nil {
+		return err
+	}
 	if r.ReadDevice.encrypted() { // recovered: a staging for reading, beside one for writing
 		if err := d.closeMappings(ctx, r.ReadDevice, r.Image); err != nil {
 			return err
 		}
 	}
-	if err := errors.Join(d.letGo(r.ReadDevice.ref()), d.loops.Detach(ctx, r.ReadDevice.ref())); err != nil {
+	if err := d.loops.Detach(ctx, r.ReadDevice.ref()); err != nil {
 		return err
 	}
 	delete(r.ReadAhead, r.ReadDevice.Number)

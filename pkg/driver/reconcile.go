@@ -21,6 +21,7 @@ import (
 //     was never recorded as done is recorded, a read-only device that nobody
 //     published is detached;
 //   - forgets records of stagings that the kernel does not know (a reboot);
+//   - ends mappings of encrypted volumes that were never made whole;
 //   - removes inline ephemeral volumes whose pods are gone.
 //
 // Devices and mounts that belong to no record are reported when they show an
@@ -38,6 +39,9 @@ func (d *Driver) Reconcile(ctx context.Context) error {
 		}
 	}
 	d.reportUnexplained(ctx, all, explained)
+	if err := d.sweepMappings(ctx); err != nil {
+		errs = append(errs, fmt.Errorf("reconcile mappings: %w", err))
+	}
 	if err := d.sweepEphemeral(ctx); err != nil {
 		errs = append(errs, fmt.Errorf("reconcile inline ephemeral volumes: %w", err))
 	}
@@ -171,7 +175,7 @@ func (d *Driver) forget(ctx context.Context, r stageRecord) error {
 // takeDown ends the mapping and the device of an encrypted volume that is staged no more.
 // Nobody uses them, or they stay, as the kernel shows then.
 func (d *Driver) takeDown(ctx context.Context, r stageRecord) error {
-	err := d.closeMappings(ctx, r.Device, r.Image)
+	err := errors.Join(d.letGo(r.Device.ref()), d.closeMappings(ctx, r.Device, r.Image))
 	switch {
 	case errors.Is(err, crypt.ErrBusy):
 		return nil
@@ -181,7 +185,7 @@ func (d *Driver) takeDown(ctx context.Context, r stageRecord) error {
 		_ = d.loops.WaitUnbound(ctx, r.Device.ref())
 		return nil
 	}
-	if err := errors.Join(d.letGo(r.Device.ref()), d.loops.Detach(ctx, r.Device.ref())); !errors.Is(err, loop.ErrBusy) {
+	if err := d.loops.Detach(ctx, r.Device.ref()); !errors.Is(err, loop.ErrBusy) {
 		return err
 	}
 	return nil

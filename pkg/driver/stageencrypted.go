@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"io"
 
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
@@ -38,11 +39,12 @@ func (d *Driver) stageEncrypted(ctx context.Context, src source, want stageRecor
 	if err != nil {
 		return err
 	}
-	before, shown, err := d.leftOver(dev.Info())
+	before, shown, err := d.leftOver(ctx, dev.Info())
 	stays := dev.Reused() && (err != nil || len(shown) > 0)
 	if err == nil {
-		if want.Device, err = d.unlock(ctx, src, want, f, before, shown, dev.Info(), passphrase); err == nil {
-			err = d.finishEncrypted(ctx, src, &want, dev)
+		var held io.Closer
+		if want.Device, held, err = d.unlock(ctx, src, want, f, before, shown, dev.Info(), passphrase); err == nil {
+			err = d.finishEncrypted(ctx, src, &want, dev, held)
 		}
 	}
 	switch {
@@ -60,8 +62,11 @@ func (d *Driver) stageEncrypted(ctx context.Context, src source, want stageRecor
 }
 
 // leftOver describes a device with the mapping that is over it already, and where that is
-// mounted, or its node.
-func (d *Driver) leftOver(info loop.Info) (b binding, shown []string, err error) {
+// mounted, or its node. One that was never made whole is ended.
+func (d *Driver) leftOver(ctx context.Context, info loop.Info) (b binding, shown []string, err error) {
+	if err := d.endHollow(ctx, info.Ref); err != nil {
+		return b, nil, err
+	}
 	b, err = d.fullBinding(info, true)
 	if err == nil && b.encrypted() {
 		shown, err = d.mountsOf(b)
@@ -69,16 +74,26 @@ func (d *Driver) leftOver(info loop.Info) (b binding, shown []string, err error)
 	return b, shown, err
 }
 
-// finishEncrypted makes the staging of an open mapping whole, and keeps or closes dev.
-func (d *Driver) finishEncrypted(ctx context.Context, src source, want *stageRecord, dev attached) error {
+// finishEncrypted makes the staging of an open mapping whole. dev is kept or closed then,
+// and after an error it is the caller's as before; held, which keeps the mapping, is kept
+// or closed in any case.
+func (d *Driver) finishEncrypted(ctx context.Context, src source, want *stageRecord, dev attached, held io.Closer) error {
 	if want.Block {
 		if err := d.state.put(*want); err != nil {
-			return err
+			return errors.Join(err, held.Close())
 		}
-		d.hold(dev)
+		d.hold(heldMapping{dev, held})
 		return nil
 	}
-	shown := dev.Info()
+	// From the mount on that keeps the mapping.
+	if err := errors.Join(d.mountMapping(ctx, src, want, dev.Info()), held.Close()); err != nil {
+		return err
+	}
+	return dev.Close()
+}
+
+// mountMapping mounts the filesystem in a mapping that is held, and writes it down.
+func (d *Driver) mountMapping(ctx context.Context, src source, want *stageRecord, shown loop.Info) error {
 	shown.Path, shown.Size = want.Device.Mapping.Path, shown.Size-image.HeaderSize
 	sb, err := superblockAt(shown.Path)
 	if err != nil {
@@ -102,10 +117,7 @@ func (d *Driver) finishEncrypted(ctx context.Context, src source, want *stageRec
 	if err := d.crypt.CloseLast(want.Device.Mapping); err != nil {
 		return err
 	}
-	if err := d.state.put(*want); err != nil {
-		return err
-	}
-	return dev.Close()
+	return d.state.put(*want)
 }
 
 // undoEncrypted takes back a staging that failed half-way: the mount, the mapping, the
@@ -126,14 +138,15 @@ func (d *Driver) undoEncrypted(ctx context.Context, r stageRecord, dev attached)
 			return errors.Join(err, dev.Close())
 		}
 	}
-	if err := d.closeMappings(ctx, full, r.Image); err != nil {
+	// A start may hold what a crash left.
+	if err := errors.Join(d.letGo(full.ref()), d.closeMappings(ctx, full, r.Image)); err != nil {
 		return errors.Join(err, dev.Close())
 	}
 	switch err := dev.Close(); {
 	case err != nil:
 		return err
 	case r.Block: // also one that a crash left: without its mapping it is shown to nobody
-		return errors.Join(d.letGo(full.ref()), d.loops.Detach(ctx, full.ref()))
+		return d.loops.Detach(ctx, full.ref())
 	case dev.Reused():
 		return nil
 	}

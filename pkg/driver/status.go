@@ -91,6 +91,7 @@ var sentinelCodes = []struct {
 
 	{crypt.ErrUnavailable, codes.FailedPrecondition, "install cryptsetup on the node and load dm-crypt (`modprobe dm-crypt`): `csi-loop doctor` says what is missing. CreateVolume answers `ResourceExhausted` with it, so that Kubernetes chooses another node"},
 	{crypt.ErrPassphrase, codes.InvalidArgument, "the node-stage secret has another passphrase than the volume; that of a copy is its source's: see [encrypted volumes](../operations.md#encrypted-volumes)"},
+	{crypt.ErrGone, codes.Aborted, "the mapping of an encrypted volume was removed by hand while it was used; it is tried again"},
 	{crypt.ErrBusy, codes.Aborted, "somebody has the mapping of an encrypted volume open; it is tried again. `fuser -v /dev/dm-N` on the node says who"},
 
 	{loop.ErrBusy, codes.Aborted, "somebody has the loop device open; it is tried again. `fuser -vm` on the node says who"},

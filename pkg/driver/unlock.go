@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 
 	"k8s.io/klog/v2"
@@ -28,15 +29,18 @@ const (
 func (c content) isNew() bool { return c == contentNone || c == contentUnfinished }
 
 // contentOf looks what an image holds. Only what is certain counts as new: a header
-// that says so itself, or no header at all and nothing but zeros behind the place of one.
-// Without a header there is no key, so even data that such zeros once were could not be
-// read by anybody.
+// that says so itself in each copy that is whole, or no header at all and nothing but zeros
+// behind the place of one. Without a header there is no key, so even data that such zeros
+// once were could not be read by anybody.
 func contentOf(ctx context.Context, volumeID string, f *os.File) (content, error) {
-	h, err := crypt.ReadHeader(f)
+	copies, err := crypt.ReadCopies(f)
 	switch {
-	case err == nil && h.Label == labelUnfinished:
+	case err == nil && copies[0].Label == labelUnfinished:
+		if copies[len(copies)-1].Label != labelUnfinished {
+			return contentDamaged, nil // a label is never taken back
+		}
 		return contentUnfinished, nil
-	case err == nil && h.Label == labelOf(volumeID):
+	case err == nil && copies[0].Label == labelOf(volumeID):
 		return contentOwn, nil
 	case err == nil:
 		return contentCopied, nil
@@ -57,81 +61,112 @@ var errHeader = fmt.Errorf("%w: its LUKS header is damaged, missing, or not csi-
 
 // unlock opens the mapping of a volume whose device is attached as b says, makes what is
 // in a new one, and gives a copy an identity of its own. shown is where a mapping that is
-// there already is mounted. After an error a mapping may be left.
-func (d *Driver) unlock(ctx context.Context, src source, want stageRecord, f *os.File, b binding, shown []string, info loop.Info, passphrase []byte) (binding, error) {
+// there already is mounted. held keeps the mapping, from before anything is done with it;
+// the caller closes it. After an error there is none, and a mapping may be left.
+func (d *Driver) unlock(ctx context.Context, src source, want stageRecord, f *os.File, b binding, shown []string, info loop.Info, passphrase []byte) (_ binding, held io.Closer, err error) {
 	holds, err := contentOf(ctx, want.VolumeID, f)
 	if err != nil {
-		return b, err
+		return b, nil, err
 	}
 	if b.encrypted() { // a crash left it, or the record was lost
 		switch {
 		case holds == contentOwn, holds == contentCopied && info.ReadOnly:
-			if err := d.whose(d.crypt.Verify(ctx, info.Path, passphrase), src); err != nil {
-				return b, err
-			}
-			return b, provenOwn(f, b.Mapping, want)
+			return d.takeUp(ctx, src, want, f, b, info, passphrase)
 		case holds == contentNone, holds == contentDamaged:
 			// A header opened it, so this one was lost since. The mapping has what is left
 			// of the key, and stays.
-			return b, fmt.Errorf("%w; %s is open all the same: save what it shows", errHeader, b.Mapping.Path)
+			return b, nil, fmt.Errorf("%w; %s is open all the same: save what it shows", errHeader, b.Mapping.Path)
 		case len(shown) > 0:
 			// A node that is shown is no user: the mapping would go, and its number with it,
 			// to the next volume that somebody opens.
-			return b, abortedf("%s is at %q, and the header of the volume says that nobody was given it", b.Mapping.Path, shown)
+			return b, nil, abortedf("%s is at %q, and the header of the volume says that nobody was given it", b.Mapping.Path, shown)
 		default:
-			if err := d.crypt.Close(ctx, b.Mapping); err != nil {
-				return b, err
+			if err := errors.Join(d.letGo(info.Ref), d.crypt.Close(ctx, b.Mapping)); err != nil {
+				return b, nil, err
 			}
 		}
 	}
-	m, err := d.openMapping(ctx, src, info, passphrase, holds)
+	m, held, err := d.openMapping(ctx, src, info, passphrase, holds)
 	if err != nil {
-		return b, err
+		return b, nil, err
 	}
 	if holds != contentOwn && !info.ReadOnly {
-		if err := d.furnish(ctx, src, want, info, m, holds); err != nil {
-			return b, err
-		}
+		err = d.furnish(ctx, src, want, info, m, holds)
 	}
-	if err := provenOwn(f, m, want); err != nil {
-		return b, err
-	}
-	return d.mapped(b, m)
+	return d.proven(f, want, b, m, held, err)
 }
 
-// openMapping opens what an image holds, under a header that it makes if that is new.
-func (d *Driver) openMapping(ctx context.Context, src source, info loop.Info, passphrase []byte, holds content) (crypt.Mapping, error) {
+// takeUp is unlock for a mapping that is there already.
+func (d *Driver) takeUp(ctx context.Context, src source, want stageRecord, f *os.File, b binding, info loop.Info, passphrase []byte) (binding, io.Closer, error) {
+	held, err := d.crypt.Hold(b.Mapping)
+	if err != nil {
+		return b, nil, err
+	}
+	return d.proven(f, want, b, b.Mapping, held, d.whose(d.crypt.Verify(ctx, info.Path, passphrase), src))
+}
+
+// proven ends unlock: with the binding of a mapping that is held if err is nil and the
+// header is its own, or without holding it.
+func (d *Driver) proven(f *os.File, want stageRecord, b binding, m crypt.Mapping, held io.Closer, err error) (binding, io.Closer, error) {
+	if err == nil {
+		err = provenOwn(f, m, want)
+	}
+	if err == nil {
+		b, err = d.mapped(b, m)
+	}
+	if err != nil {
+		return b, nil, errors.Join(err, held.Close())
+	}
+	return b, held, nil
+}
+
+// openMapping opens what an image holds, under a header that it makes if that is new, and
+// holds it.
+func (d *Driver) openMapping(ctx context.Context, src source, info loop.Info, passphrase []byte, holds content) (crypt.Mapping, io.Closer, error) {
 	open := crypt.OpenSpec{Name: mappingName(info.Ref), Discard: src.spec.Encryption.Discard, ReadOnly: info.ReadOnly}
 	switch {
 	case holds == contentDamaged:
-		return crypt.Mapping{}, errHeader
+		return crypt.Mapping{}, nil, errHeader
 	case holds.isNew() && info.ReadOnly:
-		return crypt.Mapping{}, preconditionf("nothing was written to the volume yet: it has to be staged for writing once")
+		return crypt.Mapping{}, nil, preconditionf("nothing was written to the volume yet: it has to be staged for writing once")
 	case holds.isNew():
 		err := d.crypt.Format(ctx, info.Path, passphrase, crypt.FormatSpec{Offset: image.HeaderSize, BlockSize: src.spec.BlockSize, Label: labelUnfinished})
 		if err != nil {
-			return crypt.Mapping{}, err
+			return crypt.Mapping{}, nil, err
 		}
 	}
 	m, err := d.crypt.Open(ctx, info.Path, passphrase, open)
 	if err != nil {
-		return m, d.whose(err, src)
+		return m, nil, d.whose(err, src)
 	}
-	return m, d.checkSize(m, info.Size-image.HeaderSize)
+	held, err := d.crypt.Hold(m)
+	if err != nil {
+		return m, nil, err
+	}
+	if err := d.checkSize(m, info.Size-image.HeaderSize); err != nil {
+		return m, nil, errors.Join(err, held.Close())
+	}
+	return m, held, nil
 }
 
 // provenOwn reads the header once more before a volume is handed out: it is the one that
 // opened the mapping, and if the volume can be written to it says that the content is the
-// volume's. What it does not say would be made anew by the next staging.
+// volume's. What it does not say would be made anew by the next staging. So would it be by
+// one that finds the newer copy of the header damaged, if the older one still says that
+// nobody was given the volume.
 func provenOwn(f *os.File, m crypt.Mapping, want stageRecord) error {
-	h, err := crypt.ReadHeader(f)
-	switch {
-	case err != nil:
+	copies, err := crypt.ReadCopies(f)
+	if err != nil {
 		return fmt.Errorf("%w: after it opened the volume: %w", image.ErrDamaged, err)
+	}
+	h, written := copies[0], !want.Block || !want.ReadOnly
+	switch {
 	case !m.Of(h):
 		return fmt.Errorf("%w: its LUKS header was replaced by another one while it was opened", image.ErrDamaged)
-	case h.Label != labelOf(want.VolumeID) && (!want.Block || !want.ReadOnly):
+	case written && h.Label != labelOf(want.VolumeID):
 		return fmt.Errorf("%w: its LUKS header has the label %q and not its own", image.ErrDamaged, h.Label)
+	case written && copies[len(copies)-1].Label == labelUnfinished:
+		return fmt.Errorf("%w: the second copy of its LUKS header still has the label %q", image.ErrDamaged, labelUnfinished)
 	}
 	return nil
 }

@@ -2,7 +2,6 @@ package driver
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 
@@ -93,12 +92,15 @@ func (d *Driver) unmountStaging(ctx context.Context, r stageRecord) error {
 func (d *Driver) detachBlock(ctx context.Context, r stageRecord) error {
 	for _, b := range r.devices() {
 		d.resetReadAhead(ctx, r, b)
+		if err := d.letGo(b.ref()); err != nil {
+			return err
+		}
 		if r.Encrypted {
 			if err := d.closeMappings(ctx, b, r.Image); err != nil {
 				return err
 			}
 		}
-		if err := errors.Join(d.letGo(b.ref()), d.loops.Detach(ctx, b.ref())); err != nil {
+		if err := d.loops.Detach(ctx, b.ref()); err != nil {
 			return err
 		}
 	}
