@@ -3,6 +3,7 @@ package driver
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/csi-loop/csi-loop/pkg/crypt"
 	"github.com/csi-loop/csi-loop/pkg/loop"
+	"github.com/csi-loop/csi-loop/pkg/mount"
 )
 
 // only is the one mapping that there is.
@@ -154,4 +156,64 @@ func TestSecondCopySaysUnfinished(t *testing.T) {
 		t.Fatal("made anew")
 	}
 	n.must(v.delete())
+}
+
+// The filesystem of a larger copy gets an identity of its own, and grows after it was
+// mounted, by its journal; unmounted only where the kernel does not do that.
+func TestEncryptedCopyGrowsMounted(t *testing.T) {
+	for name, test := range map[string]struct {
+		refuses  error
+		readOnly bool
+		want     []string
+		code     codes.Code
+	}{
+		"mounted":                       {want: []string{"mounted"}},
+		"without the capability":        {refuses: mount.ErrPermission, want: []string{"mounted", "unmounted"}},
+		"cannot":                        {refuses: mount.ErrUnsupported, want: []string{"mounted", "unmounted"}},
+		"read-only":                     {readOnly: true, want: []string{"mounted"}},
+		"read-only, without capability": {readOnly: true, refuses: mount.ErrPermission, want: []string{"mounted", "unmounted"}},
+		"fails":                         {refuses: mount.ErrDamaged, want: []string{"mounted"}, code: codeOf(mount.ErrDamaged)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n, m := newFakeMappings(t)
+			v := n.create("v", 16*mib, mountCap("ext4", oneWriter), encrypted)
+			m.size(16 * mib)
+			n.must(v.stageWith(leftKey))
+			n.must(v.unstage())
+			made, err := superblockAt(m.node)
+			n.must(err)
+
+			mode := oneWriter
+			if test.readOnly {
+				mode = reader
+			}
+			resp, err := n.copy("copy", v.asSource(), 32*mib, mountCap("ext4", mode), encrypted)
+			n.must(err)
+			c := volume{n: n, id: resp.GetVolumeId(), cap: mountCap("ext4", mode)}
+			m.size(32 * mib)
+			before, err := os.ReadFile(m.node)
+			n.must(err)
+			n.fake.failOnce("growfs", test.refuses)
+			n.fake.grown = nil
+			code(t, c.stageWith(leftKey), test.code)
+			if got := n.fake.grownHow(m.node); !slices.Equal(got, test.want) {
+				t.Errorf("grown %v, want %v", got, test.want)
+			}
+			after, err := os.ReadFile(m.node)
+			n.must(err)
+			const uuid = 1024 + 104 // in the superblock
+			if string(before[uuid:uuid+16]) == string(after[uuid:uuid+16]) {
+				t.Error("the copy has the identity of its source")
+			}
+			// The kernel is a fake, so that only what ran offline would have grown it.
+			if sb, err := superblockAt(m.node); err != nil || sb.Size != made.Size {
+				t.Errorf("resized in place: %d bytes, %v, before %d", sb.Size, err, made.Size)
+			}
+			if test.code == codes.OK {
+				n.must(c.unstage())
+			}
+			n.must(c.delete())
+			n.must(v.delete())
+		})
+	}
 }

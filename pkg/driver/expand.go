@@ -148,17 +148,3 @@ func (d *Driver) isAt(ctx context.Context, r stageRecord, path string) error {
 	}
 	return nil
 }
-
-// growAtStage grows a filesystem that is smaller than its device. A volume that was
-// expanded is usable either way, so a failure is told and does not fail the staging;
-// NodeExpandVolume reports it to whoever asked for the growth, and the volume's
-// health shows it. A copy that is larger than its source was never as small.
-func (d *Driver) growAtStage(ctx context.Context, spec mount.Spec) error {
-	err := d.mounts.Grow(ctx, mount.GrowSpec{FSType: spec.FSType, Device: spec.Source, Path: spec.Target})
-	if err != nil {
-		klog.FromContext(ctx).Error(err, "Filesystem is smaller than its device and could not be grown", "device", spec.Source, "path", spec.Target)
-		return err
-	}
-	klog.FromContext(ctx).Info("Grew filesystem to its device", "device", spec.Source, "path", spec.Target)
-	return nil
-}

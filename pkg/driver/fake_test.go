@@ -38,6 +38,7 @@ type fakeKernel struct {
 	small         bool                  // the filesystems are smaller than their devices; guarded by mu
 	counted       map[int]loop.Counters // by number; guarded by mu
 	readAhead     map[int]int64         // by number, also of what is not bound; guarded by mu
+	grown         []mount.GrowSpec      // filesystems that were to grow; guarded by mu
 }
 
 type fakeDevice struct {
@@ -529,10 +530,27 @@ func (k *fakeKernel) Remove(ctx context.Context, target string) error {
 // mountGrower and the rest of the mount side.
 type fakeMounts struct{ *fakeKernel }
 
-func (m fakeMounts) Grow(context.Context, mount.GrowSpec) error {
+func (m fakeMounts) Grow(_ context.Context, s mount.GrowSpec) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.grown = append(m.grown, s)
 	return m.failing("growfs")
+}
+
+// grownHow says how often the filesystem on a device was to grow, mounted or not.
+func (k *fakeKernel) grownHow(device string) (all []string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, s := range k.grown {
+		switch {
+		case s.Device != device:
+		case s.Path != "":
+			all = append(all, "mounted")
+		default:
+			all = append(all, "unmounted")
+		}
+	}
+	return all
 }
 
 func (m fakeMounts) Check(context.Context, string, string) error {

@@ -293,7 +293,7 @@ func (d *Driver) mountFilesystem(ctx context.Context, spec mount.Spec, src sourc
 	}
 	small := !src.fixed && !sb.FillsDevice(info.Size)
 	if small && src.copied && spec.ReadOnly && !info.ReadOnly {
-		if err := d.growOnce(ctx, spec); err != nil {
+		if err := d.growOnce(ctx, spec, sb.Type); err != nil {
 			return err
 		}
 		small = false
@@ -312,21 +312,7 @@ func (d *Driver) mountFilesystem(ctx context.Context, spec mount.Spec, src sourc
 	if !small || spec.ReadOnly {
 		return nil
 	}
-	err = d.growAtStage(ctx, spec)
-	if src.copied && !sameFilesystem("ext4", sb.Type) { // those of the ext family were made large enough
-		return err
-	}
-	return nil
-}
-
-// growOnce grows the filesystem of a copy that is to be used read-only.
-func (d *Driver) growOnce(ctx context.Context, spec mount.Spec) error {
-	spec.ReadOnly = false
-	spec.Options = slices.DeleteFunc(slices.Clone(spec.Options), func(o string) bool { return o == "ro" })
-	if err := d.mounts.Mount(ctx, spec); err != nil {
-		return err
-	}
-	return errors.Join(d.growAtStage(ctx, spec), d.mounts.Unmount(ctx, spec.Target))
+	return d.growMounted(ctx, src, spec, sb.Type)
 }
 
 // undoStage takes back a staging that failed half-way. The mount goes first,

@@ -74,10 +74,11 @@ func (s *Store) FormatDevice(ctx context.Context, device string, v Spec) error {
 }
 
 // RenewDevice makes the filesystem of an encrypted copy, on the device that shows its
-// content and that nobody has mounted, one that can be mounted beside its source, and of
-// the ext family as large as the device. Again is harmless.
+// content and that nobody has mounted, one that can be mounted beside its source. It stays
+// as large as it is: mounted it grows by its journal, and an end of the machine in the
+// middle harms nothing. Again is harmless.
 func (s *Store) RenewDevice(ctx context.Context, device string, v Spec) error {
-	return s.tools.renewFile(ctx, nil, device, v, 0)
+	return s.tools.renewFile(ctx, nil, device, v, v.Size)
 }
 
 // deviceArguments are mkfsArguments for a device that is used in a moment, while a pod
