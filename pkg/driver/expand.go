@@ -11,8 +11,76 @@ import (
 	"google.golang.org/grpc/codes"
 	"k8s.io/klog/v2"
 
+	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/mount"
 )
+
+// ControllerExpandVolume makes the image larger. The filesystem follows in
+// NodeExpandVolume, or when the volume is staged next.
+func (s *controllerServer) ControllerExpandVolume(ctx context.Context, req *csi.ControllerExpandVolumeRequest) (*csi.ControllerExpandVolumeResponse, error) {
+	d, id := s.d, req.GetVolumeId()
+	switch {
+	case id == "":
+		return nil, invalidf("volume_id is missing")
+	case req.GetCapacityRange() == nil:
+		return nil, invalidf("capacity_range is missing")
+	}
+	c, err := parseCapacity(req.GetCapacityRange())
+	if err != nil {
+		return nil, err
+	}
+	unlock, err := d.lockVolume(id, "ControllerExpandVolume")
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	v, err := d.volume(id)
+	if err != nil {
+		return nil, err
+	}
+	if req.GetVolumeCapability() != nil {
+		a, err := parseAccess(req.GetVolumeCapability())
+		if err != nil {
+			return nil, err
+		}
+		if err := d.poolSource(v).allows(a); err != nil {
+			return nil, invalidf("%v", err)
+		}
+	}
+	if v, err = d.growImage(ctx, v, c); err != nil {
+		return nil, err
+	}
+	return &csi.ControllerExpandVolumeResponse{CapacityBytes: v.Content(), NodeExpansionRequired: true}, nil
+}
+
+// smallestGrown is the smallest size, in bytes, that the kernel resizes a mounted
+// filesystem to, where that is more than what one can be made with. An image must
+// not grow to where its filesystem cannot follow: it grows to there at least.
+var smallestGrown = map[string]int64{"btrfs": 256 << 20}
+
+// growImage makes the image satisfy the range. A volume is never made smaller.
+func (d *Driver) growImage(ctx context.Context, v image.Volume, c capacity) (image.Volume, error) {
+	if c.limit > 0 && v.Content() > c.limit {
+		return v, outOfRangef("volume %q has %d bytes, more than limit_bytes %d, and cannot shrink", v.ID, v.Content(), c.limit)
+	}
+	if c.required <= v.Content() {
+		return v, nil
+	}
+	size, err := c.imageSize(smallestGrown[v.Filesystem], v.Encryption)
+	if err != nil {
+		return v, err
+	}
+	pool, err := d.pool(v.Pool)
+	if err != nil {
+		return v, err
+	}
+	grown, err := pool.Grow(ctx, v.ID, size)
+	if err != nil {
+		return v, fmt.Errorf("expand volume %q to %d bytes: %w", v.ID, size, err)
+	}
+	klog.FromContext(ctx).Info("Grew image", "volume", v.ID, "from", v.Size, "size", grown.Size)
+	return grown, nil
+}
 
 // NodeExpandVolume shows the grown image to the loop device, and grows the
 // filesystem on it while it is mounted. An image that is still smaller than
