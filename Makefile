@@ -115,10 +115,10 @@ test-growth: test-vm ## run what needs CAP_SYS_RESOURCE (growing a mounted ext4)
 test-encryption: VM_KERNELS = 6.1
 test-encryption: VM_PKGS = ./pkg/crypt ./pkg/driver
 test-encryption: VM_TIMEOUT = 2h
-test-encryption: ## run the tests of encrypted volumes (ext4; test-vm has all) in a virtual machine, needs no root
+test-encryption: ## run the tests of encrypted volumes in a virtual machine, needs no root
 	@hack/deps vm
 	$(GO) run ./test/vm -kernels $(VM_KERNELS) -timeout $(VM_TIMEOUT) $(VM_ARGS) $(VM_PKGS) -- -test.v \
-	  -test.run '$(ENCRYPTION)' -test.skip 'EncryptedFilesystem/(xfs|btrfs)'
+	  -test.run '$(ENCRYPTION)'
 ENCRYPTION ?= Encrypt|Mapping|LastUser|Argon2|Header|ProgramEnds|Passphrase|ContentOf
 
 test-encryption-short: ENCRYPTION = LifeOfAMapping|ReadHeader|EncryptedFilesystem/ext4_thin|EncryptedBlock|EncryptedDamage|EncryptedKill/ext4
