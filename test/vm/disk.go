@@ -28,6 +28,8 @@ type disk struct {
 	pending []pendingSector         // written since the last flush, in order
 	// lies: it says that it flushed, and does not.
 	lies bool
+	// sampled is what a cut at one of the writes and flushes would leave, if that is wanted.
+	sampled *sample
 
 	writes, flushes int
 }
@@ -59,6 +61,11 @@ const (
 func (d *disk) cut(l loss, r *rand.Rand) *disk {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	return d.cutLocked(l, r)
+}
+
+// cutLocked is cut with mu held.
+func (d *disk) cutLocked(l loss, r *rand.Rand) *disk {
 	after := newDisk(d.size)
 	after.atom = d.atom
 	maps.Copy(after.durable, d.durable)
@@ -91,6 +98,7 @@ func (d *disk) read(b []byte, at int64) {
 func (d *disk) write(b []byte, at int64, through bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.sampleLocked()
 	d.writes++
 	for i := int64(0); i < int64(len(b)); i += sector {
 		p := pendingSector{number: (at + i) / sector, data: new([sector]byte), torn: i == 0 || (at+i)%d.atom == 0}
@@ -109,6 +117,7 @@ func (d *disk) write(b []byte, at int64, through bool) {
 func (d *disk) flush() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.sampleLocked()
 	d.flushes++
 	if d.lies {
 		return

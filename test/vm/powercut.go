@@ -28,7 +28,8 @@ import (
 // The guest changes volumes and says what it begins and what was acknowledged, and
 // qemu is killed at a random moment. At other random moments before, a copy is made
 // of what a cut would leave. The next boot checks all of these disks, one after the
-// other, and goes on with the one of the machine that was really killed.
+// other, and goes on with the one of the machine that was really killed. The recovery of
+// some of them is cut again; see recovery.go.
 //
 // At the end a disk that lies about flushes must be found out.
 
@@ -39,8 +40,6 @@ const (
 	copies = 9
 	// The guest's churn lasts between these.
 	leastChurn, mostChurn = 8 * time.Second, 25 * time.Second
-	// inFlight is more than a line takes from the guest to this program.
-	inFlight = time.Second
 	// patience is how long an acknowledgement is waited for.
 	patience = 5 * time.Second
 )
@@ -55,13 +54,15 @@ type cutTest struct {
 	check   []*disk // copies to check at the next boot
 	random  *mathrand.Rand
 	cuts    int // made
-	total   int // of them checked
+	total   int // of them checked, and of those in recoveries
 
 	mu       sync.Mutex
 	onAck    func()       // called with mu held; guarded by mu
 	entries  []plan.Entry // guarded by mu
 	problems []string     // guarded by mu
 	checked  int          // guarded by mu
+
+	recovery recoveries // guarded by mu
 }
 
 // cutPower tests each filesystem. It returns a summary line for each, and whether
@@ -106,8 +107,8 @@ func (h harness) cutPower(ctx context.Context, work string, k kernel) (lines []s
 			fmt.Println("vm:", err)
 			word, ok = "FAIL", false
 		}
-		lines = append(lines, fmt.Sprintf("%s\tpower cuts, %s\t%.3fs [%s: %d cuts, %d checked, at last %d writes, %d flushes]",
-			word, fs, time.Since(start).Seconds(), k.Release, t.cuts, t.total, t.pool.writes, t.pool.flushes))
+		lines = append(lines, fmt.Sprintf("%s\tpower cuts, %s\t%.3fs [%s: %d cuts, %s, %d checked, at last %d writes, %d flushes]",
+			word, fs, time.Since(start).Seconds(), k.Release, t.cuts, t.recovery, t.total, t.pool.writes, t.pool.flushes))
 	}
 	return lines, ok, ctx.Err()
 }
@@ -122,14 +123,18 @@ func (t *cutTest) run(ctx context.Context) error {
 	if err := t.boot(ctx, func() { t.pool.mu.Lock(); t.pool.lies = true; t.pool.mu.Unlock() }); err != nil {
 		return err
 	}
-	t.plan.CheckOnly, t.check = true, nil
-	t.plan.Check = t.plan.Check[len(t.plan.Check)-1:]
-	t.plan.Check[0].Device = plan.PoolDisk
+	t.plan.CheckOnly = true
 	err := t.boot(ctx)
-	if len(t.problems) == 0 {
+	found, others := ofTheLiar(t.problems)
+	switch {
+	case len(others) > 0:
+		return err
+	case found == "":
 		return errors.Join(err, errors.New("the disk lied about its flushes, and nothing was found missing: the checks do not see what they should"))
+	case t.recovery.cuts == 0:
+		return errors.New("no recovery was cut")
 	}
-	fmt.Printf("vm: the disk that lied was found out: %s\n", t.problems[0])
+	fmt.Printf("vm: the disk that lied was found out: %s\n", found)
 	return nil
 }
 
@@ -143,6 +148,7 @@ func (t *cutTest) boot(ctx context.Context, lie ...func()) error {
 		return err
 	}
 	t.plan.Entries, t.plan.Seed = t.entries, t.random.Uint64()
+	t.cutRecoveries()
 	ledger, err := ledgerDisk(t.plan)
 	if err != nil {
 		return err
@@ -225,7 +231,7 @@ func (t *cutTest) churn(ctx context.Context, ended <-chan struct{}) (cuts []plan
 		}
 		after, acked := t.copy(i%2 == 0)
 		left = append(left, after)
-		<-time.After(inFlight)
+		<-time.After(plan.InFlight)
 		t.mu.Lock()
 		cuts = append(cuts, plan.Cut{Acked: acked, Begun: len(t.entries)})
 		t.mu.Unlock()
@@ -266,18 +272,23 @@ func (t *cutTest) next(cuts []plan.Cut, left []*disk, lied bool) {
 	}
 	after := t.pool.cut(l, t.random)
 	after.writes, after.flushes = t.pool.writes, t.pool.flushes
-	t.pool, t.check = after, left
+	if !lied {
+		t.cuts += len(cuts) + 1
+	}
+	recovered, recovering := t.recovery.take()
+	cuts = append(cuts, recovered...)
+	t.pool, t.check = after, append(left, recovering...)
 	t.plan.Boot++
 	t.plan.Check = nil
 	for i, c := range cuts {
-		c.Device = fmt.Sprintf("/dev/vd%c", 'd'+i)
+		c.Device = checkDevice(i)
 		t.plan.Check = append(t.plan.Check, c)
 	}
 	t.plan.Check = append(t.plan.Check, plan.Cut{Device: plan.PoolDisk, Acked: len(t.entries), Begun: len(t.entries)})
-	if !lied {
-		t.cuts += len(t.plan.Check)
-	}
 }
+
+// checkDevice is the guest's name of a copy to check.
+func checkDevice(i int) string { return fmt.Sprintf("/dev/vd%c", 'd'+i) }
 
 // follow reads what the guest says until it is dead.
 func (t *cutTest) follow(r io.Reader, churning chan<- struct{}) {
@@ -314,6 +325,10 @@ func (t *cutTest) hear(r plan.Report, churning chan<- struct{}) {
 		t.problems = append(t.problems, err.Error())
 	case e.Op == plan.OpProblem:
 		t.problems = append(t.problems, e.Text)
+	case e.Op == plan.OpMounted:
+		t.recovery.mounted(e.Text)
+	case e.Op == plan.OpRecovered:
+		t.recovery.recovered(e.Text)
 	case e.Op == plan.OpChecked:
 		t.checked++
 	case e.Op == plan.OpChurn:

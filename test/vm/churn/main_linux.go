@@ -92,7 +92,7 @@ func (c *churn) run() error {
 		c.plan.Check = []plan.Cut{{Device: plan.PoolDisk}}
 	}
 	for i, cut := range c.plan.Check {
-		if err := c.up(cut.Device); err != nil {
+		if err := c.serve(cut); err != nil {
 			return fmt.Errorf("%s: %w", cut.Device, err)
 		}
 		c.fates = plan.Fates(c.plan.Entries, cut.Acked, cut.Begun)
@@ -140,11 +140,25 @@ func (c *churn) change() error {
 	return errors.New("the power did not go")
 }
 
-// up mounts a disk, which recovers it, and starts the driver on it.
-func (c *churn) up(device string) error {
-	if out, err := exec.Command("mount", "-t", c.plan.Filesystem, device, pool).CombinedOutput(); err != nil {
+// serve mounts a disk and starts the driver on it. It says how far it is if that is to
+// be cut, and the disk stays as it is until that was heard.
+func (c *churn) serve(cut plan.Cut) error {
+	if out, err := exec.Command("mount", "-t", c.plan.Filesystem, cut.Device, pool).CombinedOutput(); err != nil {
 		return fmt.Errorf("mount: %w: %s", err, out)
 	}
+	if cut.Again {
+		c.say(plan.Entry{Op: plan.OpMounted, Text: cut.Device})
+	}
+	err := c.up()
+	if cut.Again {
+		c.say(plan.Entry{Op: plan.OpRecovered, Text: cut.Device})
+		time.Sleep(plan.InFlight)
+	}
+	return err
+}
+
+// up starts the driver on the disk that is mounted.
+func (c *churn) up() error {
 	if err := os.MkdirAll(pool+"/csi", 0o700); err != nil {
 		return err
 	}

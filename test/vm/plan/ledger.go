@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 )
 
 // Ledger is what a report about power cuts is called; its Text is an Entry.
@@ -30,15 +31,17 @@ type Entry struct {
 
 // What an Entry is about.
 const (
-	OpCreate   = "create"
-	OpWrite    = "write" // one record, and fsync; each volume has one writer
-	OpExpand   = "expand"
-	OpSnapshot = "snapshot"
-	OpGroup    = "group"
-	OpDelete   = "delete"
-	OpChecked  = "checked" // one disk was checked
-	OpChurn    = "churn"   // the guest begins to change things
-	OpProblem  = "problem"
+	OpCreate    = "create"
+	OpWrite     = "write" // one record, and fsync; each volume has one writer
+	OpExpand    = "expand"
+	OpSnapshot  = "snapshot"
+	OpGroup     = "group"
+	OpDelete    = "delete"
+	OpMounted   = "mounted"   // one disk, whose recovery is cut, is mounted
+	OpRecovered = "recovered" // and the driver serves it; the guest waits for InFlight
+	OpChecked   = "checked"   // one disk was checked
+	OpChurn     = "churn"     // the guest begins to change things
+	OpProblem   = "problem"
 )
 
 // Line spells an entry as a report.
@@ -217,7 +220,12 @@ type Cut struct {
 	// Acked and Begun are how many entries of the ledger count for it; see Fates.
 	Acked int `json:"acked"`
 	Begun int `json:"begun"`
+	// Again: its recovery is cut too. The guest says how far it is.
+	Again bool `json:"again,omitempty"`
 }
+
+// InFlight is more than a line takes from the guest to the host.
+const InFlight = time.Second
 
 // CutPlan is what the guest finds on its LedgerDisk, followed by zeros.
 type CutPlan struct {
