@@ -96,9 +96,15 @@ func leftovers(tb testing.TB, dir string) []string {
 	return left
 }
 
+// wantClean fails if something is left. A removal that takes longer than patience, as it
+// may on a busy machine, goes on behind its call.
 func wantClean(tb testing.TB, dir string) {
 	tb.Helper()
-	if left := leftovers(tb, dir); len(left) > 0 {
+	left := leftovers(tb, dir)
+	for deadline := time.Now().Add(time.Minute); len(left) > 0 && time.Now().Before(deadline); left = leftovers(tb, dir) {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if len(left) > 0 {
 		tb.Fatalf("left in the pool: %v", left)
 	}
 }
