@@ -24,13 +24,19 @@ func (t *tools) renew(ctx context.Context, dir *os.File, s Spec, from int64) err
 
 // renewFile is renew for a file in dir, or for a path if dir is nil.
 func (t *tools) renewFile(ctx context.Context, dir *os.File, file string, s Spec, from int64) error {
+	var err error
 	switch s.Filesystem {
 	case "ext2", "ext3", "ext4":
-		return t.renewExt(ctx, dir, file, s, from)
+		err = t.renewExt(ctx, dir, file, s, from)
 	case "btrfs":
-		return t.run(ctx, dir, "btrfstune", "-f", "-m", file)
+		err = t.run(ctx, dir, "btrfstune", "-f", "-m", file)
+	default:
+		return nil
 	}
-	return nil
+	if err != nil {
+		return err
+	}
+	return checkMade(dir, file, s.Filesystem)
 }
 
 func (t *tools) renewExt(ctx context.Context, dir *os.File, file string, s Spec, from int64) error {
