@@ -1,8 +1,6 @@
 package main
 
 import (
-	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -11,13 +9,9 @@ import (
 
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
-	"k8s.io/client-go/tools/clientcmd"
 
-	"github.com/csi-loop/csi-loop/internal/kubeapi"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/image"
 )
@@ -26,27 +20,35 @@ const adoptHelp = `Make the PersistentVolumes of a pool say that it is on anothe
 moved there. What says where a volume is cannot be changed in Kubernetes, so each
 PersistentVolume is replaced by an equal one: it keeps its name and its claim.
 
-The pool is named by its directory, or by --pool-id. The PersistentVolumes are read
-from the cluster (--kubeconfig), or from a file (--file, as kubectl get pv -o yaml
-prints it); then the new ones are printed, and nothing else is done.
+The pool is named by its directory, or by --pool-id. The cluster is found as kubectl
+finds it, but for the service account of a pod, which is never used. With --file the
+PersistentVolumes are read from a file instead (as kubectl get pv -o yaml prints it);
+then the new ones are printed, and nothing else is done.
 
-With --kubeconfig it says what it would do, and with --apply does it, one volume after
-the other:
+It says what it would do, and with --apply does it. All old ones are written to the
+file --save. Then, for one after the other:
 
-  1. all old ones are written to the file --save, unless that is there from before;
-  2. the policy becomes Retain, so that no deletion reaches the data;
+  1. the policy becomes Retain, so that no deletion reaches the data; two annotations
+     say which node it moves to, and which policy it had;
+  2. the file says that the deletion begins;
   3. the old one is deleted, with its finalizers;
   4. the new one is created, with the policy that the old one had.
 
 Between 3 and 4 the claim is shown as Lost, and recovers. A command that was
-interrupted is completed by the same command: it finds in the saved file what is
-missing in the cluster. Stop the pods that use the volumes first, and have csi-loop
-on the new node serve the pool.`
+interrupted is completed by the same command in the same directory: it finds in the
+file what is missing in the cluster. If the claim of such a volume was deleted
+meanwhile, its policy stays Retain. A file of a move that is complete, or to another
+node, is left alone: without --save the next free name is taken. A PersistentVolume
+that somebody else deletes is passed over.
+
+Stop the pods that use the volumes first, and have csi-loop on the new node serve the
+pool.`
 
 // adoption is what adopt was told.
 type adoption struct {
 	node, poolID, driver string
-	kubeconfig, file     string
+	cluster              clusterFlags
+	file                 string
 	save                 string
 	apply                bool
 }
@@ -57,9 +59,9 @@ func newAdoptCommand() *cobra.Command {
 	c.Flags().StringVar(&a.node, "node", "", "name of the node that has the pool now")
 	c.Flags().StringVar(&a.poolID, "pool-id", "", "ID of the pool, instead of its directory")
 	c.Flags().StringVar(&a.driver, "driver-name", driver.DefaultName, "name of the driver")
-	c.Flags().StringVar(&a.kubeconfig, "kubeconfig", "", "how to reach the cluster")
+	a.cluster.register(c.Flags())
 	c.Flags().StringVar(&a.file, "file", "", "file with the PersistentVolumes, instead of a cluster; - is standard input")
-	c.Flags().StringVar(&a.save, "save", "", "file for the old PersistentVolumes (default: csi-loop-adopt-<pool ID>.yaml)")
+	c.Flags().StringVar(&a.save, "save", "", "file for the old PersistentVolumes (default: csi-loop-adopt-<pool ID>.yaml, or -2.yaml and so on)")
 	c.Flags().BoolVar(&a.apply, "apply", false, "do it")
 	c.RunE = func(c *cobra.Command, args []string) error {
 		if err := a.check(args); err != nil {
@@ -68,13 +70,9 @@ func newAdoptCommand() *cobra.Command {
 		if a.file != "" {
 			return failed(a.print(c.InOrStdin(), c.OutOrStdout()))
 		}
-		cfg, err := clientcmd.BuildConfigFromFlags("", a.kubeconfig)
+		client, err := a.cluster.client()
 		if err != nil {
-			return usagef("--kubeconfig: %w", err)
-		}
-		client, err := kubeapi.NewForConfig(cfg)
-		if err != nil {
-			return failed(err)
+			return err
 		}
 		return failed(a.run(c.Context(), client, c.OutOrStdout()))
 	}
@@ -100,18 +98,20 @@ func (a *adoption) check(args []string) error {
 		return usagef("--pool-id %q: is not the ID of a pool", a.poolID)
 	case a.node == "":
 		return usagef("no node: give --node=NAME, the node that has the pool now")
-	case (a.file == "") == (a.kubeconfig == ""):
-		return usagef("give --kubeconfig or --file")
+	case a.file != "" && a.cluster.given():
+		return usagef("--file is instead of a cluster: give no --kubeconfig and --context with it")
 	case a.file != "" && a.apply:
-		return usagef("--apply needs --kubeconfig")
-	}
-	if a.save == "" {
-		a.save = "csi-loop-adopt-" + a.poolID + ".yaml"
+		return usagef("--apply changes a cluster: give no --file with it")
 	}
 	return nil
 }
 
 func (a *adoption) topologyKey() string { return "topology." + a.driver + "/node" }
+
+// The annotations of a PersistentVolume that is about to be replaced: the node that it
+// moves to, and the policy that its successor is to have.
+func (a *adoption) nodeKey() string   { return a.driver + "/adopt-node" }
+func (a *adoption) policyKey() string { return a.driver + "/adopt-policy" }
 
 // mine tells whether a PersistentVolume is of the pool.
 func (a *adoption) mine(pv *corev1.PersistentVolume) bool {
@@ -125,6 +125,20 @@ func (a *adoption) there(pv *corev1.PersistentVolume) bool {
 	}
 	e := pv.Spec.NodeAffinity.Required.NodeSelectorTerms[0].MatchExpressions
 	return len(e) == 1 && e[0].Key == a.topologyKey() && e[0].Operator == corev1.NodeSelectorOpIn && len(e[0].Values) == 1 && e[0].Values[0] == a.node
+}
+
+// original is a PersistentVolume as it was before an attempt to move it to the node that
+// was interrupted. What it became after an attempt for another node, it is: nobody knows
+// what it was left so for.
+func (a *adoption) original(pv *corev1.PersistentVolume) *corev1.PersistentVolume {
+	old := pv.DeepCopy()
+	policy, same := old.Annotations[a.policyKey()], old.Annotations[a.nodeKey()] == a.node
+	delete(old.Annotations, a.policyKey())
+	delete(old.Annotations, a.nodeKey())
+	if policy != "" && same && old.Spec.PersistentVolumeReclaimPolicy == corev1.PersistentVolumeReclaimRetain {
+		old.Spec.PersistentVolumeReclaimPolicy = corev1.PersistentVolumeReclaimPolicy(policy)
+	}
+	return old
 }
 
 // moved is the new PersistentVolume for an old one.
@@ -158,7 +172,7 @@ func (a *adoption) print(in io.Reader, out io.Writer) error {
 	var moved []any
 	for i := range all {
 		if a.mine(&all[i]) {
-			moved = append(moved, a.moved(&all[i]))
+			moved = append(moved, a.moved(a.original(&all[i])))
 		}
 	}
 	if len(moved) == 0 {
@@ -188,133 +202,4 @@ func readVolumes(in io.Reader) ([]corev1.PersistentVolume, error) {
 			all = append(all, one.Items...)
 		}
 	}
-}
-
-// run replaces the PersistentVolumes in the cluster, or says that it would.
-func (a *adoption) run(ctx context.Context, client kubeapi.Interface, out io.Writer) error {
-	listed, err := client.PersistentVolumes().List(ctx, metav1.ListOptions{})
-	if err != nil {
-		return err
-	}
-	inCluster := map[string]*corev1.PersistentVolume{}
-	var old []corev1.PersistentVolume
-	for i := range listed.Items {
-		pv := &listed.Items[i]
-		inCluster[pv.Name] = pv
-		if a.mine(pv) && !a.there(pv) {
-			old = append(old, *pv)
-		}
-	}
-	saved, err := a.saved()
-	if err != nil {
-		return err
-	}
-	policy := map[string]corev1.PersistentVolumeReclaimPolicy{}
-	known := map[string]bool{}
-	var missing []corev1.PersistentVolume
-	for _, pv := range saved {
-		policy[pv.Name], known[pv.Name] = pv.Spec.PersistentVolumeReclaimPolicy, true
-		if a.mine(&pv) && inCluster[pv.Name] == nil {
-			missing = append(missing, pv)
-		}
-	}
-	for _, pv := range append(missing, old...) {
-		fmt.Fprintf(out, "%s\t%s\t-> node %s\n", pv.Name, pv.Spec.CSI.VolumeHandle, a.node)
-	}
-	switch {
-	case len(missing)+len(old) == 0:
-		fmt.Fprintln(out, "Nothing to do.")
-		return nil
-	case !a.apply:
-		fmt.Fprintf(out, "%d PersistentVolumes would be replaced; --apply does it.\n", len(missing)+len(old))
-		return nil
-	}
-	if err := a.keep(saved, old, known); err != nil {
-		return err
-	}
-	for i := range missing {
-		if err := a.create(ctx, client, &missing[i]); err != nil {
-			return err
-		}
-	}
-	for i := range old {
-		if p, ok := policy[old[i].Name]; ok { // an earlier attempt may have changed it
-			old[i].Spec.PersistentVolumeReclaimPolicy = p
-		}
-		if err := a.replace(ctx, client, &old[i]); err != nil {
-			return fmt.Errorf("PersistentVolume %s: %w (repeat the command to go on; the old ones are in %s)", old[i].Name, err, a.save)
-		}
-	}
-	fmt.Fprintf(out, "%d PersistentVolumes replaced. The old ones are in %s.\n", len(missing)+len(old), a.save)
-	return nil
-}
-
-// saved reads what an earlier attempt saved.
-func (a *adoption) saved() ([]corev1.PersistentVolume, error) {
-	b, err := os.ReadFile(a.save)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	all, err := readVolumes(bytes.NewReader(b))
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", a.save, err)
-	}
-	return all, nil
-}
-
-// keep saves the old PersistentVolumes, durably, beside those that an earlier attempt
-// saved.
-func (a *adoption) keep(saved, old []corev1.PersistentVolume, known map[string]bool) error {
-	var objects []any
-	for i := range saved {
-		objects = append(objects, &saved[i])
-	}
-	for i := range old {
-		if !known[old[i].Name] {
-			pv := old[i].DeepCopy()
-			pv.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "PersistentVolume"}
-			objects = append(objects, pv)
-		}
-	}
-	f, err := os.OpenFile(a.save+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	err = printManifests(f, objects...)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(a.save+".new", a.save)
-}
-
-// replace puts the new PersistentVolume in the place of the old one.
-func (a *adoption) replace(ctx context.Context, client kubeapi.Interface, old *corev1.PersistentVolume) error {
-	volumes := client.PersistentVolumes()
-	// With it in force no deletion of the object reaches the data.
-	patch := `{"spec":{"persistentVolumeReclaimPolicy":"Retain"}}`
-	if _, err := volumes.Patch(ctx, old.Name, types.MergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
-		return err
-	}
-	err := volumes.Delete(ctx, old.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &old.UID}})
-	if err != nil && !apierrors.IsNotFound(err) {
-		return err
-	}
-	// Its protection waits for the claim, which is to keep it.
-	patch = `{"metadata":{"finalizers":null,"uid":"` + string(old.UID) + `"}}`
-	_, err = volumes.Patch(ctx, old.Name, types.MergePatchType, []byte(patch), metav1.PatchOptions{})
-	if err != nil && !apierrors.IsNotFound(err) {
-		return err
-	}
-	return a.create(ctx, client, old)
-}
-
-func (a *adoption) create(ctx context.Context, client kubeapi.Interface, old *corev1.PersistentVolume) error {
-	_, err := client.PersistentVolumes().Create(ctx, a.moved(old), metav1.CreateOptions{})
-	return err
 }

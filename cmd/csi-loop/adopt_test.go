@@ -13,6 +13,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes/fake"
 	clienttesting "k8s.io/client-go/testing"
 
@@ -28,7 +29,7 @@ func persistent(name, pool, node string, policy corev1.PersistentVolumeReclaimPo
 	pv := f.volume(&driver.TakenIn{
 		ID: pool + "." + name, Size: 1 << 20, Filesystem: "ext4", Driver: driver.DefaultName, Topology: "topology.csi-loop.io/node", Node: node,
 	}, "shop", name)
-	pv.UID, pv.ResourceVersion, pv.Finalizers = "uid-1", "7", []string{"kubernetes.io/pv-protection"}
+	pv.UID, pv.ResourceVersion, pv.Finalizers = types.UID("uid-"+name), "7", []string{"kubernetes.io/pv-protection"}
 	pv.Labels = map[string]string{"tier": "db"}
 	pv.Spec.ClaimRef.UID, pv.Spec.ClaimRef.ResourceVersion = "claim-1", "5"
 	return pv
@@ -40,9 +41,10 @@ func newAdoption(t *testing.T) adoption {
 }
 
 // cluster has one volume of each policy that is to move, one of another pool, and one
-// that was moved before.
+// that was moved before; and the claims of the first two.
 func cluster() *fake.Clientset {
 	return fake.NewClientset(
+		claimFor("one", "claim-1", "one"), claimFor("two", "claim-1", "two"),
 		persistent("one", movedPool, "a", corev1.PersistentVolumeReclaimDelete), persistent("two", movedPool, "a", corev1.PersistentVolumeReclaimRetain),
 		persistent("other", "bbbbbbbbbbbbbbbbbbbb", "a", corev1.PersistentVolumeReclaimDelete), persistent("done", movedPool, "b", corev1.PersistentVolumeReclaimDelete),
 	)
@@ -169,12 +171,14 @@ func TestAdoptFromAFile(t *testing.T) {
 }
 
 func TestAdoptMistakes(t *testing.T) {
+	t.Setenv("KUBECONFIG", filepath.Join(t.TempDir(), "none"))
 	for _, args := range [][]string{
 		{"adopt", "--node=b", "--file=x"},
 		{"adopt", "--pool-id=short", "--node=b", "--file=x"},
 		{"adopt", "--pool-id=" + movedPool, "--file=x"},
 		{"adopt", "--pool-id=" + movedPool, "--node=b"},
 		{"adopt", "--pool-id=" + movedPool, "--node=b", "--file=x", "--kubeconfig=y"},
+		{"adopt", "--pool-id=" + movedPool, "--node=b", "--file=x", "--context=y"},
 		{"adopt", "--pool-id=" + movedPool, "--node=b", "--file=x", "--apply"},
 	} {
 		c := newCommand(&bytes.Buffer{}, &bytes.Buffer{})

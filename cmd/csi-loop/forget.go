@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -12,7 +13,6 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/csi-loop/csi-loop/internal/kubeapi"
 	"github.com/csi-loop/csi-loop/pkg/driver"
@@ -29,7 +29,7 @@ do, and does nothing.
 With --apply, for one volume after the other:
 
   1. the PersistentVolume, with the policy Retain, and its claim are written to the
-     file --save, which must not be there;
+     file --save, which must not be there; without --save to the next free name;
   2. its policy becomes Retain, so that no deletion reaches the data, should the disk
      turn up again;
   3. the claim is deleted, if --claims is given; a volume that has a claim is passed
@@ -37,36 +37,34 @@ With --apply, for one volume after the other:
   4. the PersistentVolume is deleted, with its finalizers.
 
 No image is deleted. If the node or its disk comes back after all, csi-loop orphans
-lists the volumes, and the saved file has what is to be made again.`
+lists the volumes, and kubectl create -f FILE makes again what the saved file has: a
+volume and its claim bound to each other, with the policy Retain. Delete first a claim
+of the same name that was made meanwhile. A volume that had lost its claim is Released
+again. A disk that is on another node is for csi-loop adopt, after that.
+
+The cluster is found as kubectl finds it, but for the service account of a pod, which
+is never used.`
 
 // forgetting is what forget was told.
 type forgetting struct {
-	node, driver, kubeconfig, save string
-	claims, apply                  bool
+	node, driver, save string
+	cluster            clusterFlags
+	claims, apply      bool
 }
 
 func newForgetCommand() *cobra.Command {
 	var f forgetting
 	c := &cobra.Command{Use: "forget NODE", Short: "Delete the PersistentVolumes of a node that is gone for ever", Long: forgetHelp, Args: cobra.ExactArgs(1)}
-	c.Flags().StringVar(&f.kubeconfig, "kubeconfig", "", "how to reach the cluster; required")
+	f.cluster.register(c.Flags())
 	c.Flags().StringVar(&f.driver, "driver-name", driver.DefaultName, "name of the driver")
-	c.Flags().StringVar(&f.save, "save", "", "file for what is deleted (default: csi-loop-forget-<NODE>.yaml)")
+	c.Flags().StringVar(&f.save, "save", "", "file for what is deleted (default: csi-loop-forget-<NODE>.yaml, or -2.yaml and so on)")
 	c.Flags().BoolVar(&f.claims, "claims", false, "delete the claims of the volumes too")
 	c.Flags().BoolVar(&f.apply, "apply", false, "do it")
 	c.RunE = func(c *cobra.Command, args []string) error {
-		if f.node = args[0]; f.save == "" {
-			f.save = "csi-loop-forget-" + f.node + ".yaml"
-		}
-		if f.kubeconfig == "" {
-			return usagef("no cluster: give --kubeconfig")
-		}
-		cfg, err := clientcmd.BuildConfigFromFlags("", f.kubeconfig)
+		f.node = args[0]
+		client, err := f.cluster.client()
 		if err != nil {
-			return usagef("--kubeconfig: %w", err)
-		}
-		client, err := kubeapi.NewForConfig(cfg)
-		if err != nil {
-			return failed(err)
+			return err
 		}
 		return failed(f.run(c.Context(), client, c.OutOrStdout()))
 	}
@@ -109,15 +107,16 @@ func (f *forgetting) run(ctx context.Context, client kubeapi.Interface, out io.W
 		fmt.Fprintf(out, "%d PersistentVolumes would be deleted; --apply does it.\n", len(chosen))
 		return nil
 	}
-	if err := f.keep(chosen); err != nil {
+	saved, err := f.keep(chosen)
+	if err != nil {
 		return err
 	}
 	for _, l := range chosen {
 		if err := f.delete(ctx, client, l); err != nil {
-			return fmt.Errorf("PersistentVolume %s: %w (what was to be deleted is in %s)", l.pv.Name, err, f.save)
+			return fmt.Errorf("PersistentVolume %s: %w (what was to be deleted is in %s)", l.pv.Name, err, saved)
 		}
 	}
-	fmt.Fprintf(out, "%d PersistentVolumes deleted. They are in %s.\n", len(chosen), f.save)
+	fmt.Fprintf(out, "%d PersistentVolumes deleted. They are in %s.\n", len(chosen), saved)
 	return nil
 }
 
@@ -168,30 +167,81 @@ func (f *forgetting) volumes(ctx context.Context, client kubeapi.Interface) ([]l
 	return all, nil
 }
 
-// keep saves what is to be deleted, durably. An earlier file is never written over.
-func (f *forgetting) keep(all []lost) error {
-	file, err := os.OpenFile(f.save, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+// keep saves what is to be deleted, durably, and tells where. An earlier file is never
+// written over.
+func (f *forgetting) keep(all []lost) (path string, err error) {
+	var file *os.File
+	if f.save == "" {
+		file, err = createNumbered("csi-loop-forget-" + f.node)
+	} else {
+		file, err = createNew(f.save)
+	}
 	if err != nil {
-		return fmt.Errorf("--save: %w", err)
+		return "", fmt.Errorf("--save: %w", err)
 	}
 	var objects []any
 	for _, l := range all {
-		pv := l.pv.DeepCopy()
-		pv.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "PersistentVolume"}
-		// Made again it has no claim, and what is so and is not retained is deleted.
-		pv.Spec.PersistentVolumeReclaimPolicy = corev1.PersistentVolumeReclaimRetain
-		objects = append(objects, pv)
+		objects = append(objects, l.volume())
 		if l.claim != nil {
-			claim := l.claim.DeepCopy()
-			claim.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "PersistentVolumeClaim"}
-			objects = append(objects, claim)
+			objects = append(objects, l.claimAgain())
 		}
 	}
 	err = printManifests(file, objects...)
 	if err == nil {
 		err = file.Sync()
 	}
-	return errors.Join(err, file.Close())
+	err = errors.Join(err, file.Close())
+	if err == nil {
+		err = syncDir(file.Name())
+	}
+	return file.Name(), err
+}
+
+// volume is the PersistentVolume as it can be created again, before its claim. One that
+// has lost its claim keeps the UID of that, so that it is Released again: a new claim of
+// the name does not get what is in it.
+func (l lost) volume() *corev1.PersistentVolume {
+	pv := &corev1.PersistentVolume{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "PersistentVolume"},
+		ObjectMeta: metav1.ObjectMeta{Name: l.pv.Name, Labels: l.pv.Labels, Annotations: without(l.pv.Annotations, ofBinding...)},
+		Spec:       *l.pv.Spec.DeepCopy(),
+	}
+	// Between volume and claim it has no claim, and what is so and is not retained is deleted.
+	pv.Spec.PersistentVolumeReclaimPolicy = corev1.PersistentVolumeReclaimRetain
+	if ref := pv.Spec.ClaimRef; ref != nil {
+		ref.ResourceVersion = ""
+		if l.claim != nil {
+			ref.UID = ""
+		}
+	}
+	return pv
+}
+
+// claimAgain is the claim as it can be created again. It has no owner: that is known by a
+// UID, and a claim whose owner is gone is deleted.
+func (l lost) claimAgain() *corev1.PersistentVolumeClaim {
+	return &corev1.PersistentVolumeClaim{
+		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "PersistentVolumeClaim"},
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: l.claim.Namespace, Name: l.claim.Name, Labels: l.claim.Labels, Annotations: without(l.claim.Annotations, ofBinding...),
+		},
+		Spec: *l.claim.Spec.DeepCopy(), // volumeName is in it
+	}
+}
+
+// ofBinding are the annotations by which Kubernetes remembers how a claim came to its
+// volume. With the first a claim that is new to it is Lost.
+var ofBinding = []string{
+	"pv.kubernetes.io/bind-completed", "pv.kubernetes.io/bound-by-controller", "volume.kubernetes.io/selected-node",
+	"volume.kubernetes.io/storage-provisioner", "volume.beta.kubernetes.io/storage-provisioner",
+}
+
+func without(all map[string]string, keys ...string) map[string]string {
+	all = maps.Clone(all)
+	for _, k := range keys {
+		delete(all, k)
+	}
+	return all
 }
 
 // delete deletes one volume, unless the node is there again.

@@ -8,12 +8,14 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes/fake"
+	"k8s.io/client-go/kubernetes/scheme"
 	clienttesting "k8s.io/client-go/testing"
 
 	"github.com/csi-loop/csi-loop/internal/kubeapi/kubeapitest"
@@ -136,9 +138,127 @@ func TestForgetWithClaims(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantLeft(t, client, "elsewhere foreign", "elsewhere reused")
-	b, err := os.ReadFile(f.save)
-	if err != nil || strings.Count(string(b), "kind: PersistentVolumeClaim\n") < 1 {
-		t.Errorf("saved: %s, %v", b, err)
+}
+
+// What forget saves can be created again: volume and claim are bound to each other, and
+// nothing is in it that only the API server sets, or that makes Kubernetes think that
+// they were bound before.
+func TestForgottenCanBeCreatedAgain(t *testing.T) {
+	client, f := lossy(), forgets(t)
+	asKubernetesKeepsThem(t, client)
+	f.apply, f.claims = true, true
+	if err := f.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(f.save)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, bad := range []string{
+		"status:", "resourceVersion:", "creationTimestamp:", "finalizers:", "managedFields:", "generation:", "ownerReferences:", "uid: uid-",
+		"bind-completed", "bound-by-controller", "selected-node", "persistentVolumeReclaimPolicy: Delete",
+	} {
+		if strings.Contains(string(text), bad) {
+			t.Errorf("it has %s", bad)
+		}
+	}
+	again, made := fake.NewClientset(), []string{}
+	for doc := range strings.SplitSeq(string(text), "\n---\n") {
+		object, _, err := scheme.Codecs.UniversalDeserializer().Decode([]byte(doc), nil, nil)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, doc)
+		}
+		switch o := object.(type) {
+		case *corev1.PersistentVolume:
+			ref := o.Spec.ClaimRef
+			made = append(made, o.Name+" for "+ref.Namespace+"/"+ref.Name+" "+string(ref.UID)+" "+o.Labels["tier"]+" "+o.Annotations["pv.kubernetes.io/provisioned-by"])
+			_, err = again.CoreV1().PersistentVolumes().Create(t.Context(), o, metav1.CreateOptions{})
+		case *corev1.PersistentVolumeClaim:
+			made = append(made, "claim "+o.Name+" of "+o.Spec.VolumeName+" "+o.Annotations["note"])
+			_, err = again.CoreV1().PersistentVolumeClaims(o.Namespace).Create(t.Context(), o, metav1.CreateOptions{})
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	want := []string{
+		"bound for shop/bound  db csi-loop.io", "claim bound of bound kept",
+		// Whoever has the name of their claim now does not get their content.
+		"released for shop/released claim-1 db csi-loop.io", "reused for shop/reused claim-1 db csi-loop.io",
+	}
+	if diff := cmp.Diff(want, made); diff != "" {
+		t.Error(diff)
+	}
+	wantLeft(t, again, "bound released reused", "bound")
+}
+
+// asKubernetesKeepsThem fills in what the API server and the controllers set.
+func asKubernetesKeepsThem(t *testing.T, client *fake.Clientset) {
+	t.Helper()
+	volumes, claims := client.CoreV1().PersistentVolumes(), client.CoreV1().PersistentVolumeClaims("shop")
+	meta := func(o metav1.Object) {
+		o.SetCreationTimestamp(metav1.Now())
+		o.SetGeneration(3)
+		o.SetFinalizers([]string{"kubernetes.io/protection"})
+		o.SetOwnerReferences([]metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "StatefulSet", Name: "s", UID: "uid-s"}})
+		o.SetManagedFields([]metav1.ManagedFieldsEntry{{Manager: "m"}})
+	}
+	pv, err := volumes.Get(t.Context(), "bound", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	meta(pv)
+	pv.Annotations["pv.kubernetes.io/bound-by-controller"], pv.Status.Phase = "yes", corev1.VolumeBound
+	if _, err := volumes.Update(t.Context(), pv, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	c, err := claims.Get(t.Context(), "bound", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	meta(c)
+	c.ResourceVersion, c.Status.Phase = "9", corev1.ClaimBound
+	c.Annotations = map[string]string{
+		"pv.kubernetes.io/bind-completed": "yes", "pv.kubernetes.io/bound-by-controller": "yes", "volume.kubernetes.io/selected-node": "a", "note": "kept",
+	}
+	if _, err := claims.Update(t.Context(), c, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Without --save each run has a file of its own: the first of names that is free.
+func TestForgetTakesTheNextFreeName(t *testing.T) {
+	t.Chdir(t.TempDir())
+	client, f := lossy(), forgets(t)
+	f.apply, f.save = true, ""
+	fails := true
+	client.PrependReactor("delete", "persistentvolumes", func(clienttesting.Action) (bool, runtime.Object, error) {
+		return fails, nil, os.ErrDeadlineExceeded
+	})
+	run := func() error { return f.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}) }
+	if err := run(); err == nil || !strings.Contains(err.Error(), "csi-loop-forget-a.yaml") {
+		t.Fatalf("%v does not say where things are", err)
+	}
+	first, err := os.ReadFile("csi-loop-forget-a.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fails = false
+	if err := run(); err != nil {
+		t.Fatal("goes on after an error:", err)
+	}
+	f.claims = true
+	if err := run(); err != nil {
+		t.Fatal("goes on with claims:", err)
+	}
+	wantLeft(t, client, "elsewhere foreign", "elsewhere reused")
+	for name, want := range map[string]string{"csi-loop-forget-a-2.yaml": "name: released", "csi-loop-forget-a-3.yaml": "name: bound"} {
+		if b, err := os.ReadFile(name); err != nil || !strings.Contains(string(b), want) {
+			t.Errorf("%s: %s, %v", name, b, err)
+		}
+	}
+	if b, err := os.ReadFile("csi-loop-forget-a.yaml"); err != nil || !bytes.Equal(b, first) {
+		t.Error("the first file was changed", err)
 	}
 }
 

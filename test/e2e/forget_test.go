@@ -38,16 +38,18 @@ func (e *env) ghost(node string) (volume string) {
 
 // TestNodeThatIsGoneIsForgotten: a claim learns that its node is gone; csi-loop forget
 // refuses a node that is there, and deletes volume and claim of the one that is not.
+// What it saved makes them again, bound to each other.
 func TestNodeThatIsGoneIsForgotten(t *testing.T) {
 	e := volumes(t)
 	const node = "csi-loop-e2e-no-such-node"
 	volume := e.ghost(node)
 	e.eventSays("ghost", "Warning", "NodeGone", node)
 
-	program, saved := e.compile("csi-loop"), filepath.Join(e.TempDir(), "saved.yaml")
+	program, dir := e.compile("csi-loop"), e.TempDir()
 	forget := func(node string, args ...string) (string, error) {
-		args = append([]string{"forget", node, "--kubeconfig=" + os.Getenv("KUBECONFIG"), "--save=" + saved}, args...)
-		out, err := exec.CommandContext(e.Context(), program, args...).CombinedOutput()
+		c := exec.CommandContext(e.Context(), program, append([]string{"forget", node}, args...)...)
+		c.Dir = dir
+		out, err := c.CombinedOutput()
 		return string(out), err
 	}
 	if out, err := forget(e.nodes()[0], "--claims", "--apply"); err == nil || !strings.Contains(out, "is in the cluster") {
@@ -59,6 +61,26 @@ func TestNodeThatIsGoneIsForgotten(t *testing.T) {
 	if out, err := forget(node, "--claims", "--apply"); err != nil || !strings.Contains(out, "1 PersistentVolumes deleted") {
 		t.Fatalf("%s, %v", out, err)
 	}
+	e.ghostIsGone(volume)
+	saved := filepath.Join(dir, "csi-loop-forget-"+node+".yaml")
+	if b, err := os.ReadFile(saved); err != nil || !strings.Contains(string(b), volume) || !strings.Contains(string(b), "Retain") {
+		t.Errorf("saved: %s, %v", b, err)
+	}
+
+	if out, err := exec.CommandContext(e.Context(), "kubectl", "create", "-f", saved).CombinedOutput(); err != nil {
+		t.Fatalf("%s, %v", out, err)
+	}
+	if got := e.volumeOf("ghost").Name; got != volume {
+		t.Errorf("the claim has volume %s", got)
+	}
+	if out, err := forget(node, "--claims", "--apply"); err != nil || !strings.Contains(out, "csi-loop-forget-"+node+"-2.yaml") {
+		t.Fatalf("%s, %v", out, err)
+	}
+	e.ghostIsGone(volume)
+}
+
+func (e *env) ghostIsGone(volume string) {
+	e.Helper()
 	e.eventually("volume and claim are gone", patience, func(ctx context.Context) error {
 		_, err := e.client.CoreV1().PersistentVolumes().Get(ctx, volume, metav1.GetOptions{})
 		_, claimErr := e.client.CoreV1().PersistentVolumeClaims(e.namespace).Get(ctx, "ghost", metav1.GetOptions{})
@@ -67,9 +89,6 @@ func TestNodeThatIsGoneIsForgotten(t *testing.T) {
 		}
 		return nil
 	})
-	if b, err := os.ReadFile(saved); err != nil || !strings.Contains(string(b), volume) || !strings.Contains(string(b), "Retain") {
-		t.Errorf("saved: %s, %v", b, err)
-	}
 }
 
 // or turns success into an error that says so.
