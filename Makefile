@@ -10,7 +10,7 @@ PKGS     ?= ./...
 TESTARGS ?=
 # What runs in the virtual machines; see test/vm.
 VM_KERNELS ?= 6.1,6.12
-VM_PKGS    ?= ./test/vm/guest ./pkg/cgroup ./pkg/loop ./pkg/mount ./pkg/crypt ./pkg/image ./pkg/driver ./test/sanity
+VM_PKGS    ?= ./test/vm/guest ./internal/confine ./pkg/cgroup ./pkg/loop ./pkg/mount ./pkg/crypt ./pkg/image ./pkg/driver ./test/sanity
 VM_ARGS    ?=
 # The limit for all packages on one kernel. Without KVM pkg/image alone takes most of an hour.
 VM_TIMEOUT ?= 4h

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"runtime"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -14,7 +13,8 @@ import (
 // out: a program that runs with more rights is better than none.
 //
 // f runs on a thread of its own that ends with it, because limits are a thread's and
-// cannot be taken back. Landlock binds f as well: it can write to nothing else.
+// cannot be taken back. Landlock and the filter bind f as well, on that thread: it can
+// write to nothing else. It should do nothing but start programs and wait for them.
 func Run(limits Limits, f func() error) error {
 	done := make(chan error, 1)
 	go func() {
@@ -41,9 +41,25 @@ func confine(limits Limits) error {
 	}
 	dropCapabilities()
 	if limits.Write == nil {
-		return nil
+		return filterCalls(false)
 	}
-	return restrictWrites(limits.Write)
+	if err := restrictWrites(limits.Write); err != nil {
+		return err
+	}
+	directories, err := anyDirectory(limits.Write)
+	if err != nil {
+		return err
+	}
+	return filterCalls(!directories)
+}
+
+func anyDirectory(files []*os.File) (bool, error) {
+	for _, f := range files {
+		if st, err := f.Stat(); err != nil || st.IsDir() {
+			return err == nil, err
+		}
+	}
+	return false, nil
 }
 
 // dropCapabilities leaves a program that is executed no capability, also where root
@@ -62,51 +78,4 @@ func dropCapabilities() {
 		data[0].Inheritable, data[1].Inheritable = 0, 0
 		_ = unix.Capset(&head, &data[0])
 	}
-}
-
-// writing are the rights of Landlock's first version that change something, except
-// to make device nodes. Programs need to make files where they may write.
-const writing = unix.LANDLOCK_ACCESS_FS_WRITE_FILE | unix.LANDLOCK_ACCESS_FS_REMOVE_DIR | unix.LANDLOCK_ACCESS_FS_REMOVE_FILE |
-	unix.LANDLOCK_ACCESS_FS_MAKE_CHAR | unix.LANDLOCK_ACCESS_FS_MAKE_DIR | unix.LANDLOCK_ACCESS_FS_MAKE_REG |
-	unix.LANDLOCK_ACCESS_FS_MAKE_SOCK | unix.LANDLOCK_ACCESS_FS_MAKE_FIFO | unix.LANDLOCK_ACCESS_FS_MAKE_BLOCK |
-	unix.LANDLOCK_ACCESS_FS_MAKE_SYM
-
-// restrictWrites is Landlock (Linux 5.13): the thread and its children open for
-// writing only what is allowed. Where the kernel has no Landlock all stays open.
-func restrictWrites(allowed []*os.File) error {
-	ruleset := unix.LandlockRulesetAttr{Handled_access_fs: writing}
-	// The size of the first version: newer kernels take it, older ones take no more.
-	fd, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, uintptr(unsafe.Pointer(&ruleset)), unsafe.Sizeof(ruleset.Handled_access_fs), 0)
-	if errno == unix.ENOSYS || errno == unix.EOPNOTSUPP || errno == unix.EPERM { // not built in, not switched on, or seccomp
-		return nil
-	} else if errno != 0 {
-		return errno
-	}
-	defer func() { _ = unix.Close(int(fd)) }()
-	for _, f := range allowed {
-		if err := allow(int(fd), f); err != nil {
-			return fmt.Errorf("landlock rule for %s: %w", f.Name(), err)
-		}
-	}
-	if _, _, errno := unix.Syscall(unix.SYS_LANDLOCK_RESTRICT_SELF, fd, 0, 0); errno != 0 {
-		return fmt.Errorf("landlock: %w", errno)
-	}
-	return nil
-}
-
-func allow(ruleset int, f *os.File) error {
-	st, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	rule := unix.LandlockPathBeneathAttr{Allowed_access: writing, Parent_fd: int32(f.Fd())}
-	if !st.IsDir() {
-		rule.Allowed_access = unix.LANDLOCK_ACCESS_FS_WRITE_FILE
-	}
-	_, _, errno := unix.Syscall6(unix.SYS_LANDLOCK_ADD_RULE, uintptr(ruleset), unix.LANDLOCK_RULE_PATH_BENEATH, uintptr(unsafe.Pointer(&rule)), 0, 0, 0)
-	runtime.KeepAlive(f)
-	if errno != 0 {
-		return errno
-	}
-	return nil
 }

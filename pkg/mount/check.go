@@ -66,8 +66,9 @@ func e2fsck(ctx context.Context, device string, args ...string) error {
 // are run here change a filesystem's structure, and half a change is worse than
 // a late answer. It returns the last 4 KiB of what the program said.
 //
-// The filesystem may be a tenant's who means harm, so the program has no
-// capabilities and, with Landlock, writes to the device and to nothing else.
+// The filesystem may be a tenant's who means harm, so the program has no capabilities,
+// cannot reach sockets, other processes or the owner and mode of a file, and with
+// Landlock opens nothing but the device for writing. docs/security.md says what is left.
 func runWhole(ctx context.Context, device, name string, args ...string) (output string, code int, err error) {
 	resolved, err := filepath.EvalSymlinks(device)
 	if err != nil {

@@ -23,7 +23,7 @@ func TestCheckIsConfined(t *testing.T) {
 		}
 	}
 	write(device, "", 0o600)
-	write(filepath.Join(dir, "e2fsck"), "#!/bin/sh\ngrep -E 'CapEff|CapBnd|NoNewPrivs' /proc/self/status\necho written > "+device+"\necho x > "+filepath.Join(dir, "elsewhere")+"\nexit 4\n", 0o700)
+	write(filepath.Join(dir, "e2fsck"), "#!/bin/sh\ngrep -E 'CapEff|CapBnd|NoNewPrivs' /proc/self/status\necho written 1<> "+device+"\necho x > "+filepath.Join(dir, "elsewhere")+"\nexit 4\n", 0o700)
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 	err := e2fsck(t.Context(), device, "-p")
 	if err == nil {
