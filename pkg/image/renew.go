@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"k8s.io/klog/v2"
+
+	"github.com/csi-loop/csi-loop/internal/confine"
 )
 
 // renew makes the filesystem of a copy, whose image in dir nobody else knows yet, one
@@ -67,7 +69,8 @@ func (t *tools) renewExt(ctx context.Context, dir *os.File, file string, s Spec,
 	return t.run(ctx, dir, "resize2fs", file)
 }
 
-// run runs a program for an image in dir, and returns an error when it fails.
+// run runs a program for an image in dir, its last argument, and returns an error when
+// it fails.
 func (t *tools) run(ctx context.Context, dir *os.File, name string, args ...string) error {
 	path, ok := t.path(name)
 	if !ok {
@@ -79,7 +82,7 @@ func (t *tools) run(ctx context.Context, dir *os.File, name string, args ...stri
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	out, err := command(ctx, dir, path, args)
+	out, err := confined(ctx, dir, args[len(args)-1], path, args)
 	const repaired = 1 // of e2fsck
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok && name == "e2fsck" && exit.ExitCode() == repaired {
 		return nil
@@ -91,6 +94,21 @@ func (t *tools) run(ctx context.Context, dir *os.File, name string, args ...stri
 		return fmt.Errorf("%s: %w", name, ctx.Err())
 	}
 	return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, firstLines(out))
+}
+
+// confined is command for a program that reads what a tenant has written, and changes
+// nothing but file.
+func confined(ctx context.Context, dir *os.File, file, path string, args []string) (out string, err error) {
+	target, err := openToName(dir, file)
+	if err != nil {
+		return "", err
+	}
+	defer target.Close()
+	err = confine.Run(confine.Limits{Write: []*os.File{target}}, func() (err error) {
+		out, err = command(ctx, dir, path, args)
+		return err
+	})
+	return out, err
 }
 
 // programs are those that run runs, and the packages of Debian that have them.

@@ -431,4 +431,18 @@ func probeWrite(dir *os.File) error {
 // its own /proc/self, before its descriptors are closed.
 func inDirectory(cmd *exec.Cmd, dir *os.File) { cmd.Dir = procPath(dir) }
 
+// openToName opens a file in dir, or a path if dir is nil, only to tell it from others.
+func openToName(dir *os.File, name string) (*os.File, error) {
+	at := unix.AT_FDCWD
+	if dir != nil {
+		at = int(dir.Fd())
+	}
+	fd, err := unix.Openat(at, name, unix.O_PATH|unix.O_CLOEXEC, 0)
+	runtime.KeepAlive(dir)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: name, Err: err}
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
 func effectiveUID() uint32 { return uint32(syscall.Geteuid()) }

@@ -1,0 +1,47 @@
+package image
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/csi-loop/csi-loop/internal/roottest"
+)
+
+// TestProgramsOfCopiesAreConfined: in the place of tune2fs is a program that shows what
+// it may.
+func TestProgramsOfCopiesAreConfined(t *testing.T) {
+	roottest.Require(t)
+	bin, copies := t.TempDir(), t.TempDir()
+	other := filepath.Join(copies, "other")
+	for path, content := range map[string]string{
+		filepath.Join(bin, "tune2fs"): "#!/bin/sh\ngrep -E 'CapEff|CapBnd|NoNewPrivs|Seccomp:' /proc/self/status\n" +
+			"echo written 1<> $1\nchmod 777 " + other + "\nexit 4\n",
+		filepath.Join(copies, imageFile): "", other: "",
+	} {
+		if err := os.WriteFile(path, []byte(content), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir, err := openPath(copies)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	err = newTools([]string{bin}).run(t.Context(), dir, "tune2fs", imageFile)
+	if err == nil {
+		t.Fatal("its exit status was lost")
+	}
+	for _, want := range []string{"CapEff: 0000000000000000", "CapBnd: 0000000000000000", "NoNewPrivs: 1", "Seccomp: 2"} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("%q is not in %v", want, err)
+		}
+	}
+	if b, err := os.ReadFile(filepath.Join(copies, imageFile)); err != nil || string(b) != "written\n" {
+		t.Errorf("the image has %q, %v", b, err)
+	}
+	if st, err := os.Stat(other); err != nil || st.Mode().Perm() != 0o700 {
+		t.Errorf("the mode of another file: %v, %v", st.Mode(), err)
+	}
+}
