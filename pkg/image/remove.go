@@ -39,10 +39,8 @@ func (p *Pool) Remove(ctx context.Context, id string) error {
 	}
 	p.store.kill("remove: renamed")
 	if err := p.volumes.Sync(); err != nil {
-		if renameNew(p.root, gone, p.volumes, dir) != nil {
-			p.forget(dir)
-			p.account.drop(dir)
-		}
+		// If that fails too it is still known, so that the next call syncs before it answers.
+		_ = renameNew(p.root, gone, p.volumes, dir)
 		return opError("sync", volumesDir, err)
 	}
 	p.store.kill("remove: committed")

@@ -68,7 +68,8 @@ func (p *Pool) hideGroup(dir string, kill func(string)) error {
 		return opError("remove", dir, err)
 	}
 	kill("remove group: renamed")
-	if err := p.groups.Sync(); err != nil && renameNew(p.root, gone, p.groups, dir) == nil {
+	if err := p.groups.Sync(); err != nil {
+		_ = renameNew(p.root, gone, p.groups, dir) // as in Remove
 		return opError("sync", groupsDir, err)
 	}
 	kill("remove group: committed")

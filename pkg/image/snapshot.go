@@ -120,9 +120,7 @@ func (p *Pool) removeSnapshot(ctx context.Context, dir string, r snapshotRecord)
 	}
 	p.store.kill("remove snapshot: renamed")
 	if err := p.snapshots.Sync(); err != nil {
-		if renameNew(p.root, gone, p.snapshots, dir) != nil {
-			p.forgetSnapshot(dir)
-		}
+		_ = renameNew(p.root, gone, p.snapshots, dir) // as in Remove
 		return opError("sync", snapshotsDir, err)
 	}
 	p.store.kill("remove snapshot: committed")

@@ -217,18 +217,13 @@ func (p *Pool) RemoveTemplate(ctx context.Context, name string) error {
 		return opError("remove", name, err)
 	}
 	p.store.kill("remove template: renamed")
-	forget := func() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		delete(p.templateRecords, name)
-	}
 	if err := p.templates.Sync(); err != nil {
-		if renameNew(p.root, gone, p.templates, name) != nil {
-			forget()
-		}
+		_ = renameNew(p.root, gone, p.templates, name) // as in Remove
 		return opError("sync", templatesDir, err)
 	}
-	forget()
+	p.mu.Lock()
+	delete(p.templateRecords, name)
+	p.mu.Unlock()
 	await(ctx, p.eraseAll(gone))
 	p.recount(ctx)
 	return nil

@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 )
@@ -125,7 +126,7 @@ func (t Tuning) recorded() *Tuning {
 }
 
 // Tune sets what is set in t, durably, and leaves the rest. That it is so already is
-// success, and writes nothing. Errors: ErrNotFound, *SpecError, ErrDamaged, ErrPool,
+// success, and writes nothing new. Errors: ErrNotFound, *SpecError, ErrDamaged, ErrPool,
 // ctx's; after them nothing has changed, but after ErrPool perhaps all of it.
 func (p *Pool) Tune(ctx context.Context, id string, t Tuning) (Volume, error) {
 	dir, ok := p.dirOf(id)
@@ -147,6 +148,10 @@ func (p *Pool) Tune(ctx context.Context, id string, t Tuning) (Volume, error) {
 	have := r.spec().Tuning
 	tuned := have.Merge(t)
 	if tuned.Equal(have) {
+		// Whoever made it so may have failed, or been killed, before it was on disk.
+		if err := p.syncVolume(dir); err != nil {
+			return Volume{}, fmt.Errorf("tune %s: %w", id, err)
+		}
 		return p.volume(dir, r), nil
 	}
 	r.Tuning = tuned.recorded()
@@ -154,6 +159,22 @@ func (p *Pool) Tune(ctx context.Context, id string, t Tuning) (Volume, error) {
 		return Volume{}, fmt.Errorf("tune %s: %w", id, err)
 	}
 	return p.volume(dir, r), nil
+}
+
+// syncVolume brings to disk what its directory says.
+// Precondition: the lock of dir is held.
+func (p *Pool) syncVolume(dir string) error {
+	if err := p.present(); err != nil {
+		return err
+	}
+	d, err := openDirAt(p.volumes, dir)
+	if err != nil {
+		return openError(dir, err)
+	}
+	if err := errors.Join(d.Sync(), d.Close()); err != nil {
+		return poolError(p.config, "sync %s: %w", dir, err)
+	}
+	return nil
 }
 
 // rewrite replaces the record of a volume.
