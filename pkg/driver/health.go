@@ -2,8 +2,11 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
+	"slices"
+	"strings"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
@@ -37,15 +40,16 @@ func (p *problems) addf(status csi.VolumeHealthErrorType, reason, format string,
 	*p = append(*p, &csi.VolumeHealth_VolumeHealthEntry{Status: status, Reason: reason, Message: fmt.Sprintf(format, args...)})
 }
 
-// imageProblems asks the pool about the image of a volume.
-func (d *Driver) imageProblems(ctx context.Context, v image.Volume) problems {
+// imageProblems asks the pool about the image of a volume, also when its record is
+// refused.
+func (d *Driver) imageProblems(ctx context.Context, id string) problems {
 	var p problems
-	pool, ok := d.images.Pool(v.Pool)
+	pool, _, ok := d.images.Lookup(id)
 	if !ok {
-		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, "PoolMissing", "pool %q is not configured", v.Pool)
+		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, "PoolMissing", "the pool of %q is not configured", id)
 		return p
 	}
-	for _, found := range pool.VolumeHealth(ctx, v.ID) {
+	for _, found := range pool.VolumeHealth(ctx, id) {
 		p.addf(healthStatus(found.Kind), found.Reason, "%s", found.Message)
 	}
 	return p
@@ -71,13 +75,35 @@ func (s *controllerServer) ControllerGetVolumeHealth(ctx context.Context, req *c
 	if id == "" {
 		return nil, invalidf("volume_id is missing")
 	}
-	v, err := s.d.volume(id)
-	if err != nil {
+	if _, err := s.d.volume(id); err != nil && !s.d.refused(id, err) {
 		return nil, err
 	}
 	return &csi.ControllerGetVolumeHealthResponse{
-		VolumeHealth: &csi.VolumeHealth{VolumeId: id, HealthStatuses: s.d.imageProblems(ctx, v)},
+		VolumeHealth: &csi.VolumeHealth{VolumeId: id, HealthStatuses: s.d.imageProblems(ctx, id)},
 	}, nil
+}
+
+// refused says whether an error of volume is about one that is there, and whose record
+// cannot be used: that is for its health to say.
+func (d *Driver) refused(id string, err error) bool {
+	_, _, known := d.images.Lookup(id)
+	return known && !errors.Is(err, image.ErrNotFound)
+}
+
+// listed are the IDs of all volumes that a CO may ask for, those whose record is refused
+// too, in order.
+func (d *Driver) listed() []string {
+	var ids []string
+	for _, v := range persistent(d.images.List()) {
+		ids = append(ids, v.ID)
+	}
+	for _, p := range d.images.Pools() {
+		for dir := range p.Damaged() {
+			ids = append(ids, image.VolumeID(p.ID(), dir))
+		}
+	}
+	slices.Sort(ids)
+	return slices.Compact(ids)
 }
 
 // ControllerListVolumeHealth lists the volumes with which something is wrong.
@@ -86,7 +112,7 @@ func (s *controllerServer) ControllerListVolumeHealth(ctx context.Context, req *
 	if limit < 0 {
 		return nil, invalidf("max_entries %d is negative", limit)
 	}
-	volumes, _, err := page(persistent(s.d.images.List()), volumeID, req.GetStartingToken(), math.MaxInt32)
+	ids, _, err := page(s.d.listed(), func(id string) string { return id }, req.GetStartingToken(), math.MaxInt32)
 	if err != nil {
 		return nil, err
 	}
@@ -94,11 +120,11 @@ func (s *controllerServer) ControllerListVolumeHealth(ctx context.Context, req *
 		limit = pageLimit
 	}
 	resp := &csi.ControllerListVolumeHealthResponse{}
-	for _, v := range volumes {
+	for _, id := range ids {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		found := s.d.imageProblems(ctx, v)
+		found := s.d.imageProblems(ctx, id)
 		if len(found) == 0 {
 			continue
 		}
@@ -106,7 +132,7 @@ func (s *controllerServer) ControllerListVolumeHealth(ctx context.Context, req *
 			resp.NextToken = makeToken(resp.GetEntries()[limit-1].GetVolumeId())
 			break
 		}
-		resp.Entries = append(resp.Entries, &csi.VolumeHealth{VolumeId: v.ID, HealthStatuses: found})
+		resp.Entries = append(resp.Entries, &csi.VolumeHealth{VolumeId: id, HealthStatuses: found})
 	}
 	return resp, nil
 }
@@ -120,12 +146,13 @@ func (s *nodeServer) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVo
 	}
 	r, staged := d.state.get(id)
 	v, err := d.volume(id)
-	if err != nil && !staged {
+	refused := err != nil && d.refused(id, err)
+	if err != nil && !staged && !refused {
 		return nil, err
 	}
 	var p problems
-	if err == nil {
-		p = d.imageProblems(ctx, v)
+	if err == nil || refused {
+		p = d.imageProblems(ctx, id)
 	} else if r.Mapped == nil && !r.Ephemeral {
 		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, reasonUnknown, "%v", err)
 	}
@@ -193,15 +220,18 @@ func (d *Driver) sizeProblem(r stageRecord, info loop.Info, p *problems) {
 // NodeGetStorageHealth reports what is wrong with the pools of this node.
 func (s *nodeServer) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetStorageHealthRequest) (*csi.NodeGetStorageHealthResponse, error) {
 	resp := &csi.NodeGetStorageHealthResponse{}
-	seen := make(map[string]bool)
-	for _, absent := range s.d.images.Absent() {
-		if !seen["absent"] {
-			seen["absent"] = true
-			resp.BackendHealth = append(resp.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{
-				Status: csi.StorageHealthErrorType_STORAGE_UNREACHABLE, Reason: "PoolAbsent",
-				Message: fmt.Sprintf("pool %q: %v", absent.Name, absent.Err),
-			})
+	// One entry for each (status, reason), as CSI has it; its message names all of them.
+	add := func(status csi.StorageHealthErrorType, reason, message string) {
+		for _, have := range resp.GetBackendHealth() {
+			if have.GetStatus() == status && have.GetReason() == reason {
+				have.Message = addMessage(have.GetMessage(), message)
+				return
+			}
 		}
+		resp.BackendHealth = append(resp.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{Status: status, Reason: reason, Message: message})
+	}
+	for _, absent := range s.d.images.Absent() {
+		add(csi.StorageHealthErrorType_STORAGE_UNREACHABLE, "PoolAbsent", fmt.Sprintf("pool %q: %v", absent.Name, absent.Err))
 	}
 	for _, pool := range s.d.images.Pools() {
 		// A pool that cannot be used is among what Health tells after the check.
@@ -213,15 +243,24 @@ func (s *nodeServer) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetSto
 			if found.Kind != image.Degraded {
 				status = csi.StorageHealthErrorType_STORAGE_UNREACHABLE
 			}
-			key := status.String() + found.Reason
-			if seen[key] {
-				continue // one entry for each (status, reason); the message names the first pool
-			}
-			seen[key] = true
-			resp.BackendHealth = append(resp.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{
-				Status: status, Reason: found.Reason, Message: fmt.Sprintf("pool %q: %s", pool.Name(), found.Message),
-			})
+			add(status, found.Reason, fmt.Sprintf("pool %q: %s", pool.Name(), found.Message))
 		}
 	}
 	return resp, nil
+}
+
+// messageLimit is how long a message with several findings may become, in bytes.
+const messageLimit = 4096
+
+// addMessage puts another finding behind those that are in a message, or says that
+// there are more.
+func addMessage(have, more string) string {
+	const andMore = "; and more"
+	switch {
+	case strings.HasSuffix(have, andMore):
+		return have
+	case len(have)+len(more) > messageLimit:
+		return have + andMore
+	}
+	return have + "; " + more
 }

@@ -2,13 +2,18 @@ package driver
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
@@ -164,4 +169,80 @@ func TestReportsAreShared(t *testing.T) {
 		t.Error("two at a time")
 	}
 	<-n.d.reports.busy
+}
+
+// The health calls of CSI tell of every record that is damaged, by its volume and by its
+// pool, and of every pool that is absent.
+func TestHealthOfWhatCannotBeUsed(t *testing.T) {
+	n := newFake(t)
+	var ids []string
+	for _, name := range []string{"pvc-1", "pvc-2", "pvc-3"} {
+		ids = append(ids, n.create(name, 16*mib, blockCap(oneWriter), nil).id)
+	}
+	n.halt()
+	for _, name := range []string{"pvc-1", "pvc-3"} {
+		n.must(os.WriteFile(filepath.Join(n.pool[0].Path, "volumes", name, "volume.json"), []byte("{"), 0o600))
+	}
+	for _, name := range []string{"away", "gone"} {
+		n.pool = append(n.pool, image.Config{Name: name, Path: filepath.Join(n.dir, name), Overcommit: 1})
+	}
+	n.start()
+
+	list, err := n.ctrl.ControllerListVolumeHealth(t.Context(), &csi.ControllerListVolumeHealthRequest{})
+	n.must(err)
+	var listed []string
+	for _, e := range list.GetEntries() {
+		listed = append(listed, e.GetVolumeId()+" "+e.GetHealthStatuses()[0].GetReason())
+	}
+	if diff := cmp.Diff([]string{ids[0] + " RecordUnreadable", ids[2] + " RecordUnreadable"}, listed); diff != "" {
+		t.Error(diff)
+	}
+	one, err := n.ctrl.ControllerListVolumeHealth(t.Context(), &csi.ControllerListVolumeHealthRequest{MaxEntries: 1})
+	n.must(err)
+	rest, err := n.ctrl.ControllerListVolumeHealth(t.Context(), &csi.ControllerListVolumeHealthRequest{StartingToken: one.GetNextToken()})
+	if err != nil || len(rest.GetEntries()) != 1 || rest.GetEntries()[0].GetVolumeId() != ids[2] {
+		t.Errorf("the second page has %v, %v", rest.GetEntries(), err)
+	}
+
+	got, err := n.ctrl.ControllerGetVolumeHealth(t.Context(), &csi.ControllerGetVolumeHealthRequest{VolumeId: ids[0]})
+	n.must(err)
+	onNode, err := n.client.NodeGetVolumeHealth(t.Context(), &csi.NodeGetVolumeHealthRequest{VolumeId: ids[0]})
+	n.must(err)
+	for _, h := range []*csi.VolumeHealth{got.GetVolumeHealth(), onNode.GetVolumeHealth()} {
+		if s := h.GetHealthStatuses(); len(s) != 1 || s[0].GetReason() != "RecordUnreadable" {
+			t.Errorf("%v", h)
+		}
+	}
+	_, err = n.ctrl.ControllerGetVolumeHealth(t.Context(), &csi.ControllerGetVolumeHealthRequest{VolumeId: ids[0] + "x"})
+	if status.Code(err) != codes.NotFound {
+		t.Errorf("a volume that is not there: %v", err)
+	}
+
+	storage, err := n.client.NodeGetStorageHealth(t.Context(), &csi.NodeGetStorageHealthRequest{})
+	n.must(err)
+	text := fmt.Sprint(storage.GetBackendHealth())
+	for _, name := range []string{"pvc-1", "pvc-3", "away", "gone"} {
+		if !strings.Contains(text, name) {
+			t.Errorf("%q is not named in %s", name, text)
+		}
+	}
+	seen := map[string]bool{}
+	for _, b := range storage.GetBackendHealth() {
+		key := b.GetStatus().String() + b.GetReason()
+		if seen[key] {
+			t.Errorf("two entries of %s", key)
+		}
+		seen[key] = true
+	}
+}
+
+// A message does not grow without end.
+func TestAddMessage(t *testing.T) {
+	text := "first"
+	for range 1000 {
+		text = addMessage(text, "pool \"default\": the record of another volume is damaged")
+	}
+	if len(text) > messageLimit+20 || !strings.HasSuffix(text, "; and more") || strings.Count(text, "and more") != 1 {
+		t.Errorf("%d bytes, end %q", len(text), text[len(text)-40:])
+	}
 }
