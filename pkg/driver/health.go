@@ -159,7 +159,7 @@ func (s *nodeServer) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVo
 	if staged {
 		d.stagingProblems(ctx, r, v, &p)
 	}
-	if text := d.tuning.problem(id); text != "" {
+	if text := d.tuning.problem(id); text != "" && staged {
 		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonNotTuned, "mutable parameters are recorded, and not in force: %s", text)
 	}
 	return &csi.NodeGetVolumeHealthResponse{VolumeHealth: &csi.VolumeHealth{VolumeId: id, HealthStatuses: p}}, nil

@@ -39,11 +39,11 @@ type tuningState struct {
 	done     chan struct{}
 
 	mu       sync.Mutex
-	problems map[string]string // by volume ID; guarded by mu
+	problems map[string]map[string]string // by volume ID and part; guarded by mu
 }
 
 func newTuningState() *tuningState {
-	return &tuningState{kick: make(chan struct{}, 1), problems: make(map[string]string)}
+	return &tuningState{kick: make(chan struct{}, 1), problems: make(map[string]map[string]string)}
 }
 
 // ControllerModifyVolume changes mutable parameters of a volume, in use or not. The
@@ -107,12 +107,35 @@ func (d *Driver) applyTuning(ctx context.Context, id string) {
 	if err != nil || v.Tuning.IsZero() {
 		return
 	}
-	if err := d.setReadAhead(ctx, id, v.Tuning.ReadAhead); err != nil {
-		d.tuning.note(ctx, id, fmt.Errorf("read-ahead: %w", err))
-		return
-	}
+	d.applyReadAhead(ctx, v)
 	if d.applyLimits(ctx, id) {
 		d.tuning.hurry()
+	}
+}
+
+// applyReadAhead makes the read-ahead of a volume so.
+// Precondition: the caller holds the volume's lock, or no call is served yet.
+func (d *Driver) applyReadAhead(ctx context.Context, v image.Volume) {
+	err := d.setReadAhead(ctx, v.ID, v.Tuning.ReadAhead)
+	if err != nil {
+		err = fmt.Errorf("read-ahead: %w", err)
+	}
+	d.tuning.note(ctx, v.ID, readAheadPart, err)
+}
+
+// retryReadAhead is applyReadAhead where it failed before, unless a call works on the
+// volume.
+func (d *Driver) retryReadAhead(ctx context.Context, id string) {
+	if !d.tuning.failed(id, readAheadPart) {
+		return
+	}
+	unlock, err := d.lockVolume(id, "read-ahead")
+	if err != nil {
+		return
+	}
+	defer unlock()
+	if v, err := d.images.Get(id); err == nil {
+		d.applyReadAhead(ctx, v)
 	}
 }
 
@@ -124,11 +147,11 @@ func (d *Driver) applyLimits(ctx context.Context, id string) (awaited bool) {
 	v, err := d.images.Get(id)
 	r, ok := d.state.get(id)
 	if err != nil || !ok {
-		d.tuning.note(ctx, id, nil)
+		d.tuning.note(ctx, id, limitsPart, nil)
 		return false
 	}
 	err = d.limitPods(r, limitsOf(v.Tuning))
-	d.tuning.note(ctx, id, err)
+	d.tuning.note(ctx, id, limitsPart, err)
 	return errors.Is(err, cgroup.ErrNoPod)
 }
 
@@ -301,10 +324,11 @@ func (d *Driver) keepTuned(ctx context.Context) {
 	}
 }
 
-// limitAll looks at all volumes that have limits, and says whether a pod's cgroup is
-// still awaited.
+// limitAll looks at all volumes that have limits, or whose read-ahead could not be set,
+// and says whether a pod's cgroup is still awaited.
 func (d *Driver) limitAll(ctx context.Context) (awaited bool) {
 	for _, r := range d.state.list() {
+		d.retryReadAhead(ctx, r.VolumeID)
 		v, err := d.images.Get(r.VolumeID)
 		if err != nil || limitsOf(v.Tuning).None() || len(r.Targets) == 0 {
 			continue
@@ -314,17 +338,28 @@ func (d *Driver) limitAll(ctx context.Context) (awaited bool) {
 	return awaited
 }
 
-// note remembers what is wrong with the tuning of a volume, and logs what is new. A
-// pod without a cgroup is mostly one that is starting.
-func (s *tuningState) note(ctx context.Context, id string, err error) {
+// The parts of a volume's tuning that can fail each by itself.
+const (
+	readAheadPart = "read-ahead"
+	limitsPart    = "limits"
+)
+
+// note remembers what is wrong with a part of the tuning of a volume, and logs what is
+// new. A pod without a cgroup is mostly one that is starting.
+func (s *tuningState) note(ctx context.Context, id, part string, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	before := s.problems[id]
+	before := s.problems[id][part]
 	if err == nil {
-		delete(s.problems, id)
+		if delete(s.problems[id], part); len(s.problems[id]) == 0 {
+			delete(s.problems, id)
+		}
 		return
 	}
-	s.problems[id] = err.Error()
+	if s.problems[id] == nil {
+		s.problems[id] = make(map[string]string)
+	}
+	s.problems[id][part] = err.Error()
 	if before != err.Error() && !errors.Is(err, cgroup.ErrNoPod) {
 		klog.FromContext(ctx).Info("Mutable parameters of a volume are not in force", "volume", id, "err", err.Error())
 	}
@@ -334,5 +369,16 @@ func (s *tuningState) note(ctx context.Context, id string, err error) {
 func (s *tuningState) problem(id string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.problems[id]
+	var all []string
+	for _, part := range slices.Sorted(maps.Keys(s.problems[id])) {
+		all = append(all, s.problems[id][part])
+	}
+	return strings.Join(all, "; ")
+}
+
+// failed says whether something is wrong with a part of the tuning of a volume.
+func (s *tuningState) failed(id, part string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.problems[id][part] != ""
 }

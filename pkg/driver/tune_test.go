@@ -253,6 +253,27 @@ func TestLimitsWhereThereAreNone(t *testing.T) {
 	v.down("one")
 }
 
+// A read-ahead that could not be set stays a problem when the limits are in force, does
+// not keep them from being so, and is tried again.
+func TestReadAheadIsTriedAgain(t *testing.T) {
+	n := newFake(t)
+	v := n.create("a", 16*mib, mountCap("ext4", oneWriter), nil).up("one")
+	n.fake.failOnce("readahead", errors.New("read-only sysfs"))
+	n.must(v.modify(map[string]string{"readAhead": "0", "readIOPS": "500"}))
+	if diff := cmp.Diff(map[string]string{"riops": "500"}, n.pods.of("one", v.device())); diff != "" {
+		t.Error(diff)
+	}
+	n.d.applyLimits(t.Context(), v.id)
+	if diff := cmp.Diff([]string{reasonNotTuned}, v.reasons()); diff != "" {
+		t.Error(diff)
+	}
+	n.d.limitAll(t.Context())
+	if got := v.reasons(); len(got) > 0 {
+		t.Errorf("in force, and still told: %v", got)
+	}
+	v.down("one")
+}
+
 func TestModifyOfWhatIsNotThere(t *testing.T) {
 	n := newFake(t)
 	code(t, volume{n: n}.modify(nil), codes.InvalidArgument)
