@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -54,19 +55,47 @@ func (s *surveyCommand) check(formats ...string) error {
 }
 
 // loadNear is load, or what process 1 was told if that is csi-loop serve and nothing
-// names a pool.
+// names a pool. Flags that were given count more than those of process 1.
 func (f *serveFlags) loadNear(set *pflag.FlagSet) (config, error) {
+	return f.loadBeside("/proc/1", set)
+}
+
+func (f *serveFlags) loadBeside(proc string, set *pflag.FlagSet) (config, error) {
+	var given []*pflag.Flag
+	set.Visit(func(flag *pflag.Flag) { given = append(given, flag) }) // before the environment sets others
 	c, err := f.load(set, os.LookupEnv)
-	args := serveArguments("/proc/1")
+	args := serveArguments(proc)
 	if err != nil || len(c.Pools) > 0 || args == nil {
 		return c, err
 	}
-	set = pflag.NewFlagSet("serve", pflag.ContinueOnError)
-	f = newServeFlags(set)
-	if err := set.Parse(args); err != nil {
+	theirs := pflag.NewFlagSet("serve", pflag.ContinueOnError)
+	f = newServeFlags(theirs)
+	if err := theirs.Parse(args); err != nil {
 		return c, usagef("flags of process 1: %w", err)
 	}
-	return f.load(set, os.LookupEnv)
+	if err := layOver(theirs, given); err != nil {
+		return c, usagef("%w", err)
+	}
+	return f.load(theirs, os.LookupEnv)
+}
+
+// layOver sets the flags of set that were given elsewhere to the values they have there.
+func layOver(set *pflag.FlagSet, given []*pflag.Flag) error {
+	var errs []error
+	for _, from := range given {
+		to := set.Lookup(from.Name)
+		if to == nil { // one of the command alone
+			continue
+		}
+		have, isList := from.Value.(pflag.SliceValue)
+		if list, ok := to.Value.(pflag.SliceValue); ok && isList {
+			to.Changed = true
+			errs = append(errs, list.Replace(have.GetSlice()))
+			continue
+		}
+		errs = append(errs, set.Set(from.Name, from.Value.String()))
+	}
+	return errors.Join(errs...)
 }
 
 // config is what there is to look at.

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/spf13/pflag"
 
 	"github.com/csi-loop/csi-loop/cmd/csi-loop/survey"
 )
@@ -38,6 +39,44 @@ func TestServeArguments(t *testing.T) {
 	}
 	if got := serveArguments("/nonexistent"); got != nil {
 		t.Errorf("of no process: %q", got)
+	}
+}
+
+// TestFlagsBesideProcess1: what a command was given counts more than what process 1 was,
+// and that more than the environment.
+func TestFlagsBesideProcess1(t *testing.T) {
+	proc := t.TempDir()
+	if err := os.WriteFile(filepath.Join(proc, "cmdline"), []byte(
+		"csi-loop\x00serve\x00--pool=default=/pool\x00--endpoint=unix:///theirs.sock\x00--state-dir=/theirs\x00--node-id=theirs\x00--image-dir=/a\x00--image-dir=/b\x00",
+	), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("CSI_ENDPOINT", "unix:///environment.sock")
+	load := func(args ...string) config {
+		t.Helper()
+		set := pflag.NewFlagSet("template ls", pflag.ContinueOnError)
+		f := newServeFlags(set)
+		set.String("into", "", "")
+		if err := set.Parse(args); err != nil {
+			t.Fatal(err)
+		}
+		c, err := f.loadBeside(proc, set)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	want := load()
+	if want.Endpoint != "unix:///theirs.sock" || want.StateDir != "/theirs" || len(want.ImageDirs) != 2 || len(want.Pools) != 1 {
+		t.Fatalf("%+v", want)
+	}
+	want.StateDir, want.ImageDirs, want.ExpediteFreezes = "/mine", []string{"/c"}, false
+	got := load("--state-dir=/mine", "--image-dir=/c", "--expedite-freezes=false", "--into=default")
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(config{}, linkConfig{})); diff != "" {
+		t.Error(diff)
+	}
+	if got := load("--pool=own=/own"); got.Endpoint != "unix:///environment.sock" || got.Pools[0].Name != "own" {
+		t.Errorf("with a pool of its own: %+v", got)
 	}
 }
 
