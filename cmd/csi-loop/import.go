@@ -29,9 +29,10 @@ filesystem grows to that when it is mounted.
 
 The method is auto (reflink for thin volumes where that works, else copy), copy,
 reflink (the pool and the file are on one filesystem that can) or move (the file itself
-becomes the image and loses its name; a whole file on the mount of the pool). Nobody
-may use the file meanwhile. A command that was interrupted has changed nothing, or is
-completed by repeating it.`
+becomes the image and loses its name; a whole file on the mount of the pool, as is one in
+the pool's directory "incoming"). Nobody may use the file meanwhile. A command that was
+interrupted has changed nothing, or is completed by repeating it. A name that exists is
+refused, unless the same bytes of the same unchanged file were taken in.`
 
 // importFlags are those of import alone.
 type importFlags struct {

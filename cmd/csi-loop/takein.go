@@ -37,7 +37,7 @@ for as long as the command takes.`
 // steward is who changes pools: a driver that runs, or one that was made for that.
 type steward interface {
 	TakeIn(ctx context.Context, r driver.TakeInRequest) (driver.TakeInProgress, error)
-	Templates(ctx context.Context) ([]driver.Template, error)
+	Templates(ctx context.Context, pool string) ([]driver.Template, error)
 	RemoveTemplate(ctx context.Context, pool, name string) error
 }
 

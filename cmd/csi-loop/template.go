@@ -57,17 +57,18 @@ func newTemplateListCommand() *cobra.Command {
 	output := ""
 	c := &cobra.Command{
 		Use: "ls", Short: "List the templates of this node",
-		Long: `List the templates of this node's pools. VOLUMES counts the volumes that were made of
-a template; they do not need it any more.`, Args: cobra.NoArgs,
+		Long: `List the templates of this node's pools, or of the one that --into names. VOLUMES counts
+the volumes that were made of a template; they do not need it any more.`, Args: cobra.NoArgs,
 	}
 	s := newStewardCommand(c, "template ls")
+	c.Flags().Lookup("into").Usage = "name of the pool (default: all)"
 	c.Flags().StringVarP(&output, "output", "o", "text", "text or json")
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		if output != "text" && output != "json" {
 			return usagef("--output %q: use one of text, json", output)
 		}
 		return failed(s.with(c.Context(), func(ctx context.Context, who steward) error {
-			all, err := who.Templates(ctx)
+			all, err := who.Templates(ctx, s.pool)
 			if err != nil {
 				return err
 			}

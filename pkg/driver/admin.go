@@ -8,6 +8,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
@@ -66,7 +67,11 @@ func (d *Driver) operate(ctx context.Context, method string, req []byte) (any, e
 		}
 		return d.TakeIn(ctx, r)
 	case adminTemplates:
-		return d.Templates(ctx)
+		pool := ""
+		if err := json.Unmarshal(req, &pool); err != nil {
+			return nil, invalidf("not the name of a pool: %v", err)
+		}
+		return d.Templates(ctx, pool)
 	case adminRemoveTemplate:
 		var r [2]string
 		if err := json.Unmarshal(req, &r); err != nil {
@@ -83,7 +88,7 @@ type Admin struct {
 	Conn grpc.ClientConnInterface
 }
 
-// ErrNotServed says that nobody answers on the socket.
+// ErrNotServed says that nobody listens on the socket: the request reached nobody.
 var ErrNotServed = errors.New("no csi-loop answers there")
 
 // TakeIn is Driver.TakeIn.
@@ -93,8 +98,8 @@ func (a Admin) TakeIn(ctx context.Context, r TakeInRequest) (p TakeInProgress, e
 }
 
 // Templates is Driver.Templates.
-func (a Admin) Templates(ctx context.Context) (all []Template, err error) {
-	err = a.ask(ctx, adminTemplates, nil, &all)
+func (a Admin) Templates(ctx context.Context, pool string) (all []Template, err error) {
+	err = a.ask(ctx, adminTemplates, pool, &all)
 	return all, err
 }
 
@@ -109,11 +114,12 @@ func (a Admin) ask(ctx context.Context, method string, req, resp any) error {
 		return err
 	}
 	var m wrapperspb.BytesValue
-	err = a.Conn.Invoke(ctx, "/"+adminService+"/"+method, wrapperspb.Bytes(b), &m)
+	var asked peer.Peer // who got the request, if a connection could be made
+	err = a.Conn.Invoke(ctx, "/"+adminService+"/"+method, wrapperspb.Bytes(b), &m, grpc.Peer(&asked))
 	switch s := status.Convert(err); {
 	case err == nil:
 		return json.Unmarshal(m.GetValue(), resp)
-	case s.Code() == codes.Unavailable && ctx.Err() == nil:
+	case s.Code() == codes.Unavailable && asked.Addr == nil && ctx.Err() == nil:
 		return fmt.Errorf("%w: %s", ErrNotServed, s.Message())
 	case s.Code() == codes.Unimplemented:
 		return fmt.Errorf("what answers there is no csi-loop of this version on a node: %s", s.Message())

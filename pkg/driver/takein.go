@@ -268,7 +268,8 @@ func openTakeIn(r TakeInRequest) (*os.File, error) {
 	return f, nil
 }
 
-// outside refuses what lies in a pool: it is a volume's, or a snapshot's.
+// outside refuses what lies in a pool, as it is a volume's, or a snapshot's; but for what
+// was put there to be taken in.
 func (d *Driver) outside(file string) error {
 	file, err := filepath.EvalSymlinks(file)
 	if err != nil {
@@ -279,8 +280,8 @@ func (d *Driver) outside(file string) error {
 		if err != nil {
 			return err
 		}
-		if strings.HasPrefix(file, path+"/") {
-			return invalidf("%q lies in pool %q: a volume or snapshot is cloned or restored, not imported", file, pool.Name())
+		if strings.HasPrefix(file, path+"/") && !strings.HasPrefix(file, filepath.Join(path, image.Incoming)+"/") {
+			return invalidf("%q lies in pool %q: a volume or snapshot is cloned or restored, not imported; files that are to be imported may lie in %s", file, pool.Name(), filepath.Join(path, image.Incoming))
 		}
 	}
 	return nil
@@ -344,10 +345,19 @@ func describeFile(r TakeInRequest, f *os.File, c *image.FileContent) (image.Spec
 	return spec, nil
 }
 
-// Templates lists the templates of this node's pools that can be used.
-func (d *Driver) Templates(context.Context) ([]Template, error) {
+// Templates lists the templates of a pool of this node, or of all if pool is "", that can
+// be used. A pool that is none is INVALID_ARGUMENT.
+func (d *Driver) Templates(_ context.Context, pool string) ([]Template, error) {
+	pools := d.images.Pools()
+	if pool != "" {
+		p, err := d.pool(pool)
+		if err != nil {
+			return nil, err
+		}
+		pools = []*image.Pool{p}
+	}
 	all := []Template{}
-	for _, pool := range d.images.Pools() {
+	for _, pool := range pools {
 		for _, t := range pool.Templates() {
 			all = append(all, d.describeTemplate(t))
 		}

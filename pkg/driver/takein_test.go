@@ -2,14 +2,19 @@ package driver
 
 import (
 	"bytes"
+	"context"
 	"errors"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	"github.com/csi-loop/csi-loop/internal/roottest"
 	"github.com/csi-loop/csi-loop/pkg/image"
@@ -91,9 +96,94 @@ func TestTakeIn(t *testing.T) {
 	volume{n: n, id: image.VolumeID(n.store.Pools()[0].ID(), "shop-data"), cap: mountCap("ext4", oneWriter)}.up("pod").down("pod")
 	n.must(volume{n: n, id: raw.Volume.ID}.delete())
 	n.halt()
-	if _, err := (Admin{Conn: n.conn}).Templates(t.Context()); err == nil {
+	if _, err := (Admin{Conn: n.conn}).Templates(t.Context(), ""); err == nil {
 		t.Error("an answer without a driver")
 	}
+}
+
+// refusing is a node that answers everything with one error.
+type refusing struct{ err error }
+
+func (r refusing) operate(context.Context, string, []byte) (any, error) { return nil, r.err }
+
+// TestOnlySilenceIsNotServed: who answers that it cannot is there, and what it says is
+// shown; only a connection that cannot be made means that nobody is.
+func TestOnlySilenceIsNotServed(t *testing.T) {
+	socket := filepath.Join(socketDir(t), "csi.sock")
+	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := (Admin{Conn: conn}).Templates(t.Context(), ""); !errors.Is(err, ErrNotServed) {
+		t.Errorf("without a socket: %v", err)
+	}
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := grpc.NewServer(grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+		return handle(ctx, req)
+	}))
+	registerAdmin(s, refusing{status.Error(codes.Unavailable, "the pool is not mounted")})
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(l) }()
+	// A client of its own: the first one waits before it tries again.
+	second, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Close()
+	if _, err := (Admin{Conn: second}).Templates(t.Context(), ""); err == nil || errors.Is(err, ErrNotServed) || !strings.Contains(err.Error(), "the pool is not mounted") {
+		t.Errorf("it answers that it cannot: %v", err)
+	}
+	s.Stop()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestTakeInChangedFile: a golden image that was built again is no silent success.
+func TestTakeInChangedFile(t *testing.T) {
+	n := newFake(t)
+	path := n.golden("golden.img", "mkfs.ext4", "-q", "-F")
+	r := TakeInRequest{Name: "golden", File: path, Template: true, Method: image.Copy}
+	_, err := n.takeIn(r)
+	n.must(err)
+	n.must(os.Remove(path))
+	n.golden("golden.img", "mkfs.ext4", "-q", "-F")
+	_, err = n.takeIn(r)
+	if err == nil || !strings.Contains(err.Error(), image.ErrIncompatible.Error()) || !strings.Contains(err.Error(), "remove the template first") {
+		t.Errorf("built again: %v", err)
+	}
+	n.must(Admin{Conn: n.conn}.RemoveTemplate(t.Context(), "", "golden"))
+	_, err = n.takeIn(r)
+	n.must(err)
+}
+
+// TestTakeInFromThePoolsMount: a file in a pool's directory for that is moved, and what
+// else lies in the pool is not.
+func TestTakeInFromThePoolsMount(t *testing.T) {
+	n := newFake(t)
+	path := n.golden("old.img", "mkfs.ext4", "-q", "-F")
+	incoming := filepath.Join(n.pool[0].Path, image.Incoming)
+	n.must(os.MkdirAll(incoming, 0o700))
+	inside := filepath.Join(incoming, "old.img")
+	n.must(os.Rename(path, inside))
+	for _, lies := range []string{"incoming.img", "volumes/incoming"} {
+		lies = filepath.Join(n.pool[0].Path, lies)
+		n.must(os.WriteFile(lies, make([]byte, mib), 0o600))
+		if _, err := n.takeIn(TakeInRequest{Name: "x", File: lies, Raw: true, Method: image.Copy}); err == nil || !strings.Contains(err.Error(), "may lie in "+incoming) {
+			t.Errorf("%s: %v", lies, err)
+		}
+		n.must(os.Remove(lies))
+	}
+	p, err := n.takeIn(TakeInRequest{Name: "moved", File: inside, Method: image.Move})
+	n.must(err)
+	if _, err := os.Lstat(inside); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the file: %v", err)
+	}
+	n.must(volume{n: n, id: p.Volume.ID}.delete())
 }
 
 func TestVolumesOfATemplate(t *testing.T) {
@@ -153,10 +243,13 @@ func TestVolumesOfATemplate(t *testing.T) {
 		}
 		code(t, err, c.code)
 	}
-	all, err := Admin{Conn: n.conn}.Templates(t.Context())
+	all, err := Admin{Conn: n.conn}.Templates(t.Context(), "")
 	n.must(err)
 	if len(all) != 1 || all[0].Name != "golden" || all[0].Volumes != 2 || all[0].Filesystem != "ext4" {
 		t.Errorf("%+v", all)
+	}
+	if _, err := (Admin{Conn: n.conn}).Templates(t.Context(), "none"); err == nil || !strings.Contains(err.Error(), `no pool "none"`) {
+		t.Errorf("of a pool that is none: %v", err)
 	}
 	n.must(Admin{Conn: n.conn}.RemoveTemplate(t.Context(), "", "golden"))
 	if err := (Admin{Conn: n.conn}).RemoveTemplate(t.Context(), "", "golden"); err == nil || errors.Is(err, ErrNotServed) {

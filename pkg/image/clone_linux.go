@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -52,6 +53,14 @@ func linkInto(f, dir *os.File, name string) error {
 	runtime.KeepAlive(f)
 	runtime.KeepAlive(dir)
 	return err
+}
+
+// stateOf tells which file it is, and when its content and anything of it changed last.
+func stateOf(f *os.File) (inode uint64, modified, changed time.Time, err error) {
+	var st unix.Stat_t
+	err = unix.Fstat(int(f.Fd()), &st)
+	runtime.KeepAlive(f)
+	return st.Ino, time.Unix(st.Mtim.Unix()), time.Unix(st.Ctim.Unix()), err
 }
 
 // xfsFreeEOFBlocks is XFS_IOC_FREE_EOFBLOCKS.

@@ -38,32 +38,10 @@ type FileContent struct {
 	Progress func(done, all int64)
 }
 
-// check refuses what cannot be taken in. The error wraps ErrContent.
-func (c FileContent) check() error {
-	st, err := statFile(c.File)
-	switch {
-	case err != nil:
-		return opError("look at", c.Path, err)
-	case !st.Mode.IsRegular():
-		return fmt.Errorf("%w: %s: %w", ErrContent, c.Path, errNotRegular)
-	case !filepath.IsAbs(c.Path) || len(c.Path) > maxPath:
-		return fmt.Errorf("%w: %q is not an absolute path of at most %d bytes", ErrContent, c.Path, maxPath)
-	case c.Offset < 0 || c.Length <= 0 || c.Offset > st.Size || c.Length > st.Size-c.Offset:
-		return fmt.Errorf("%w: %s: %d bytes from byte %d on are not in it, it has %d", ErrContent, c.Path, c.Length, c.Offset, st.Size)
-	case c.Method != Auto && c.Method != Copy && c.Method != Reflink && c.Method != Move:
-		return fmt.Errorf("%w: method %q is none of auto, copy, reflink and move", ErrContent, c.Method)
-	case c.Method == Move && (c.Offset != 0 || c.Length != st.Size):
-		return fmt.Errorf("%w: %s: a part of a file cannot be moved: copy it", ErrContent, c.Path)
-	}
-	return nil
-}
-
-const maxPath = 4096
-
 // Import makes a volume of the content of a file, as it is: nothing is formatted. The
 // volume is spec, whose size is at least the content's; what is behind it reads as
-// zeros. It has spec.Source.File, the content's path. An equal volume of that name is
-// success.
+// zeros. It has spec.Source.File, the content's path. An equal volume of that name, made
+// of the same bytes of a file that did not change since, is success.
 //
 // The errors are those of Create, without ErrSize for a size below what mkfs needs, and
 // ErrContent. After an error the file is as it was, but that one to be moved may have
@@ -88,6 +66,9 @@ func (p *Pool) Import(ctx context.Context, spec Spec, c FileContent) (Volume, er
 		if err := equal(r, s); err != nil {
 			return Volume{}, fmt.Errorf("volume %s: %w", VolumeID(p.ID(), dir), err)
 		}
+		if err := p.sameImport(dir, r, c); err != nil {
+			return Volume{}, fmt.Errorf("volume %s: %w", VolumeID(p.ID(), dir), err)
+		}
 		return p.volume(dir, r), p.finishMove(dir, c)
 	case !errors.Is(err, ErrNotFound):
 		return Volume{}, err
@@ -97,6 +78,9 @@ func (p *Pool) Import(ctx context.Context, spec Spec, c FileContent) (Volume, er
 	}
 	if s.Size < c.Length {
 		return Volume{}, fmt.Errorf("%w: %s has %d bytes, the volume %d", ErrSize, c.Path, c.Length, s.Size)
+	}
+	if s.Source.Taken, err = takenOf(c); err != nil {
+		return Volume{}, err
 	}
 	if r, err = p.importNew(ctx, dir, s, c); err != nil {
 		return Volume{}, fmt.Errorf("import %s as %s: %w", c.Path, VolumeID(p.ID(), dir), err)
@@ -265,7 +249,8 @@ func (p *Pool) linkIn(d *os.File, c FileContent, t *takenIn) error {
 	}
 	err := linkInto(c.File, d, imageFile)
 	if errors.Is(err, syscall.EXDEV) {
-		return fmt.Errorf("%w: %s is not on the mount of the pool: use reflink or copy", ErrContent, c.Path)
+		return fmt.Errorf("%w: %s cannot be moved, since it is on another filesystem than the pool, or on another mount of it: move it to %s first, or use copy",
+			ErrContent, c.Path, filepath.Join(p.Path(), Incoming))
 	} else if err != nil {
 		return opError("link", c.Path, err)
 	}
@@ -340,8 +325,12 @@ func (p *Pool) reflinkIn(d *os.File, c FileContent, t *takenIn) error {
 	if undo := unlinkAt(d, imageFile, false); undo != nil {
 		return errors.Join(err, undo)
 	}
-	if errors.Is(err, syscall.EXDEV) || errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.EOPNOTSUPP) {
-		return fmt.Errorf("%w: %s cannot share its blocks with the pool (another filesystem, one without reflinks, or a range that ends within a block): use copy: %w",
+	if errors.Is(err, syscall.EXDEV) {
+		return fmt.Errorf("%w: %s cannot share its blocks with the pool, since it is on another filesystem, or on another mount of it, which needs Linux 5.18: move it to %s first, or use copy: %w",
+			ErrContent, c.Path, filepath.Join(p.Path(), Incoming), err)
+	}
+	if errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.EOPNOTSUPP) {
+		return fmt.Errorf("%w: %s cannot share its blocks with the pool (a filesystem without reflinks, or a range that ends within a block): use copy: %w",
 			ErrContent, c.Path, err)
 	}
 	return opError("reflink", c.Path, err)

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"encoding/json"
 	"errors"
 	"testing"
 	"time"
@@ -13,6 +14,7 @@ func TestRecordRoundTrip(t *testing.T) {
 		{Name: "v", Size: MiB},
 		{Name: "日本 <&>\u2028", Size: 1 << 60, Allocation: Thin, BlockSize: 512, DirectIO: "on"},
 		{Name: "v", Size: 300 * MiB, Filesystem: "xfs", MkfsOptions: []string{"-L", "x", "-isize=1024"}, Ephemeral: &Ephemeral{Target: "/t"}},
+		{Name: "v", Size: MiB, Source: &Source{File: "/a", Taken: Taken{Offset: 512, Length: 5, Inode: 1 << 63, Modified: "2026-01-02T03:04:05Z", Changed: "12026-01-02T03:04:05Z"}}},
 	} {
 		n, err := s.normalise()
 		if err != nil {
@@ -36,6 +38,9 @@ func TestRecordRoundTrip(t *testing.T) {
 func FuzzRecord(f *testing.F) {
 	b, _ := newRecord(Spec{Name: "v", Size: MiB, Allocation: Thick, BlockSize: 4096, DirectIO: "auto"}, time.Unix(1e9, 0)).encode()
 	f.Add(b)
+	taken := Taken{Length: 5, Inode: 7, Modified: "2026-01-02T03:04:05Z", Changed: "2026-01-02T03:04:06.7Z"}
+	b, _ = newRecord(Spec{Name: "v", Size: MiB, Allocation: Thin, BlockSize: 512, DirectIO: "on", Source: &Source{File: "/a", Taken: taken}}, time.Unix(1e9, 0)).encode()
+	f.Add(b)
 	f.Add([]byte(`{"formatVersion":2}`))
 	f.Add([]byte(`{"formatVersion":1,"name":"v","size":1048576,"allocation":"thick"}{}`))
 	f.Add([]byte("\x00\xff"))
@@ -53,6 +58,26 @@ func FuzzRecord(f *testing.F) {
 			t.Fatal(err)
 		}
 		if r2, err := parseRecord(again, "v"); err != nil || !cmp.Equal(r, r2) {
+			t.Fatalf("%s does not come back: %v", again, err)
+		}
+	})
+}
+
+func FuzzTemplateRecord(f *testing.F) {
+	f.Add([]byte(`{"formatVersion":1,"name":"v","size":1048576,"filesystem":"","blockSize":512,"source":"/a","created":"2026-01-02T03:04:05Z"}`))
+	f.Add([]byte(`{"formatVersion":1,"name":"v","size":1048576,"filesystem":"ext4","blockSize":512,"source":"/a",
+"taken":{"offset":0,"length":5,"inode":7,"modified":"2026-01-02T03:04:05Z","changed":"2026-01-02T03:04:05Z"},"created":"2026-01-02T03:04:05Z"}`))
+	f.Add([]byte(`{"formatVersion":1,"name":"v","taken":{"length":-1}}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := parseTemplate(b, "v")
+		if err != nil {
+			return
+		}
+		again, err := json.Marshal(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r2, err := parseTemplate(again, "v"); err != nil || !cmp.Equal(r, r2) {
 			t.Fatalf("%s does not come back: %v", again, err)
 		}
 	})

@@ -16,6 +16,7 @@ type Source struct {
 	Volume   string `json:"volume,omitempty"`   // ID
 	Template string `json:"template,omitempty"` // ID
 	File     string `json:"file,omitempty"`     // path of what was imported
+	Taken    Taken  `json:"taken,omitzero"`     // of File; for Import to say
 }
 
 func (s *Source) String() string {
@@ -37,8 +38,8 @@ func (s *Source) check() error {
 		return nil
 	}
 	id := s.Snapshot + s.Volume + s.Template + s.File
-	if *s == (Source{File: id}) && filepath.IsAbs(id) && len(id) <= maxPath && utf8.ValidString(id) {
-		return nil
+	if *s == (Source{File: id, Taken: s.Taken}) && filepath.IsAbs(id) && len(id) <= maxPath && utf8.ValidString(id) {
+		return s.Taken.check()
 	}
 	if _, _, ok := ParseID(id); !ok || *s != (Source{Snapshot: id}) && *s != (Source{Volume: id}) && *s != (Source{Template: id}) {
 		return &SpecError{"Source", fmt.Sprintf("%q is not the ID of one snapshot, volume or template, nor a path", id)}

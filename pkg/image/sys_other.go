@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"time"
 )
 
 // Only Linux has what pools need. Elsewhere the package builds, so that callers
@@ -42,9 +43,12 @@ func effectiveUID() uint32                                  { return 0 }
 
 const fiemapSync = 0
 
-func reflink(*os.File, *os.File) error                                { return errOS }
-func reflinkRange(*os.File, *os.File, int64, int64) error             { return errOS }
-func linkInto(*os.File, *os.File, string) error                       { return errOS }
+func reflink(*os.File, *os.File) error                    { return errOS }
+func reflinkRange(*os.File, *os.File, int64, int64) error { return errOS }
+func linkInto(*os.File, *os.File, string) error           { return errOS }
+func stateOf(*os.File) (uint64, time.Time, time.Time, error) {
+	return 0, time.Time{}, time.Time{}, errOS
+}
 func unshare(*os.File, int64, int64) error                            { return errOS }
 func nextData(*os.File, int64, int64) (int64, int64, error)           { return 0, 0, errOS }
 func copyRange(*os.File, *os.File, int64, int64) error                { return errOS }

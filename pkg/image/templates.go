@@ -49,6 +49,7 @@ type templateRecord struct {
 	Filesystem    string    `json:"filesystem"`
 	BlockSize     int       `json:"blockSize"`
 	Source        string    `json:"source"`
+	Taken         Taken     `json:"taken,omitzero"` // of Source
 	Created       time.Time `json:"created"`
 }
 
@@ -81,6 +82,9 @@ func parseTemplate(b []byte, dir string) (templateRecord, error) {
 	if err := r.spec().check(); err != nil {
 		return r, err
 	}
+	if err := r.Taken.check(); err != nil {
+		return r, err
+	}
 	if r.Name != dir {
 		return r, fmt.Errorf("it is the record of template %q", r.Name)
 	}
@@ -95,8 +99,9 @@ func templateLock(dir string) string { return templatesDir + "/" + dir }
 
 // AddTemplate makes a template of the content of a file. Its blocks are taken once, in
 // the pool, whatever number of thin volumes share them. An equal template of that name,
-// made of the same path, is success, a different one ErrIncompatible. The other errors
-// are those of Import. After an error there is nothing of the template.
+// made of the same bytes of a file that did not change since, is success, a different one
+// ErrIncompatible. The other errors are those of Import. After an error there is nothing
+// of the template.
 func (p *Pool) AddTemplate(ctx context.Context, s TemplateSpec, c FileContent) (Template, error) {
 	if err := s.check(); err != nil {
 		return Template{}, err
@@ -108,7 +113,10 @@ func (p *Pool) AddTemplate(ctx context.Context, s TemplateSpec, c FileContent) (
 	defer leave()
 	if have, err := p.getTemplate(s.Name); err == nil {
 		if have.spec() != s || have.Source != c.Path {
-			return Template{}, fmt.Errorf("%w: template %s has %d bytes of %s and is made of %s", ErrIncompatible, s.Name, have.Size, have.Filesystem, have.Source)
+			return Template{}, fmt.Errorf("%w: template %s has %d bytes of %s and is made of %s: use another name, or remove the template first", ErrIncompatible, s.Name, have.Size, have.Filesystem, have.Source)
+		}
+		if err := have.Taken.sameAs(c, "template"); err != nil {
+			return Template{}, fmt.Errorf("template %s: %w", s.Name, err)
 		}
 		return p.template(have), nil
 	} else if !errors.Is(err, ErrNotFound) {
@@ -125,9 +133,13 @@ func (p *Pool) AddTemplate(ctx context.Context, s TemplateSpec, c FileContent) (
 	if err := p.present(); err != nil {
 		return Template{}, err
 	}
+	taken, err := takenOf(c)
+	if err != nil {
+		return Template{}, err
+	}
 	r := templateRecord{
 		FormatVersion: templateVersion, Name: s.Name, Size: s.Size, Filesystem: s.Filesystem, BlockSize: s.BlockSize,
-		Source: c.Path, Created: p.store.now().UTC().Truncate(time.Second),
+		Source: c.Path, Taken: taken, Created: p.store.now().UTC().Truncate(time.Second),
 	}
 	if err := p.buildTemplate(ctx, r, c); err != nil {
 		return Template{}, fmt.Errorf("template %s of %s: %w", s.Name, c.Path, err)

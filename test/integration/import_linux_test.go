@@ -81,6 +81,12 @@ func TestTemplateCommand(t *testing.T) {
 	if out := s.command(t, "template", "ls"); !strings.Contains(out, "golden") || !strings.Contains(out, path) {
 		t.Errorf("ls without a driver: %s", out)
 	}
+	if out := s.command(t, "template", "ls", "--into=default"); !strings.Contains(out, "golden") {
+		t.Errorf("ls of its pool: %s", out)
+	}
+	if out, err := s.tryCommand("template", "ls", "--into=other"); err == nil || !strings.Contains(out, `no pool "other"`) {
+		t.Errorf("ls of a pool that is none: %v, %s", err, out)
+	}
 	s.command(t, "template", "rm", "golden")
 	s.command(t, "template", "add", "silver", path)
 	s.start()
