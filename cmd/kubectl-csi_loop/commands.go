@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"io"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,20 +42,31 @@ func (o *options) newNodes() *cobra.Command {
 			if err != nil {
 				return nil, err
 			}
-			nodes := []report.Node{}
-			for _, n := range r.Nodes {
-				if o.node == "" || n.Name == o.node {
-					n.Volumes, n.Snapshots, n.Templates, n.Copies = nil, nil, nil, nil
-					nodes = append(nodes, n)
-				}
-			}
-			return nil, o.show(c.OutOrStdout(), nodes, nodeRows(nodes, o.pool, o.output == "wide"))
+			nodes := o.chooseNodes(r.Nodes)
+			return k.failed(r.Nodes), o.show(c.OutOrStdout(), nodes, nodeRows(nodes, o.output == "wide"))
 		})
 	}
 	return c
 }
 
-func nodeRows(nodes []report.Node, pool string, wide bool) [][]cell {
+// chooseNodes keeps the nodes and pools that were asked for, without what is in the pools.
+// A node whose pools are not known may have one of that name, and is kept.
+func (o *options) chooseNodes(all []report.Node) []report.Node {
+	nodes := []report.Node{}
+	for _, n := range all {
+		n.Volumes, n.Snapshots, n.Templates, n.Copies = nil, nil, nil, nil
+		if o.pool != "" { // the report's own list is left as it is
+			n.Pools = slices.DeleteFunc(slices.Clone(n.Pools), func(p report.Pool) bool { return p.Name != o.pool })
+		}
+		known := n.State == report.Linked && n.Error == ""
+		if (o.node == "" || n.Name == o.node) && (o.pool == "" || len(n.Pools) > 0 || !known) {
+			nodes = append(nodes, n)
+		}
+	}
+	return nodes
+}
+
+func nodeRows(nodes []report.Node, wide bool) [][]cell {
 	rows := [][]cell{{text("NODE"), text("STATE"), text("POOL"), text("SIZE"), text("USED"), text("AVAILABLE"), text("VOLUMES"), text("SNAPSHOTS"), text("HEALTH")}}
 	if wide {
 		rows[0] = append(rows[0], text("FILESYSTEM"), text("RESERVED"), text("ID"), text("VERSION"), text("SINCE"), text("POD"), text("PROBLEMS"))
@@ -70,9 +80,6 @@ func nodeRows(nodes []report.Node, pool string, wide bool) [][]cell {
 			rows = append(rows, []cell{text(n.Name), state, text(""), text(""), text(""), text(""), text(""), text(""), text(n.Error)})
 		}
 		for _, p := range n.Pools {
-			if pool != "" && p.Name != pool {
-				continue
-			}
 			row := []cell{
 				text(n.Name), state, text(p.Name), text(size(p.Size)), bar(p.Used, p.Size), text(size(p.Available)),
 				text(strconv.Itoa(p.Volumes)), text(strconv.Itoa(p.Snapshots)), health(p.Problems, true),
@@ -91,10 +98,15 @@ func (o *options) newVolumes() *cobra.Command {
 		Use: "volumes [NAME...]", Short: "List volumes: whose they are, where, and how they are",
 		Long: `List volumes: whose they are, where they are, and how they are. A NAME is that of a claim,
 of a PersistentVolume, or a volume ID. ALLOCATED are the blocks that a volume has in its
-pool, USED what its filesystem uses. --namespace is for the claims' namespace, all by default.`,
+pool, USED what its filesystem uses. An inline ephemeral volume has no claim: the name that
+its pod gives it is shown, as "inline:NAME". --namespace is for the namespace of claims and
+pods, all by default.
+
+HEALTH is "unknown" of volumes whose node did not answer; which node that was is said on
+standard error. --unhealthy leaves them out.`,
 	}
 	o.outputFlag(c)
-	c.Flags().BoolVar(&o.unhealthy, "unhealthy", false, "only those with problems")
+	c.Flags().BoolVar(&o.unhealthy, "unhealthy", false, "only those with problems, or on nodes that are away")
 	c.RunE = func(c *cobra.Command, names []string) error {
 		return o.with(c, func(ctx context.Context, k *cluster) ([]string, error) {
 			e, err := k.look(ctx)
@@ -113,7 +125,7 @@ func (o *options) choose(all []volume, names []string, namespace string) []volum
 	chosen := []volume{}
 	for _, v := range all {
 		switch {
-		case o.node != "" && v.Node != o.node, o.pool != "" && v.Pool != o.pool, o.unhealthy && len(v.Problems) == 0 && v.Known,
+		case o.node != "" && v.Node != o.node, o.pool != "" && v.Pool != o.pool, o.unhealthy && len(v.Problems) == 0 && (v.Known || v.Unanswered != ""),
 			namespace != "" && v.Namespace != namespace,
 			len(names) > 0 && !slices.ContainsFunc(names, func(n string) bool { return n == v.Claim || n == v.PV || n == v.ID || n == v.Name }):
 			continue
@@ -148,17 +160,28 @@ func volumeRows(volumes []volume, wide bool) [][]cell {
 			allocated = text("")
 		}
 		row := []cell{
-			text(v.Namespace), text(v.Claim), text(strings.Join(v.Pods, ",")), text(v.Node), text(v.Device), text(whole(v.Size)), allocated, used, v.health(),
+			text(v.Namespace), text(v.claim()), text(strings.Join(v.Pods, ",")), text(v.Node), text(v.Device), text(whole(v.Size)), allocated, used, v.health(),
 		}
 		if wide {
-			row = append(row, text(v.PV), text(v.Pool), text(kind), text(v.State), text(v.Class), text(age(v.Created)), text(v.ID), text(messages(v.Problems)))
+			row = append(row, text(v.PV), text(v.Pool), text(kind), text(v.State), text(v.Class), text(age(v.Created)), text(v.ID), text(cmp.Or(messages(v.Problems), v.Unanswered)))
 		}
 		rows = append(rows, row)
 	}
 	return rows
 }
 
+// claim is what people call a volume in its namespace.
+func (v *volume) claim() string {
+	if v.Claim == "" && v.Inline != "" {
+		return "inline:" + v.Inline
+	}
+	return v.Claim
+}
+
 func (v *volume) health() cell {
+	if v.Unanswered != "" {
+		return cell{"unknown", yellow}
+	}
 	if !v.Known && len(v.Problems) == 0 {
 		state := v.NodeState
 		if state == "" {
@@ -239,114 +262,6 @@ func snapshotRows(all []snapshot, wide bool) [][]cell {
 			row = append(row, text(s.Name), text(s.Group), text(strconv.FormatBool(s.Reflinked)), text(s.ID))
 		}
 		rows = append(rows, row)
-	}
-	return rows
-}
-
-func (o *options) newTop() *cobra.Command {
-	once := false
-	c := &cobra.Command{
-		Use: "top", Short: "Show who reads and writes, refreshed", Args: cobra.NoArgs,
-		Long: `Show which volumes are read and written, the busiest first, over and over until it is
-interrupted. BUSY is the part of the time in which a request was under way.`,
-	}
-	c.Flags().DurationVar(&o.every, "interval", 5*time.Second, "between two looks, 3s at least")
-	c.Flags().BoolVar(&once, "once", false, "show it once, after one interval")
-	c.RunE = func(c *cobra.Command, _ []string) error {
-		if err := o.check(c); err != nil {
-			return err
-		}
-		if o.every < 3*time.Second {
-			return fmt.Errorf("--interval %s: is below 3s, for which the controller repeats its last answer", o.every)
-		}
-		k, err := o.cluster()
-		if err != nil {
-			return err
-		}
-		return o.top(c.Context(), c.OutOrStdout(), k, once)
-	}
-	return c
-}
-
-func (o *options) top(ctx context.Context, w io.Writer, k *cluster, once bool) error {
-	before, err := o.lookInTime(ctx, k)
-	if err != nil {
-		return err
-	}
-	tick := time.NewTicker(o.every)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-tick.C:
-		}
-		now, err := o.lookInTime(ctx, k)
-		if err != nil {
-			return err
-		}
-		if !once && o.colours { // a terminal
-			fmt.Fprint(w, "\x1b[H\x1b[2J")
-		}
-		if err := table(w, o.colours, topRows(before, now, func(v volume) bool { return len(o.choose([]volume{v}, nil, k.namespace)) > 0 })); err != nil || once {
-			return err
-		}
-		before = now
-	}
-}
-
-func (o *options) lookInTime(ctx context.Context, k *cluster) (*everything, error) {
-	ctx, cancel := context.WithTimeout(ctx, o.timeout)
-	defer cancel()
-	return k.look(ctx)
-}
-
-// topRows compares two looks. A node's time counts, not ours: its report may have been
-// made a moment before.
-func topRows(before, now *everything, wanted func(volume) bool) [][]cell {
-	times := func(e *everything) map[string]time.Time {
-		m := map[string]time.Time{}
-		for _, n := range e.report.Nodes {
-			m[n.Name] = n.Time
-		}
-		return m
-	}
-	was, is := times(before), times(now)
-	old := map[string]*report.IO{}
-	for _, v := range before.volumes {
-		old[v.Node+" "+v.ID] = v.IO
-	}
-	type rate struct {
-		v                      volume
-		reads, writes, in, out float64
-		busy                   float64
-	}
-	var rates []rate
-	for _, v := range now.volumes {
-		last, seconds := old[v.Node+" "+v.ID], is[v.Node].Sub(was[v.Node]).Seconds()
-		if v.IO == nil || !wanted(v) {
-			continue
-		}
-		r := rate{v: v}
-		// Counters begin anew when csi-loop does.
-		if last != nil && seconds > 0 && v.IO.Reads >= last.Reads && v.IO.Writes >= last.Writes && v.IO.ReadBytes >= last.ReadBytes && v.IO.WriteBytes >= last.WriteBytes {
-			r.reads, r.writes = float64(v.IO.Reads-last.Reads)/seconds, float64(v.IO.Writes-last.Writes)/seconds
-			r.in, r.out = float64(v.IO.ReadBytes-last.ReadBytes)/seconds, float64(v.IO.WriteBytes-last.WriteBytes)/seconds
-			r.busy = min(1, max(0, (v.IO.BusySeconds-last.BusySeconds)/seconds))
-		}
-		rates = append(rates, r)
-	}
-	slices.SortStableFunc(rates, func(a, b rate) int { return cmp.Or(cmp.Compare(b.busy, a.busy), cmp.Compare(b.in+b.out, a.in+a.out)) })
-	rows := [][]cell{{text("NAMESPACE"), text("CLAIM"), text("POD"), text("NODE"), text("READ/S"), text("WRITE/S"), text("READS/S"), text("WRITES/S"), text("BUSY")}}
-	for _, r := range rates {
-		claim := r.v.Claim
-		if claim == "" {
-			claim = r.v.Name
-		}
-		rows = append(rows, []cell{
-			text(r.v.Namespace), text(claim), text(strings.Join(r.v.Pods, ",")), text(r.v.Node), text(size(int64(r.in))), text(size(int64(r.out))),
-			text(fmt.Sprintf("%.0f", r.reads)), text(fmt.Sprintf("%.0f", r.writes)), bar(int64(r.busy*1000), 1000),
-		})
 	}
 	return rows
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -28,7 +27,7 @@ another, at both ends. NAME is that of the PersistentVolume that is being made, 
 snapshot or template; of what is sent, the ID of its source.
 
 --watch shows them until there is none left: on a terminal as bars that are drawn anew,
-else as lines.`,
+else as lines. While a node does not answer, or is away that was copying, it waits.`,
 	}
 	o.outputFlag(c)
 	c.Flags().BoolVarP(&watch, "watch", "w", false, "until there is none left")
@@ -39,11 +38,12 @@ else as lines.`,
 		}
 		if !watch {
 			return o.with(c, func(ctx context.Context, k *cluster) ([]string, error) {
-				all, err := o.copies(ctx, k)
+				r, err := k.report(ctx)
 				if err != nil {
 					return nil, err
 				}
-				return nil, o.show(c.OutOrStdout(), all, copyRows(all))
+				all := o.copies(r)
+				return k.silent(r.Nodes), o.show(c.OutOrStdout(), all, copyRows(all))
 			})
 		}
 		if err := o.check(c); err != nil {
@@ -56,19 +56,13 @@ else as lines.`,
 		if err != nil {
 			return err
 		}
-		return o.watchCopies(c.Context(), c.OutOrStdout(), k)
+		return o.watchCopies(c.Context(), screenOf(c), k)
 	}
 	return c
 }
 
-// copies asks for the copies that go on.
-func (o *options) copies(ctx context.Context, k *cluster) ([]copying, error) {
-	ctx, cancel := context.WithTimeout(ctx, o.timeout)
-	defer cancel()
-	r, err := k.report(ctx)
-	if err != nil {
-		return nil, err
-	}
+// copies are those of a report that were asked for.
+func (o *options) copies(r report.Cluster) []copying {
 	all := []copying{}
 	for _, n := range r.Nodes {
 		for _, x := range n.Copies {
@@ -78,45 +72,62 @@ func (o *options) copies(ctx context.Context, k *cluster) ([]copying, error) {
 			}
 		}
 	}
-	return all, nil
+	return all
 }
 
 // watchCopies shows the copies until there is none.
-func (o *options) watchCopies(ctx context.Context, w io.Writer, k *cluster) error {
-	tick := time.NewTicker(o.every)
-	defer tick.Stop()
-	for {
-		all, err := o.copies(ctx, k)
-		if err != nil {
-			return err
-		}
-		if err := o.drawCopies(w, all); err != nil || len(all) == 0 {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-tick.C:
-		}
-	}
+func (o *options) watchCopies(ctx context.Context, s *screen, k *cluster) error {
+	var all []copying
+	done, copied := false, map[string]bool{} // what nodes did when they last told
+	return o.watch(ctx, watched{
+		look: func(ctx context.Context) (picture, bool, error) {
+			r, err := k.report(ctx)
+			if err != nil {
+				return picture{}, false, err
+			}
+			all = o.copies(r)
+			done = len(all) == 0
+			for _, n := range r.Nodes {
+				switch {
+				case o.node != "" && n.Name != o.node:
+				case n.State == report.Linked && n.Error == "":
+					copied[n.Name] = len(n.Copies) > 0
+				case n.State == report.Linked || copied[n.Name]:
+					done = false // it may be copying
+				}
+			}
+			return picture{rows: copyRows(all), notes: k.silent(r.Nodes)}, done, nil
+		},
+		draw: func(p picture, fresh bool) error {
+			if s.redraw && !done {
+				return s.show(p)
+			}
+			if fresh {
+				if err := drawCopies(s, all, done); err != nil {
+					return err
+				}
+			}
+			s.tell(p.notes)
+			return nil
+		},
+	})
 }
 
-// drawCopies shows the copies: over the last ones on a terminal, else below them.
-func (o *options) drawCopies(w io.Writer, all []copying) error {
-	if o.colours {
-		fmt.Fprint(w, "\x1b[H\x1b[2J")
-		if len(all) > 0 {
-			return table(w, true, copyRows(all))
+// drawCopies shows the copies as lines, and their end.
+func drawCopies(s *screen, all []copying, done bool) error {
+	for _, c := range all {
+		if _, err := fmt.Fprintf(s.out, "%s %s %s: %s of %s\n", c.Node, c.Kind, printable(c.Name), size(c.Done), ofTotal(c)); err != nil {
+			return err
 		}
 	}
-	for _, c := range all {
-		fmt.Fprintf(w, "%s %s %s: %s of %s\n", c.Node, c.Kind, printable(c.Name), size(c.Done), ofTotal(c))
+	if !done {
+		return nil
 	}
-	if len(all) == 0 {
-		_, err := fmt.Fprintln(w, "Nothing is being copied.")
-		return err
+	if s.redraw {
+		fmt.Fprint(s.out, wipe)
 	}
-	return nil
+	_, err := fmt.Fprintln(s.out, "Nothing is being copied.")
+	return err
 }
 
 // ofTotal is how much there is to copy.

@@ -2,10 +2,10 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"strings"
-	"time"
 
 	core "k8s.io/api/core/v1"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -23,7 +23,8 @@ type cluster struct {
 	dynamic          dynamic.Interface
 	install, service string
 	driver           string
-	namespace        string // of claims; "" for all
+	namespace        string // of claims and pods; "" for all
+	node             string // of which is asked; "" for all
 }
 
 // report asks the controller what is on the nodes.
@@ -49,6 +50,10 @@ type volume struct {
 	Claim     string   `json:"claim,omitempty"`
 	Pods      []string `json:"pods,omitempty"`
 	Class     string   `json:"storageClass,omitempty"`
+	// Inline is the name that a pod gives its inline ephemeral volume; it has no claim.
+	Inline string `json:"inline,omitempty"`
+	// Unanswered says why nothing is known of a volume whose node should have told.
+	Unanswered string `json:"unanswered,omitempty"`
 	// Known is false of a volume that only Kubernetes knows: its node is away, or does
 	// not have it.
 	Known bool `json:"known"`
@@ -59,21 +64,22 @@ type everything struct {
 	report  report.Cluster
 	volumes []volume
 	notes   []string // what could not be looked at
-	time    time.Time
+	// reportErr is why there is no report.
+	reportErr error
 }
 
 // look asks the controller and Kubernetes. What one of them does not say is noted; it is
 // an error when nothing can be said.
 func (k *cluster) look(ctx context.Context) (*everything, error) {
-	e := &everything{time: time.Now()}
-	var reportErr error
-	if e.report, reportErr = k.report(ctx); reportErr != nil {
-		e.notes = append(e.notes, reportErr.Error())
+	e := &everything{}
+	if e.report, e.reportErr = k.report(ctx); e.reportErr != nil {
+		e.notes = append(e.notes, e.reportErr.Error())
 	}
+	e.notes = append(e.notes, k.silent(e.report.Nodes)...)
 	pvs, err := k.client.PersistentVolumes().List(ctx, meta.ListOptions{})
 	if err != nil {
-		if reportErr != nil {
-			return nil, reportErr
+		if e.reportErr != nil {
+			return nil, e.reportErr
 		}
 		e.notes = append(e.notes, "whose the volumes are cannot be told: "+err.Error())
 		pvs = &core.PersistentVolumeList{}
@@ -89,20 +95,7 @@ func (k *cluster) look(ctx context.Context) (*everything, error) {
 
 // join puts volumes and their owners together.
 func (e *everything) join(pvs []core.PersistentVolume, pods []core.Pod, driver string) {
-	users := map[string][]string{}
-	for i := range pods {
-		p := &pods[i]
-		for _, v := range p.Spec.Volumes {
-			switch {
-			case v.PersistentVolumeClaim != nil:
-				key := p.Namespace + "/" + v.PersistentVolumeClaim.ClaimName
-				users[key] = append(users[key], p.Name)
-			case v.Ephemeral != nil:
-				key := p.Namespace + "/" + p.Name + "-" + v.Name
-				users[key] = append(users[key], p.Name)
-			}
-		}
-	}
+	users, inline := usersOf(pods, driver)
 	owners := map[string]*core.PersistentVolume{}
 	for i := range pvs {
 		if s := pvs[i].Spec.CSI; s != nil && s.Driver == driver {
@@ -116,19 +109,19 @@ func (e *everything) join(pvs []core.PersistentVolume, pods []core.Pod, driver s
 			v.Pods = users[ref.Namespace+"/"+ref.Name]
 		}
 	}
+	nodes := map[string]report.Node{}
 	for _, n := range e.report.Nodes {
+		nodes[n.Name] = n
 		for _, r := range n.Volumes {
 			v := volume{Volume: r, Node: n.Name, NodeState: n.State, Known: true}
 			if pv := owners[r.ID]; pv != nil {
 				own(&v, pv)
 				delete(owners, r.ID)
+			} else if r.Ephemeral {
+				v.ownInline(inline)
 			}
 			e.volumes = append(e.volumes, v)
 		}
-	}
-	states := map[string]string{}
-	for _, n := range e.report.Nodes {
-		states[n.Name] = n.State
 	}
 	for i := range pvs { // in their order; the map has none
 		pv := &pvs[i]
@@ -138,12 +131,97 @@ func (e *everything) join(pvs []core.PersistentVolume, pods []core.Pod, driver s
 		}
 		size := pv.Spec.Capacity[core.ResourceStorage]
 		v := volume{Volume: report.Volume{ID: s.VolumeHandle, Name: pv.Name, Size: size.Value(), Filesystem: s.FSType}, Node: nodeOf(pv)}
-		if v.NodeState = states[v.Node]; v.NodeState == report.Linked {
-			v.Problems = []report.Problem{{Kind: report.Inaccessible, Reason: "NotFound", Message: "its node does not have it, or did not say so: " + v.Node}}
+		n := nodes[v.Node]
+		v.NodeState = n.State
+		switch {
+		case e.reportErr != nil:
+			v.Unanswered = "the controller did not answer"
+		case n.State == report.Linked && n.Error != "": // what it said may not be all
+			v.Unanswered = "its node " + n.Name + " did not answer: " + n.Error
+		case n.State == report.Linked:
+			v.Problems = []report.Problem{{Kind: report.Inaccessible, Reason: "NotFound", Message: "its node does not have it: " + v.Node}}
 		}
 		own(&v, pv)
 		e.volumes = append(e.volumes, v)
 	}
+}
+
+// inlineVolume is what a pod says of an inline ephemeral volume.
+type inlineVolume struct{ namespace, pod, name string }
+
+// usersOf tells which pods use a claim, by namespace and name, and which has an inline
+// volume of the driver, by its handle.
+func usersOf(pods []core.Pod, driver string) (users map[string][]string, inline map[string]inlineVolume) {
+	users, inline = map[string][]string{}, map[string]inlineVolume{}
+	for i := range pods {
+		p := &pods[i]
+		for _, v := range p.Spec.Volumes {
+			switch {
+			case v.PersistentVolumeClaim != nil:
+				key := p.Namespace + "/" + v.PersistentVolumeClaim.ClaimName
+				users[key] = append(users[key], p.Name)
+			case v.Ephemeral != nil:
+				key := p.Namespace + "/" + p.Name + "-" + v.Name
+				users[key] = append(users[key], p.Name)
+			case v.CSI != nil && v.CSI.Driver == driver:
+				inline[inlineHandle(string(p.UID), v.Name)] = inlineVolume{p.Namespace, p.Name, v.Name}
+			}
+		}
+	}
+	return users, inline
+}
+
+// inlineHandle is the volume ID that the kubelet makes for an inline ephemeral volume, of
+// the pod's UID and the volume's name in the pod.
+func inlineHandle(podUID, name string) string {
+	return fmt.Sprintf("csi-%x", sha256.Sum256([]byte(podUID+name)))
+}
+
+// ownInline finds the pod of an inline ephemeral volume. In a pool the kubelet's ID is the
+// volume's name; of one that is staged and whose pool is absent, it is the ID.
+func (v *volume) ownInline(inline map[string]inlineVolume) {
+	of, ok := inline[v.Name]
+	if !ok {
+		of, ok = inline[v.ID]
+	}
+	if ok {
+		v.Namespace, v.Pods, v.Inline = of.namespace, []string{of.pod}, of.name
+	}
+}
+
+// mostNotes bounds how many nodes that failed are told of one by one.
+const mostNotes = 10
+
+// failed says which linked nodes did not answer, or not wholly.
+func (k *cluster) failed(nodes []report.Node) []string {
+	var notes []string
+	for _, n := range nodes {
+		if (k.node == "" || n.Name == k.node) && n.State == report.Linked && n.Error != "" {
+			notes = append(notes, fmt.Sprintf("node %s did not answer, so what it has is not, or not all, shown: %s", n.Name, n.Error))
+		}
+	}
+	if more := len(notes) - mostNotes; more > 0 {
+		notes = append(notes[:mostNotes], fmt.Sprintf("%d more nodes did not answer: see kubectl csi-loop nodes", more))
+	}
+	return notes
+}
+
+// silent says too which nodes have no link. What only these nodes know is not shown.
+func (k *cluster) silent(nodes []report.Node) []string {
+	notes := k.failed(nodes)
+	var away []string
+	for _, n := range nodes {
+		if (k.node == "" || n.Name == k.node) && n.State != report.Linked {
+			away = append(away, n.Name+" ("+n.State+")")
+		}
+	}
+	if more := len(away) - mostNotes; more > 0 {
+		away = append(away[:mostNotes], fmt.Sprintf("%d more", more))
+	}
+	if len(away) > 0 {
+		notes = append(notes, "what is on nodes without a link is not shown: "+strings.Join(away, ", "))
+	}
+	return notes
 }
 
 // nodeOf is the node that a PersistentVolume says its data is on.
@@ -176,7 +254,7 @@ func (k *cluster) snapshots(ctx context.Context) ([]snapshot, []string, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	var notes []string
+	notes := k.silent(r.Nodes)
 	owners := map[string][2]string{}
 	contents, err := k.dynamic.Resource(schema.GroupVersionResource{Group: "snapshot.storage.k8s.io", Version: "v1", Resource: "volumesnapshotcontents"}).List(ctx, meta.ListOptions{})
 	if err != nil {

@@ -11,7 +11,8 @@
 // It changes nothing. What the nodes know (device, blocks, use, health) it asks of the
 // controller, through the API server's proxy to one Service; whose a volume is, of
 // PersistentVolumes and pods. The chart has a ClusterRole for it (viewer.create). What
-// the user may not read is left out, with a word on standard error.
+// the user may not read is left out, with a word on standard error; so is what a node does
+// not tell, because it is away or does not answer.
 package main
 
 import (
@@ -26,7 +27,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/tools/clientcmd"
 
@@ -56,10 +56,17 @@ type options struct {
 	every      time.Duration
 	colours    bool
 	timeout    time.Duration
+	tick       func(time.Duration) (ticks <-chan time.Time, stop func()) // of time, but for tests
+}
+
+// ticker is the tick of time.
+func ticker(every time.Duration) (ticks <-chan time.Time, stop func()) {
+	t := time.NewTicker(every)
+	return t.C, t.Stop
 }
 
 func newCommand(out, errOut io.Writer) *cobra.Command {
-	o := &options{}
+	o := &options{tick: ticker}
 	c := &cobra.Command{
 		Use: "kubectl-csi_loop", Short: "Show what csi-loop has in this cluster",
 		Long: `Show what csi-loop has in this cluster: nodes and pools, volumes, snapshots,
@@ -93,9 +100,7 @@ func (o *options) check(c *cobra.Command) error {
 	if !slices.Contains([]string{"", "wide", "json", "yaml"}, o.output) {
 		return fmt.Errorf("--output %q: is none of wide, json and yaml", o.output)
 	}
-	// https://no-color.org: any value but the empty one.
-	f, is := c.OutOrStdout().(*os.File)
-	o.colours = is && term.IsTerminal(int(f.Fd())) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
+	o.colours = screenOf(c).colours
 	return nil
 }
 
@@ -117,7 +122,7 @@ func (o *options) cluster() (*cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &cluster{client: client, dynamic: anything, install: o.install, service: o.service, driver: o.driver}
+	k := &cluster{client: client, dynamic: anything, install: o.install, service: o.service, driver: o.driver, node: o.node}
 	if namespace, explicit, err := loader.Namespace(); err == nil && explicit && o.overrides.Context.Namespace != "" {
 		k.namespace = namespace
 	}

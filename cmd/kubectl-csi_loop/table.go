@@ -32,9 +32,24 @@ type cell struct {
 
 func text(s string) cell { return cell{text: s} }
 
+// line is one line of a table as it is written, and how many characters of it are seen.
+type line struct {
+	text  string
+	width int
+}
+
 // table writes rows whose columns are aligned; the first row is the head. What nodes and
 // users said is shown without control characters.
 func table(w io.Writer, colours bool, rows [][]cell) error {
+	var out strings.Builder
+	for _, l := range lines(colours, rows) {
+		out.WriteString(l.text + "\n")
+	}
+	_, err := io.WriteString(w, out.String())
+	return err
+}
+
+func lines(colours bool, rows [][]cell) []line {
 	var widths []int
 	for _, row := range rows {
 		for i := range row {
@@ -48,26 +63,26 @@ func table(w io.Writer, colours bool, rows [][]cell) error {
 			widths[i] = max(widths[i], utf8.RuneCountInString(row[i].text))
 		}
 	}
-	var out strings.Builder
+	all := make([]line, 0, len(rows))
 	for n, row := range rows {
+		var l line
 		for i, c := range row {
 			if n == 0 {
 				c.colour = bold
 			}
-			pad := strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c.text)+3)
+			seen := utf8.RuneCountInString(c.text)
+			pad := widths[i] - seen + 3
 			if i == len(row)-1 {
-				pad = ""
+				pad = 0
 			}
 			if colours && c.colour != plain {
-				out.WriteString(string(c.colour) + c.text + reset + pad)
-				continue
+				c.text = string(c.colour) + c.text + reset
 			}
-			out.WriteString(c.text + pad)
+			l.text, l.width = l.text+c.text+strings.Repeat(" ", pad), l.width+seen+pad
 		}
-		out.WriteString("\n")
+		all = append(all, l)
 	}
-	_, err := io.WriteString(w, out.String())
-	return err
+	return all
 }
 
 func printable(s string) string {

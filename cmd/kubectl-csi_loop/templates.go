@@ -37,7 +37,7 @@ one; they do not need it any more.`,
 					}
 				}
 			}
-			return nil, o.show(c.OutOrStdout(), all, templateRows(all, o.output == "wide"))
+			return k.silent(r.Nodes), o.show(c.OutOrStdout(), all, templateRows(all, o.output == "wide"))
 		})
 	}
 	return c
