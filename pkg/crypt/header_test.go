@@ -163,3 +163,21 @@ func TestOptions(t *testing.T) {
 		}
 	}
 }
+
+// Whatever an image begins with: nothing but an error, or copies with what a header has.
+func FuzzReadCopies(f *testing.F) {
+	f.Add([]byte{})
+	f.Add(append(headerCopy(0, 7, "label"), make([]byte, areaBytes)...))
+	f.Add(append(headerCopy(0, 7, "a"), headerCopy(1, 8, "b")...))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		copies, err := ReadCopies(bytes.NewReader(b))
+		if (err == nil) != (len(copies) > 0) {
+			t.Errorf("%d copies, %v", len(copies), err)
+		}
+		for _, h := range copies {
+			if len(h.Label) > 48 || len(h.UUID) > 40 {
+				t.Errorf("%+v is more than a header has room for", h)
+			}
+		}
+	})
+}
