@@ -56,6 +56,13 @@ func goodNode() Node {
 	return n
 }
 
+// lacks is a machine without a program.
+func lacks(name string) func(*Node) {
+	return func(n *Node) {
+		n.Tools[slices.IndexFunc(n.Tools, func(t Tool) bool { return t.Name == name })].Path = ""
+	}
+}
+
 func TestNode(t *testing.T) {
 	for name, c := range map[string]struct {
 		change func(*Node)
@@ -74,6 +81,14 @@ func TestNode(t *testing.T) {
 		"no CAP_MKNOD":        {func(n *Node) { n.Capabilities &^= 1 << capMknod }, []string{"note capabilities: no CAP_MKNOD"}},
 		"no mkfs.ext4":        {func(n *Node) { n.Tools[0].Path = "" }, []string{"problem program mkfs.ext4: it is not there: no new volumes with ext4 -> install the package e2fsprogs"}},
 		"no mkfs.xfs":         {func(n *Node) { n.Tools[3].Path = "" }, []string{"warning program mkfs.xfs: it is not there: no new volumes with xfs -> install the package xfsprogs"}},
+		"no tune2fs":          {lacks("tune2fs"), []string{"problem program tune2fs: it is not there: no restores and clones of ext filesystems -> install the package e2fsprogs"}},
+		"no resize2fs":        {lacks("resize2fs"), []string{"problem program resize2fs"}},
+		"no btrfstune":        {lacks("btrfstune"), []string{"warning program btrfstune: it is not there: no restores and clones of btrfs -> install the package btrfs-progs"}},
+		"left frozen": {func(n *Node) { n.Serving, n.Freezes, n.Expedited = false, []string{"/run/x/1.freeze"}, true }, []string{
+			"note csi-loop", "problem frozen filesystem: /run/x/1.freeze is left", "warning kernel: rcu_expedited is on",
+		}},
+		"frozen now":          {func(n *Node) { n.Freezes, n.Expedited = []string{"/run/x/1.freeze"}, true }, nil},
+		"expedited by others": {func(n *Node) { n.Serving, n.Expedited = false, true }, []string{"note csi-loop"}},
 		"one-way propagation": {func(n *Node) { n.Propagation = "master:1" }, []string{"problem kubelet: /var/lib/kubelet is on a mount that is not shared (master:1)"}},
 		"private mount":       {func(n *Node) { n.Propagation = "" }, []string{"is not shared (private)"}},
 		"no kubelet":          {func(n *Node) { n.KubeletDir, n.Propagation = "", "" }, nil},
@@ -278,5 +293,20 @@ func TestWhatIsWellNeedsNoFix(t *testing.T) {
 		if f.Level != OK || f.Fix != "" {
 			t.Errorf("%+v", f)
 		}
+	}
+}
+
+func TestFreezeRecordsAreFound(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"a.freeze", "b.json"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := freezes(dir); !slices.Equal(got, []string{filepath.Join(dir, "a.freeze")}) {
+		t.Errorf("found %v", got)
+	}
+	if got := freezes(filepath.Join(dir, "missing")); got != nil {
+		t.Errorf("found %v", got)
 	}
 }

@@ -1,6 +1,8 @@
 package survey
 
 import (
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 )
@@ -33,6 +35,10 @@ type Node struct {
 	// Endpoint is where the driver answers, and Serving whether it does.
 	Endpoint string
 	Serving  bool
+	// Freezes are the records of filesystems that somebody began to freeze, and
+	// Expedited whether the kernel hurries, as it is made to meanwhile.
+	Freezes   []string
+	Expedited bool
 }
 
 // Probe is something that was tried.
@@ -89,7 +95,24 @@ func CheckNode(n Node) []Finding {
 	default:
 		f.addf(Note, "csi-loop", "", "nobody answers on %s: it does not run, or not here", n.Endpoint)
 	}
+	f.freezes(n)
 	return f
+}
+
+// freezes looks for what a driver that ended left behind. One that serves takes back
+// itself what it did.
+func (f *findings) freezes(n Node) {
+	if n.Serving {
+		return
+	}
+	for _, path := range n.Freezes {
+		f.addf(Problem, "frozen filesystem", "start csi-loop, which thaws them; or fsfreeze -u the mounts of the volumes that the record names, and remove it",
+			"%s is left: who writes to these filesystems may hang", path)
+	}
+	if len(n.Freezes) > 0 && n.Expedited {
+		f.addf(Warning, "kernel", "start csi-loop; or echo 0 > /sys/kernel/rcu_expedited",
+			"rcu_expedited is on, as while a filesystem is frozen: all processors are interrupted more often")
+	}
 }
 
 func (f *findings) kernel(n Node) {
@@ -142,6 +165,21 @@ func (f *findings) capabilities(n Node) {
 	}
 }
 
+// freezes finds the records of a driver that may have ended with filesystems frozen.
+func freezes(dir string) []string {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil // no driver has been here, or survey.Look says why
+	}
+	var found []string
+	for _, e := range entries {
+		if filepath.Ext(e.Name()) == ".freeze" {
+			found = append(found, filepath.Join(dir, e.Name()))
+		}
+	}
+	return found
+}
+
 func or(s, instead string) string {
 	if s == "" {
 		return instead
@@ -156,5 +194,10 @@ func tools() []Tool {
 		pkg := map[string]string{"xfs": "xfsprogs", "btrfs": "btrfs-progs"}[fs]
 		all = append(all, Tool{Name: "mkfs." + fs, Package: or(pkg, "e2fsprogs"), For: "new volumes with " + fs, Needed: fs == "ext4"})
 	}
-	return append(all, Tool{Name: "e2fsck", Package: "e2fsprogs", For: "check of ext filesystems that ask for one", Needed: true})
+	return append(all,
+		Tool{Name: "e2fsck", Package: "e2fsprogs", For: "check of ext filesystems that ask for one", Needed: true},
+		Tool{Name: "tune2fs", Package: "e2fsprogs", For: "restores and clones of ext filesystems", Needed: true},
+		Tool{Name: "resize2fs", Package: "e2fsprogs", For: "restores and clones of ext filesystems that are larger than their source", Needed: true},
+		Tool{Name: "btrfstune", Package: "btrfs-progs", For: "restores and clones of btrfs"},
+	)
 }

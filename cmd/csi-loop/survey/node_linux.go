@@ -43,7 +43,13 @@ func LookAtNode(ctx context.Context, cfg Config) Node {
 		n.KubeletDir, n.Propagation = cfg.KubeletDir, propagation(cfg.KubeletDir)
 	}
 	n.Serving = cfg.Endpoint != "" && serving(ctx, cfg.Endpoint)
+	n.Freezes, n.Expedited = freezes(filepath.Join(cfg.StateDir, cfg.NodeID)), expedited()
 	return n
+}
+
+func expedited() bool {
+	b, err := os.ReadFile("/sys/kernel/rcu_expedited")
+	return err == nil && strings.TrimSpace(string(b)) != "0"
 }
 
 func release() string {
