@@ -16,7 +16,7 @@ func TestTextInMemory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Munmap(memory) //nolint:errcheck // the end of the test
+	defer unix.Munmap(memory)
 	if err := unix.Mprotect(memory[2*page:], unix.PROT_NONE); err != nil {
 		t.Fatal(err)
 	}
