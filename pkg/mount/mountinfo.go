@@ -82,8 +82,15 @@ func parseLine(line string) (Mount, bool) {
 		// Some filesystems print their options unescaped, spaces included.
 		SuperOptions: splitOptions(strings.Join(fields[sep+3:], " ")),
 	}
-	m.ReadOnly = first(m.Options) == "ro" || first(m.SuperOptions) == "ro"
+	m.ReadOnly = takesNoWrites(m.Options, m.SuperOptions)
 	return m, true
+}
+
+// takesNoWrites says whether a mount or its filesystem is read-only. An ext4 that stopped
+// after an error (errors=remount-ro) is told as "rw,emergency_ro" since Linux 6.14: its
+// superblock has a state of its own for that.
+func takesNoWrites(mount, super []string) bool {
+	return first(mount) == "ro" || first(super) == "ro" || slices.Contains(super, "emergency_ro")
 }
 
 func parseDev(s string) (major, minor uint32, ok bool) {

@@ -20,6 +20,7 @@ func TestParseMountinfo(t *testing.T) {
 		`40 35 0:51 /x//deleted /gone//deleted rw - overlay over rw,lowerdir=/l1:/l2,upperdir=/u p`,
 		`41 35 0:52 / /se rw - ext4 /dev/sda rw,context="system_u:object_r:t:s0:c1,c2",noatime`,
 		`42 35 0:53 / /fuse rw - fuse.sshfs me\040and\040you:/ rw`,
+		`47 35 7:5 / /stopped rw,relatime - ext4 /dev/loop5 rw,errors=remount-ro,emergency_ro`,
 		`this line is not one`, `43 35 0:54`, `44 x 0:55 / /p rw - a b rw`, `45 1 1 / /p rw - a b rw`, `46 1 0:1 / /p rw a b rw c d`, ``,
 	}, "\n")
 	want := []Mount{
@@ -30,6 +31,7 @@ func TestParseMountinfo(t *testing.T) {
 		{ID: 40, ParentID: 35, Minor: 51, Root: "/x//deleted", Path: "/gone//deleted", FSType: "overlay", Source: "over", Options: []string{"rw"}, SuperOptions: []string{"rw", "lowerdir=/l1:/l2", "upperdir=/u p"}},
 		{ID: 41, ParentID: 35, Minor: 52, Root: "/", Path: "/se", FSType: "ext4", Source: "/dev/sda", Options: []string{"rw"}, SuperOptions: []string{"rw", `context="system_u:object_r:t:s0:c1,c2"`, "noatime"}},
 		{ID: 42, ParentID: 35, Minor: 53, Root: "/", Path: "/fuse", FSType: "fuse.sshfs", Source: "me and you:/", Options: []string{"rw"}, SuperOptions: []string{"rw"}},
+		{ID: 47, ParentID: 35, Major: 7, Minor: 5, Root: "/", Path: "/stopped", FSType: "ext4", Source: "/dev/loop5", ReadOnly: true, Options: []string{"rw", "relatime"}, SuperOptions: []string{"rw", "errors=remount-ro", "emergency_ro"}},
 	}
 	if d := cmp.Diff(want, parseMountinfo([]byte(text))); d != "" {
 		t.Error(d)

@@ -112,7 +112,7 @@ func parseStatmount(b []byte) (Mount, error) {
 	}
 	m.Options = attrOptions(ne.Uint64(b[smAttr:]))
 	m.SuperOptions = append(superFlags(ne.Uint32(b[smSBFlags:])), splitOptions(str(statmountMntOpts, smMntOpts))...)
-	m.ReadOnly = m.Options[0] == "ro" || m.SuperOptions[0] == "ro"
+	m.ReadOnly = takesNoWrites(m.Options, m.SuperOptions)
 	return m, nil
 }
 

@@ -69,6 +69,9 @@ func (r *Router) look(ctx context.Context) report.Cluster {
 		n := &c.Nodes[i]
 		s := sessions[n.Name]
 		if s == nil {
+			if n.State == report.Linked { // it came or went between the two lists
+				n.Error = "its link is new or has just ended: ask again"
+			}
 			continue
 		}
 		group.Go(func() error {
