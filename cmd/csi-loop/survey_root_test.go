@@ -275,3 +275,42 @@ func TestDoctorOfPoolsThatAreNotThere(t *testing.T) {
 	}
 	p.ask(t, exitFailure, "volumes")
 }
+
+// doctor sees a filesystem that takes no more writes, and one that is smaller than its
+// device, and neither on a volume that is well.
+func TestDoctorSeesFilesystems(t *testing.T) {
+	roottest.Require(t)
+	p := newPlace(t)
+	s := spawn(t, nil, p.args()...)
+	s.waitFor("Serving")
+	well, stopped, small := p.create(t, "well", false), p.create(t, "stopped", false), p.create(t, "small", false)
+	for _, v := range []csiVolume{well, stopped, small} {
+		p.up(t, v)
+	}
+	if _, bad := p.doctor(t); len(bad) > 0 {
+		t.Errorf("nothing is wrong yet: %q", bad)
+	}
+	roottest.Run(t, "mount", "-o", "remount,ro", stopped.staging)
+	// The controller's half only: the node's is to come.
+	if _, err := csi.NewControllerClient(dial(t, p.socket)).ControllerExpandVolume(t.Context(), &csi.ControllerExpandVolumeRequest{
+		VolumeId: small.id, CapacityRange: &csi.CapacityRange{RequiredBytes: 32 << 20}, VolumeCapability: small.capability,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	roottest.Run(t, "losetup", "--set-capacity", strings.TrimSpace(roottest.Run(t, "findmnt", "--noheadings", "--output=SOURCE", "--mountpoint", small.staging)))
+	_, bad := p.doctor(t)
+	text := strings.Join(bad, "\n")
+	for _, want := range []string{"problem volume " + stopped.id + ": its filesystem at", "warning volume " + small.id + ": its filesystem at"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("doctor does not say %q:\n%s", want, text)
+		}
+	}
+	if strings.Contains(text, well.id) {
+		t.Errorf("a volume that is well: %s", text)
+	}
+	roottest.Run(t, "mount", "-o", "remount,rw", stopped.staging)
+	for _, v := range []csiVolume{well, stopped, small} {
+		p.down(t, v)
+	}
+	s.stop()
+}

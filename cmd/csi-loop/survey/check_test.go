@@ -187,6 +187,11 @@ func TestSite(t *testing.T) {
 		"the same beside the driver":     {change: func(s *Site, _ *Config) { s.Devices = nil }, serving: true, want: []string{"-> restart csi-loop"}},
 		"not mounted":                    {change: func(s *Site, _ *Config) { s.Devices[0].Mounts = nil }, want: []string{"and not mounted there"}},
 		"not published":                  {change: func(s *Site, _ *Config) { s.Devices[0].Mounts = s.Devices[0].Mounts[:1] }, want: []string{"published at /target on record, and not shown there"}},
+		"takes no writes":                {change: func(s *Site, _ *Config) { s.Devices[0].readOnly = []string{"/stage"} }, want: []string{"problem volume aaaaaaaaaaaaaaaaaaaa.v: its filesystem at /stage takes no more writes: the kernel found an error in it, or somebody remounted it -> dmesg, then delete the pods"}},
+		"staged for reading":             {change: func(s *Site, _ *Config) { s.Devices[0].readOnly, s.Records[0].ReadOnly = []string{"/stage"}, true }},
+		"published for reading":          {change: func(s *Site, _ *Config) { s.Devices[0].readOnly = []string{"/target"} }},
+		"did not grow":                   {change: func(s *Site, _ *Config) { s.Devices[0].small = true }, want: []string{"warning volume aaaaaaaaaaaaaaaaaaaa.v: its filesystem at /stage is smaller than its device: it did not grow -> expand the claim again"}},
+		"a mapped one that did not grow": {change: func(s *Site, _ *Config) { s.Devices[0].small, s.Records[0].Mapped = true, "/img" }},
 		"as many devices as allowed":     {change: func(_ *Site, c *Config) { c.MaxDevices = 1 }, want: []string{"warning loop devices: 1 are attached, the limit is 1"}},
 		"snapshots": {change: func(s *Site, _ *Config) {
 			s.Snapshots = []Snapshot{{ID: "a", State: Ready}, {ID: "b", State: Refused, Problem: "p"}, {ID: "c", State: Damaged, Problem: "q"}, {ID: "d", State: Unfinished, Group: "g"}}

@@ -289,10 +289,11 @@ func (f *findings) records(s *Site, serving bool) {
 			restart = "restart csi-loop, and delete the pods that use the volume"
 		}
 		bound := slices.ContainsFunc(s.Devices, func(d Device) bool { return slices.Contains(r.Devices, d.info.Ref) })
-		var mounts []string
+		var mounts, readOnly []string
+		small := false
 		for _, d := range s.Devices {
 			if slices.Contains(r.Devices, d.info.Ref) {
-				mounts = append(mounts, d.Mounts...)
+				mounts, readOnly, small = append(mounts, d.Mounts...), append(readOnly, d.readOnly...), small || d.small
 			}
 		}
 		switch {
@@ -309,7 +310,21 @@ func (f *findings) records(s *Site, serving bool) {
 					f.addf(Warning, subject, restart, "it is published at %s on record, and not shown there", t)
 				}
 			}
+			f.filesystem(r, subject, slices.Contains(readOnly, r.StagingPath), small)
 		}
+	}
+}
+
+// filesystem says what is wrong with the filesystem of a volume that is staged.
+func (f *findings) filesystem(r driver.Staged, subject string, readOnly, small bool) {
+	switch {
+	case r.Block || r.ReadOnly:
+	case readOnly:
+		f.addf(Problem, subject, "dmesg, then delete the pods that use the volume: it is checked when it is staged anew",
+			"its filesystem at %s takes no more writes: the kernel found an error in it, or somebody remounted it", r.StagingPath)
+	case small && r.Mapped == "":
+		f.addf(Warning, subject, "expand the claim again; if csi-loop's log names CAP_SYS_RESOURCE, give it that",
+			"its filesystem at %s is smaller than its device: it did not grow", r.StagingPath)
 	}
 }
 

@@ -108,7 +108,9 @@ type Device struct {
 	Mapping     string `json:"mapping,omitempty"`
 	MappingName string `json:"mappingName,omitempty"`
 
-	info loop.Info
+	info     loop.Info
+	readOnly []string // those of Mounts that take no writes
+	small    bool     // a filesystem on it, or on its mapping, does not fill it
 }
 
 // Foreign is the state of a device that is not csi-loop's.
@@ -214,9 +216,15 @@ func (s *Site) device(i loop.Info, mounts []mount.Mount) Device {
 			continue
 		}
 		for _, m := range mounts {
-			if m.IsOf(numbers) {
-				d.Mounts = append(d.Mounts, m.Path)
+			if !m.IsOf(numbers) {
+				continue
 			}
+			d.Mounts = append(d.Mounts, m.Path)
+			if m.ReadOnly {
+				d.readOnly = append(d.readOnly, m.Path)
+			}
+			small, err := mount.New().NeedsGrow(mount.GrowSpec{FSType: m.FSType, Device: node, Path: m.Path})
+			d.small = d.small || err == nil && small // an error is that of what is no filesystem of ours
 		}
 	}
 	if v, ok := s.images[i.Image]; ok {
