@@ -108,7 +108,7 @@ func (h harness) cutPower(ctx context.Context, work string, k kernel) (lines []s
 			word, ok = "FAIL", false
 		}
 		lines = append(lines, fmt.Sprintf("%s\tpower cuts, %s\t%.3fs [%s: %d cuts, %s, %d checked, at last %d writes, %d flushes]",
-			word, fs, time.Since(start).Seconds(), k.Release, t.cuts, t.recovery, t.total, t.pool.writes, t.pool.flushes))
+			word, fs, time.Since(start).Seconds(), k.Release, t.cuts, &t.recovery, t.total, t.pool.writes, t.pool.flushes))
 	}
 	return lines, ok, ctx.Err()
 }
@@ -277,7 +277,7 @@ func (t *cutTest) next(cuts []plan.Cut, left []*disk, lied bool) {
 	}
 	recovered, recovering := t.recovery.take()
 	cuts = append(cuts, recovered...)
-	t.pool, t.check = after, append(left, recovering...)
+	t.pool, t.check = after, slices.Concat(left, recovering)
 	t.plan.Boot++
 	t.plan.Check = nil
 	for i, c := range cuts {

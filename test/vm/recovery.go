@@ -75,7 +75,7 @@ type recovery struct {
 	driver bool
 }
 
-func (r recoveries) String() string {
+func (r *recoveries) String() string {
 	return fmt.Sprintf("%d in recoveries, %d of them while the driver started", r.cuts, r.late)
 }
 

@@ -86,7 +86,7 @@ func TestRecoveriesAreCheckedNext(t *testing.T) {
 		t.Error(diff)
 	}
 	if len(c.check) != 2 || c.check[1].first() > 1 || c.cuts != 2 || c.recovery.cuts != 1 {
-		t.Errorf("%d disks, %d cuts, %s", len(c.check), c.cuts, c.recovery)
+		t.Errorf("%d disks, %d cuts, %s", len(c.check), c.cuts, &c.recovery)
 	}
 }
 
