@@ -293,9 +293,11 @@ test-e2e: ## run our tests against the cluster of KUBECONFIG, where csi-loop is 
 	@bin=$$($(E2E) run ./build helm) && mkdir -p bin && { [ ! -e $$bin/hyperkube ] || ln -sf $$bin/hyperkube bin/kubectl; } && cd test/e2e && \
 	  CGO_ENABLED=0 PATH=$(CURDIR)/bin:$$PATH CSI_LOOP_E2E_HELM=$$bin/helm $(GO) test -trimpath -count=1 -timeout=60m -v $(TESTARGS) ./
 
-test-docs: ## run every command of docs/tutorials against that cluster, and list those of other pages that no test runs
+test-docs: ## run every command of docs/ and the READMEs, on this machine and against that cluster, and list those that no test runs (root)
+	@hack/deps root
 	@$(GO) test -count=1 -v ./test/docs
-	@$(MAKE) --no-print-directory test-e2e TESTARGS=-run=Tutorials
+	@$(ROOTTEST) -run "$$($(GO) run ./test/docs/blocks others test/e2e)" $$($(GO) run ./test/docs/blocks packages test/e2e)
+	@$(MAKE) --no-print-directory test-e2e TESTARGS="-run='Tutorials|$$($(GO) run ./test/docs/blocks tests test/e2e)'"
 
 e2e-suite: ## run Kubernetes' own storage suite against it, on SUITE_FILESYSTEMS (xfs ext4 groups)
 	@bin=$$($(E2E) run ./build suite) && test/e2e/suite/run $$bin $(E2E_RESULTS) $(SUITE_FILESYSTEMS)

@@ -14,6 +14,7 @@ import (
 
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/router"
+	"github.com/csi-loop/csi-loop/test/docs"
 )
 
 // noRoster is a cluster whose one node has not linked.
@@ -172,7 +173,8 @@ func TestPoolCommands(t *testing.T) {
 	if out, _, err = run(t, "no\n", "pool", "reinit", dir); err == nil || !strings.Contains(out, `"`+id+`."`) || !strings.Contains(err.Error(), "nothing was changed") {
 		t.Error(out, err)
 	}
-	if out, _, err = run(t, "yes\n", "pool", "reinit", dir); err != nil || !strings.Contains(out, "pool.json.old-"+id) {
+	shown := strings.Fields(docs.Take(t, "../..")("csi-loop pool reinit DIR"))
+	if out, _, err = run(t, "yes\n", append(shown[1:3], dir)...); err != nil || !strings.Contains(out, "pool.json.old-"+id) {
 		t.Error(out, err)
 	}
 	out, _, err = run(t, "", "pool", "show", "-o=json", dir)

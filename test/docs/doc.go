@@ -7,6 +7,8 @@
 //	<!-- not run: why -->
 //	<!-- no commands: what it is -->
 //
-// The tutorials need none: test/e2e runs every command of them. Nor do lines that call
-// make: that the target exists is checked.
+// A test that is said to run a block takes it from the page, by Take or as test/e2e does
+// with the command blocks, and fails if it has left one out. The tutorials need no
+// comment: test/e2e runs every command of them. Nor do lines that call make: that the
+// target exists is checked.
 package docs

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -13,62 +14,13 @@ import (
 // root is the repository.
 const root = "../.."
 
-// block is a block of a page that may have commands, and the comment that is about it.
-type block struct {
-	line int
-	text []string
-	mark string
-}
+var makeLine = regexp.MustCompile(`^(?:[A-Z_]+=\S+ )*make(?: -s)? ([a-z0-9-]+)`)
 
-var (
-	mark     = regexp.MustCompile(`^<!-- (run by |not run: |no commands: )(.*) -->$`)
-	item     = regexp.MustCompile(`^(- |[0-9]{2,}\. )`) // whose text is indented by as much as a block, or less
-	runBy    = regexp.MustCompile(`^(Test\w+) in (\S+_test\.go)$`)
-	makeLine = regexp.MustCompile(`^(?:[A-Z_]+=\S+ )*make(?: -s)? ([a-z0-9-]+)`)
-)
-
-// blocksOf finds the indented blocks of a page, and the fenced ones that are marked sh
-// or nothing.
-func blocksOf(page string) []block {
-	var all []block
-	now, list := "", false
-	lines := strings.Split(page, "\n")
-	for i := 0; i < len(lines); i++ {
-		line := lines[i]
-		word, fence := strings.CutPrefix(line, "```")
-		switch {
-		case fence:
-			end := i + 1
-			for end < len(lines) && !strings.HasPrefix(lines[end], "```") {
-				end++
-			}
-			if word == "" || word == "sh" {
-				all = append(all, block{i + 1, lines[min(i+1, end):end], now})
-			}
-			i = end
-		case strings.HasPrefix(line, "    ") && !list && i > 0 && lines[i-1] == "":
-			end := i
-			for end < len(lines) && strings.HasPrefix(lines[end], "    ") {
-				end++
-			}
-			all = append(all, block{i + 1, lines[i:end], now})
-			i = end - 1
-		case strings.HasPrefix(line, "#"):
-			now, list = "", false
-		case mark.MatchString(line):
-			now = strings.TrimSuffix(strings.TrimPrefix(line, "<!-- "), " -->")
-		case line != "" && !strings.HasPrefix(line, " "):
-			list = item.MatchString(line)
-		}
-	}
-	return all
-}
-
-// judge says what is wrong with a block, "" for nothing. exists tells of a test in a
-// file, targets are those of the Makefile.
-func judge(b block, exists func(test, file string) bool, targets []string) string {
+// judge says what is wrong with a block, "" for nothing. source returns a file with
+// tests, "" if it is not there; targets are those of the Makefile.
+func judge(b Block, source func(file string) string, targets []string) string {
 	others := false
-	for _, line := range b.text {
+	for line := range strings.SplitSeq(b.Text, "\n") {
 		line = strings.TrimSpace(line)
 		m := makeLine.FindStringSubmatch(line)
 		switch {
@@ -78,22 +30,34 @@ func judge(b block, exists func(test, file string) bool, targets []string) strin
 			return "make has no target " + m[1]
 		}
 	}
-	if tests, ok := strings.CutPrefix(b.mark, "run by "); ok {
-		for test := range strings.SplitSeq(tests, ", ") {
-			run := runBy.FindStringSubmatch(test)
-			switch {
-			case run == nil:
-				return fmt.Sprintf("%q is not \"run by TestName in path_test.go\"", b.mark)
-			case !exists(run[1], run[2]):
-				return fmt.Sprintf("there is no %s in %s", run[1], run[2])
-			}
-		}
-		return ""
+	runs, err := b.Runs()
+	if err != nil {
+		return err.Error()
 	}
-	if others && b.mark == "" {
+	for _, r := range runs {
+		text := source(r.File)
+		switch {
+		case !strings.Contains(text, "\nfunc "+r.Test+"("):
+			return fmt.Sprintf("there is no %s in %s", r.Test, r.File)
+		case !takes(text, b):
+			return r.File + " has none of its lines, nor its heading, to take it from the page by"
+		}
+	}
+	if others && b.Mark == "" {
 		return `nothing says who runs it: put <!-- run by TestName in path/of/the_test.go -->, <!-- not run: why --> or <!-- no commands: what it is --> above it`
 	}
 	return ""
+}
+
+// takes reports whether a file names the block by a line or by its heading, in a string
+// literal. That it then runs the block it sees to itself, see Take.
+func takes(source string, b Block) bool {
+	for line := range strings.SplitSeq(b.Text+"\n"+b.Heading, "\n") {
+		if line != "" && (strings.Contains(source, strconv.Quote(line)) || strings.Contains(source, "`"+line+"`")) {
+			return true
+		}
+	}
+	return false
 }
 
 // targets are those of the Makefile.
@@ -115,49 +79,52 @@ func targets(t *testing.T) []string {
 
 // Every command on a page is run by a test, or the page says why not.
 func TestCommandsOfPages(t *testing.T) {
-	pages, err := filepath.Glob(root + "/docs/*.md")
-	if err != nil || len(pages) < 5 {
-		t.Fatal(pages, err)
+	blocks, err := Read(root)
+	if err != nil {
+		t.Fatal(err)
 	}
-	pages = append(pages, root+"/README.md", root+"/CONTRIBUTING.md", root+"/charts/csi-loop/README.md", root+"/test/e2e/README.md")
-	all := targets(t)
-	count := map[string]int{}
-	for _, page := range pages {
-		text, err := os.ReadFile(page)
-		if err != nil {
-			t.Fatal(err)
+	all, sources := targets(t), files{}
+	count, pages := map[string]int{}, map[string]bool{}
+	for _, b := range blocks {
+		pages[b.Page] = true
+		if wrong := judge(b, sources.read, all); wrong != "" {
+			t.Errorf("%s, line %d: %s", b.Page, b.Line, wrong)
 		}
-		for _, b := range blocksOf(string(text)) {
-			if wrong := judge(b, inFile(t), all); wrong != "" {
-				t.Errorf("%s, line %d: %s", strings.TrimPrefix(page, root+"/"), b.line, wrong)
-			}
-			kind, _, _ := strings.Cut(b.mark, ":")
-			if strings.HasPrefix(kind, "run by") {
-				kind = "run"
-			}
-			count[kind]++
-			if kind == "not run" {
-				t.Logf("not run: %s, line %d: %s", strings.TrimPrefix(page, root+"/"), b.line, strings.TrimPrefix(b.mark, "not run: "))
-			}
+		kind, why, _ := strings.Cut(b.Mark, ": ")
+		if strings.HasPrefix(kind, "run by") {
+			kind = "run"
+		}
+		count[kind]++
+		if kind == "not run" {
+			t.Logf("not run: %s, line %d: %s", b.Page, b.Line, why)
 		}
 	}
 	t.Logf("blocks: %d run by a test, %d of make, %d not run, %d without commands", count["run"], count[""], count["not run"], count["no commands"])
-	if count["run"] < 10 {
-		t.Error("hardly any block is run")
+	if count["run"] < 30 || len(pages) < 8 {
+		t.Errorf("%d blocks on %d pages are run", count["run"], len(pages))
 	}
 }
 
-// inFile looks for a test in a file of the repository.
-func inFile(t *testing.T) func(test, file string) bool {
-	t.Helper()
-	return func(test, file string) bool {
-		text, err := os.ReadFile(filepath.Join(root, filepath.Clean("/"+file)))
-		return err == nil && strings.Contains(string(text), "\nfunc "+test+"(")
+// files are those of the repository that were read.
+type files map[string]string
+
+func (f files) read(name string) string {
+	text, ok := f[name]
+	if !ok {
+		b, _ := os.ReadFile(filepath.Join(root, filepath.Clean("/"+name)))
+		text = string(b)
+		f[name] = text
 	}
+	return text
 }
 
 func TestJudge(t *testing.T) {
-	exists := func(test, file string) bool { return test == "TestA" && file == "a_test.go" }
+	source := func(file string) string {
+		return map[string]string{
+			"a_test.go": "\nfunc TestA(t *testing.T) {\n\trun(`rm -r x`)\n}\n",
+			"b_test.go": "\nfunc TestB(t *testing.T) {\n\tsection(\"## Section\")\n\tother(\"rm -r x y\")\n}\n",
+		}[file]
+	}
 	for name, c := range map[string]struct {
 		page, want string
 	}{
@@ -165,6 +132,9 @@ func TestJudge(t *testing.T) {
 		"a fence":                 {"```sh\nrm -r x\n```\n", "nothing says who runs it"},
 		"another language":        {"```yaml\na: b\n```\n", ""},
 		"a test runs it":          {"<!-- run by TestA in a_test.go -->\n\n    rm -r x\n", ""},
+		"by another line":         {"<!-- run by TestA in a_test.go -->\n\n    echo\n    rm -r x\n", ""},
+		"by its heading":          {"## Section\n\n<!-- run by TestB in b_test.go -->\n\n    rm -r x\n", ""},
+		"a test of another block": {"<!-- run by TestB in b_test.go -->\n\n    rm -r x\n", "none of its lines"},
 		"a test that is not":      {"<!-- run by TestB in a_test.go -->\n\n    rm -r x\n", "there is no TestB"},
 		"two tests":               {"<!-- run by TestA in a_test.go, TestB in a_test.go -->\n\n    rm -r x\n", "there is no TestB"},
 		"a test without a file":   {"<!-- run by TestA -->\n\n    rm -r x\n", "is not \"run by"},
@@ -177,8 +147,8 @@ func TestJudge(t *testing.T) {
 		"a comment of another":    {"<!-- run it -->\n\n    rm x\n", "nothing says who runs it"},
 	} {
 		got := ""
-		for _, b := range blocksOf(c.page) {
-			if wrong := judge(b, exists, []string{"build"}); wrong != "" {
+		for _, b := range Blocks("page.md", c.page) {
+			if wrong := judge(b, source, []string{"build"}); wrong != "" {
 				got = wrong
 			}
 		}

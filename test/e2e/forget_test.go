@@ -67,15 +67,22 @@ func TestNodeThatIsGoneIsForgotten(t *testing.T) {
 		t.Errorf("saved: %s, %v", b, err)
 	}
 
-	if out, err := exec.CommandContext(e.Context(), "kubectl", "create", "-f", saved).CombinedOutput(); err != nil {
-		t.Fatalf("%s, %v", out, err)
+	comesBack := func() {
+		t.Helper()
+		if out, err := exec.CommandContext(e.Context(), "kubectl", "create", "-f", saved).CombinedOutput(); err != nil {
+			t.Fatalf("%s, %v", out, err)
+		}
+		if got := e.volumeOf("ghost").Name; got != volume {
+			t.Errorf("the claim has volume %s", got)
+		}
 	}
-	if got := e.volumeOf("ghost").Name; got != volume {
-		t.Errorf("the claim has volume %s", got)
-	}
+	comesBack()
 	if out, err := forget(node, "--claims", "--apply"); err != nil || !strings.Contains(out, "csi-loop-forget-"+node+"-2.yaml") {
 		t.Fatalf("%s, %v", out, err)
 	}
+	e.ghostIsGone(volume)
+	comesBack()
+	e.forgetsAsShown(node, program, volume)
 	e.ghostIsGone(volume)
 }
 
@@ -89,6 +96,33 @@ func (e *env) ghostIsGone(volume string) {
 		}
 		return nil
 	})
+}
+
+// forgetsAsShown has csi-loop forget the node as docs/operations.md shows it. A Node object
+// is made before, for kubectl to delete.
+func (e *env) forgetsAsShown(node, program, volume string) {
+	e.Helper()
+	r := e.reader()
+	if err := os.Symlink(program, filepath.Join(r.home, "bin", "csi-loop")); err != nil {
+		e.Fatal(err)
+	}
+	made := filepath.Join("../..", "csi-loop-forget-"+node+".yaml") // where the shell is
+	e.Cleanup(func() {
+		if err := os.Remove(made); err != nil {
+			e.Errorf("nothing was saved: %v", err)
+		}
+	})
+	shown := r.shown("csi-loop forget NODE --claims --apply")
+	for _, commands := range []string{r.shown("kubectl drain NODE --ignore-daemonsets --delete-emptydir-data"), shown} {
+		must[*corev1.Node](e)(e.client.CoreV1().Nodes().Create(e.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}, metav1.CreateOptions{}))
+		out, err := r.sh(commands, "NODE", node)
+		if err != nil || !strings.Contains(out, "node \""+node+"\" deleted") {
+			e.Errorf("%s, %v", out, err)
+		}
+		if commands == shown && (!strings.Contains(out, volume) || !strings.Contains(out, "1 PersistentVolumes deleted")) {
+			e.Fatalf("%s", out)
+		}
+	}
 }
 
 // or turns success into an error that says so.

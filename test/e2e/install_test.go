@@ -70,7 +70,10 @@ func TestReinstallKeepsVolumes(t *testing.T) {
 		e.run(e.shell(node, node, node), corev1.PodRunning)
 		e.sh(node, "echo "+node+" > /data/"+node+"/word")
 	}
+	e.createClaim(claim("late", e.class(immediate), "64Mi"))
+	e.volumeOf("late")
 	check := e.write(nodes[0], "/data/"+nodes[0])
+	r := e.reader()
 	values := filepath.Join(t.TempDir(), "values.yaml")
 	if err := os.WriteFile(values, []byte(e.helm("get", "values", release, "--output=yaml")), 0o600); err != nil {
 		t.Fatal(err)
@@ -88,8 +91,11 @@ func TestReinstallKeepsVolumes(t *testing.T) {
 	})
 	e.helm("uninstall", release, "--wait", "--timeout=3m")
 	check()
+	e.start(e.shell("late", "", "late"))
+	r.sees("kubectl describe pod POD", []string{"ContainerCreating", "FailedMount", "csi-loop.io/csi.sock: connect: no such file or directory"}, "POD", "late")
 	install()
 	check()
+	e.waitPhase("late", corev1.PodRunning)
 	e.grow(nodes[0], "640Mi")
 	for _, node := range nodes {
 		e.stop(node)

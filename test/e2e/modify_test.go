@@ -8,7 +8,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 )
 
 // TestVolumeAttributesClass: a claim has the parameters of its class from the start,
@@ -17,10 +16,11 @@ import (
 // in its record on the node.
 func TestVolumeAttributesClass(t *testing.T) {
 	e := volumes(t)
+	r := e.reader()
 	classes := e.client.StorageV1().VolumeAttributesClasses()
-	class := func(readAhead, trim string) string {
+	class := func(name, readAhead, trim string) string {
 		made := must[*storagev1.VolumeAttributesClass](e)(classes.Create(e.Context(), &storagev1.VolumeAttributesClass{
-			ObjectMeta: metav1.ObjectMeta{GenerateName: "csi-loop-e2e-", Labels: map[string]string{mark: ""}}, DriverName: driver,
+			ObjectMeta: metav1.ObjectMeta{Name: name, GenerateName: "csi-loop-e2e-", Labels: map[string]string{mark: ""}}, DriverName: driver,
 			Parameters: map[string]string{"readAhead": readAhead, "readIOPS": "5000", "trim": trim},
 		}, metav1.CreateOptions{}))
 		e.Cleanup(func() {
@@ -30,27 +30,26 @@ func TestVolumeAttributesClass(t *testing.T) {
 		})
 		return made.Name
 	}
-	first, second := class("64Ki", "false"), class("1Mi", "true")
-	c := claim("tuned", e.class(nil, "allocation", "thin"), "64Mi")
+	first, second := class("", "64Ki", "false"), class("slow", "1Mi", "true")
+	c := claim("data", e.class(nil, "allocation", "thin"), "64Mi")
 	c.Spec.VolumeAttributesClassName = &first
 	e.createClaim(c)
-	node := e.run(e.shell("pod", "", "tuned"), corev1.PodRunning).Spec.NodeName
+	node := e.run(e.shell("pod", "", "data"), corev1.PodRunning).Spec.NodeName
 	trims := func(when, want string) {
 		e.Helper()
-		script := fmt.Sprintf("grep -o '\"trim\": [a-z]*' %s/volumes/%s/volume.json", poolDir, e.volumeOf("tuned").Name)
+		script := fmt.Sprintf("grep -o '\"trim\": [a-z]*' %s/volumes/%s/volume.json", poolDir, e.volumeOf("data").Name)
 		if got := e.onNode(node, script); got != `"trim": `+want {
 			t.Errorf("%s its record says %s, not %s", when, got, want)
 		}
 	}
 	trims("made with class "+first, "false")
-	const readAhead = `cat /sys/dev/block/$(awk '$5 == "/data/tuned" {print $3}' /proc/self/mountinfo)/queue/read_ahead_kb`
+	const readAhead = `cat /sys/dev/block/$(awk '$5 == "/data/data" {print $3}' /proc/self/mountinfo)/queue/read_ahead_kb`
 	if got := e.sh("pod", readAhead); got != "64" {
 		t.Errorf("made with class %s it reads %s KiB ahead", first, got)
 	}
-	patch := fmt.Sprintf(`{"spec":{"volumeAttributesClassName":%q}}`, second)
-	must[*corev1.PersistentVolumeClaim](e)(e.client.CoreV1().PersistentVolumeClaims(e.namespace).Patch(e.Context(), "tuned", types.MergePatchType, []byte(patch), metav1.PatchOptions{}))
+	r.run(`kubectl patch pvc data --type=merge -p '{"spec":{"volumeAttributesClassName":"slow"}}'`)
 	e.eventually("the claim has its new class", patience, func(ctx context.Context) error {
-		c, err := e.client.CoreV1().PersistentVolumeClaims(e.namespace).Get(ctx, "tuned", metav1.GetOptions{})
+		c, err := e.client.CoreV1().PersistentVolumeClaims(e.namespace).Get(ctx, "data", metav1.GetOptions{})
 		if err == nil && (c.Status.CurrentVolumeAttributesClassName == nil || *c.Status.CurrentVolumeAttributesClassName != second) {
 			err = fmt.Errorf("status %+v", c.Status)
 		}
@@ -61,7 +60,7 @@ func TestVolumeAttributesClass(t *testing.T) {
 	}
 	trims("changed to class "+second, "true")
 	e.stop("pod")
-	e.run(e.shell("next", "", "tuned"), corev1.PodRunning)
+	e.run(e.shell("next", "", "data"), corev1.PodRunning)
 	if got := e.sh("next", readAhead); got != "1024" {
 		t.Errorf("the next pod reads %s KiB ahead", got)
 	}

@@ -47,6 +47,9 @@ func TestPluginShowsTheCluster(t *testing.T) {
 	e.createClaim(claim("shown", e.class(nil), "64Mi"))
 	node := e.run(e.shell("pod", "", "shown"), corev1.PodRunning).Spec.NodeName
 	plugin := e.plugin()
+	r := e.reader()
+	r.watched["kubectl csi-loop top"] = 8
+	r.sees("kubectl csi-loop top", []string{node, "linked", "shown", "SNAPSHOT", "TEMPLATE", "PROGRESS", "READ/S"})
 
 	var nodes []struct {
 		Name, State, Error string

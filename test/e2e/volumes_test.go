@@ -312,18 +312,7 @@ func TestRangeOfAnImageIsMapped(t *testing.T) {
 func TestPartitionOfAnImageIsMapped(t *testing.T) {
 	e := volumes(t)
 	node := e.nodes()[0]
-	image := imageDir + "/" + e.namespace + "-disk.img"
-	// An MBR whose second partition has the 64 MiB (20000 hexadecimal sectors) from 1 MiB on.
-	e.onNode(node, "truncate -s 66M "+image+"; printf '\\000\\000\\000\\000\\203\\000\\000\\000\\000\\010\\000\\000\\000\\000\\002\\000' | "+
-		"dd of="+image+" conv=notrunc bs=1 seek=462; printf '\\125\\252' | dd of="+image+" conv=notrunc bs=1 seek=510")
-	t.Cleanup(func() {
-		if _, err := e.host(context.Background(), node, "rm "+image); err != nil {
-			t.Error(err)
-		}
-	})
-	if _, err := e.exec(t.Context(), installed, e.driverOn(node), "mkfs.ext4", "-q", "-E", "offset="+strconv.Itoa(1<<20), image, "64M"); err != nil {
-		t.Fatal(err)
-	}
+	image := e.diskOn(node, "disk.img", 2)
 	e.createMapped(node, map[string]string{"image": image, "partition": "2"})
 	e.run(e.shell("user", node, "mapped"), corev1.PodRunning)
 	e.sh("user", "dd if=/dev/zero of=/data/mapped/fill bs=1M 2>/dev/null; rm /data/mapped/fill; echo precious > /data/mapped/file; sync")
@@ -331,6 +320,25 @@ func TestPartitionOfAnImageIsMapped(t *testing.T) {
 	if got := e.onNode(node, "tail -c 1M "+image+" | tr -d '\\000' | wc -c"); strings.TrimSpace(got) != "0" {
 		t.Errorf("%s bytes behind the partition were written", got)
 	}
+}
+
+// diskOn makes an image of a disk on a node. The given partition in its MBR, 1 to 4, has the
+// 64 MiB from 1 MiB on, and ext4.
+func (e *env) diskOn(node, name string, partition int) string {
+	e.Helper()
+	path := imageDir + "/" + e.namespace + "-" + name
+	// 20000 hexadecimal sectors.
+	e.onNode(node, "truncate -s 66M "+path+"; printf '\\000\\000\\000\\000\\203\\000\\000\\000\\000\\010\\000\\000\\000\\000\\002\\000' | "+
+		"dd of="+path+" conv=notrunc bs=1 seek="+strconv.Itoa(446+16*(partition-1))+"; printf '\\125\\252' | dd of="+path+" conv=notrunc bs=1 seek=510")
+	e.Cleanup(func() {
+		if _, err := e.host(context.Background(), node, "rm "+path); err != nil {
+			e.Error(err)
+		}
+	})
+	if _, err := e.exec(e.Context(), installed, e.driverOn(node), "mkfs.ext4", "-q", "-E", "offset="+strconv.Itoa(1<<20), path, "64M"); err != nil {
+		e.Fatal(err)
+	}
+	return path
 }
 
 // driverOn is the driver's pod on a node.

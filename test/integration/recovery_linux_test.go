@@ -34,6 +34,7 @@ func TestRecoveryByHand(t *testing.T) {
 				t.Errorf("only %d commands", ran)
 			}
 			h.unmount()
+			h.elsewhere()
 			s.start()
 			v.step("stage", v.stage())
 			v.step("publish", v.publish(0, false))
@@ -112,15 +113,19 @@ func (h *hand) skips(line string) bool {
 	of := map[string]string{"e2fsck": "ext4", "xfs_repair": "xfs", "btrfs": "btrfs"}
 	program, _, _ := strings.Cut(line, " ")
 	fs, special := of[program]
-	return strings.HasPrefix(line, "POOL/") || strings.Contains(line, "ssh") || special && fs != h.v.fs
+	return strings.HasPrefix(line, "POOL/") || special && fs != h.v.fs
 }
 
 // run runs a line of the page, and looks at what it is for.
 func (h *hand) run(line string) {
 	h.t.Helper()
-	words := strings.Fields(strings.NewReplacer(
+	line = strings.NewReplacer(
 		"POOL", h.v.pool, "NAME", h.v.key(), "/mnt", h.mnt, "/backup", h.backup, "/dev/loopN", h.device,
-	).Replace(line))
+	).Replace(line)
+	words := strings.Fields(line)
+	if strings.Contains(line, "| ssh ") { // the other machine is this one
+		words = []string{"bash", "-o", "pipefail", "-c", "ssh() { shift; \"$@\"; }\n" + line}
+	}
 	mounts := words[0] == "mount"
 	if mounts || words[0] == "e2fsck" || words[0] == "xfs_repair" || words[0] == "btrfs" {
 		h.unmount()
@@ -136,6 +141,26 @@ func (h *hand) run(line string) {
 			h.t.Errorf("%s: %v", line, err)
 		}
 	}
+}
+
+// elsewhere checks that what was sent to another machine is a volume of a pool there,
+// with the same data.
+func (h *hand) elsewhere() {
+	h.t.Helper()
+	there := newSite(h.t, siteConfig{})
+	made := there.rest(kind{name: "first", fs: "ext4", size: 16 * mib}, "first")
+	pool, _, _ := strings.Cut(made.id, ".")
+	there.stop()
+	h.command("mv", filepath.Join(h.backup, h.v.key()), filepath.Join(there.pool, "volumes"))
+	there.start()
+	made.step("delete", made.remove())
+	v := there.volume(h.v.kind, pool+"."+h.v.key())
+	v.seed = h.v.seed
+	v.step("stage", v.stage())
+	v.step("publish", v.publish(0, false))
+	v.step("read", v.read(0, 0))
+	v.thick("brought from elsewhere")
+	v.down()
 }
 
 func (h *hand) command(name string, args ...string) string {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
 	"github.com/csi-loop/csi-loop/pkg/cgroup"
+	"github.com/csi-loop/csi-loop/test/docs"
 )
 
 func (v *volume) modify(parameters map[string]string) error {
@@ -64,6 +66,8 @@ func podCgroup(t *testing.T, uid string) (root, pod string, ok bool) {
 // staged anew.
 func TestModifyLive(t *testing.T) {
 	const uid = "0a1b2c3d-1111-2222-3333-444455556666"
+	shown := docs.Take(t, "../..")
+	grep, cat := shown(`grep -r --include=io.max "$(cat /sys/block/loopN/dev) " /sys/fs/cgroup`), shown("cat /sys/block/loopN/queue/read_ahead_kb")
 	for _, k := range []kind{ext4, block} {
 		t.Run(k.name, func(t *testing.T) {
 			root, pod, limits := podCgroup(t, uid)
@@ -98,6 +102,22 @@ func TestModifyLive(t *testing.T) {
 			must(t, v.modify(map[string]string{"readIOPS": "500"}))
 			const both = "rbps=max wbps=10485760 riops=500 wiops=max"
 			holds("modified again", "1024", both)
+			ask := func(command string) string {
+				t.Helper()
+				out, err := exec.Command("bash", "-c", strings.ReplaceAll(command, "loopN", filepath.Base(v.device()))).CombinedOutput()
+				if err != nil {
+					t.Errorf("%v: %s", err, out)
+				}
+				return strings.TrimSpace(string(out))
+			}
+			if got := ask(cat); got != "1024" {
+				t.Errorf("the page's command says that it reads %s KiB ahead", got)
+			}
+			if limits {
+				if got, want := ask(grep), pod+"/io.max:"+v.attr("dev")+" "+both; got != want {
+					t.Errorf("the page's command says %q, want %q", got, want)
+				}
+			}
 			if err := v.modify(map[string]string{"writeBandwidth": "max", "readAhead": "5"}); err == nil {
 				t.Error("a read-ahead of 5 bytes was taken")
 			}

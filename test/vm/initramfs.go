@@ -22,7 +22,7 @@ const (
 		mkfs.btrfs btrfs btrfstune
 		cryptsetup
 		losetup mount umount blkid blockdev fallocate fstrim fsfreeze unshare nsenter dmsetup sfdisk
-		sh cp ln mv rm sleep`
+		sh cp ln mv rm sleep bash cat grep tar`
 	optionalTools = "debugfs findmnt setpriv lsattr chattr strace"
 )
 
