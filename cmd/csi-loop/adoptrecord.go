@@ -179,9 +179,9 @@ func (r *record) created(pv *corev1.PersistentVolume) error {
 // finish says, durably, that the move is complete: nothing goes on with it.
 func (r *record) finish() error { return r.say("complete") }
 
-// say appends a line. The line before it is whole: start has written the file anew.
+// say appends a line, which begins one of its own whatever an interrupted call left.
 func (r *record) say(what string) error {
-	return writeDurably(r.path, os.O_APPEND, []byte(recordPrefix+what+"\n"))
+	return writeDurably(r.path, os.O_APPEND, []byte("\n"+recordPrefix+what+"\n"))
 }
 
 func writeDurably(path string, flags int, text []byte) error {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"maps"
 	"os"
+	"time"
 
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
@@ -21,15 +22,17 @@ import (
 const forgetHelp = `Delete the PersistentVolumes of a node that is gone for ever, and with --claims the
 claims that are bound to them, so that a StatefulSet makes new ones elsewhere.
 
-It refuses while Kubernetes has the Node or its CSINode object: a node that is only
-away comes back, and everything goes on by itself. Delete the Node object first
-(kubectl delete node NAME), which ends its pods. Without --apply it says what it would
-do, and does nothing.
+It refuses while Kubernetes has the Node object: a node that is only away comes back,
+and everything goes on by itself. Delete the Node object first (kubectl delete node
+NAME), which ends its pods; for the CSINode, which Kubernetes deletes after it, forget
+waits a minute. Without --apply it says what it would do, and does nothing.
 
-With --apply, for one volume after the other:
+With --apply all PersistentVolumes, with the policy Retain, and their claims are
+written to the file --save, which must not be there; without --save to the next free
+name. After an interruption the next run saves what is left then: keep each file. Then,
+for one volume after the other:
 
-  1. the PersistentVolume, with the policy Retain, and its claim are written to the
-     file --save, which must not be there; without --save to the next free name;
+  1. nobody has changed it since it was listed, or forget ends;
   2. its policy becomes Retain, so that no deletion reaches the data, should the disk
      turn up again;
   3. the claim is deleted, if --claims is given; a volume that has a claim is passed
@@ -50,10 +53,11 @@ type forgetting struct {
 	node, driver, save string
 	cluster            clusterFlags
 	claims, apply      bool
+	patience           time.Duration // how long the CSINode of a node that is gone may stay
 }
 
 func newForgetCommand() *cobra.Command {
-	var f forgetting
+	f := forgetting{patience: time.Minute}
 	c := &cobra.Command{Use: "forget NODE", Short: "Delete the PersistentVolumes of a node that is gone for ever", Long: forgetHelp, Args: cobra.ExactArgs(1)}
 	f.cluster.register(c.Flags())
 	c.Flags().StringVar(&f.driver, "driver-name", driver.DefaultName, "name of the driver")
@@ -129,14 +133,23 @@ func (f *forgetting) gone(ctx context.Context, client kubeapi.Interface) error {
 	if !apierrors.IsNotFound(err) {
 		return err
 	}
-	_, err = client.CSINodes().Get(ctx, f.node, metav1.GetOptions{})
-	if err == nil {
-		return fmt.Errorf("CSINode %s is in the cluster: Kubernetes deletes it after its node, try again soon", f.node)
+	// Kubernetes deletes it some seconds after its node.
+	for end := time.Now().Add(f.patience); ; {
+		_, err = client.CSINodes().Get(ctx, f.node, metav1.GetOptions{})
+		switch {
+		case apierrors.IsNotFound(err):
+			return nil
+		case err != nil:
+			return err
+		case !time.Now().Before(end):
+			return fmt.Errorf("CSINode %s is in the cluster: Kubernetes deletes it after its node, try again soon", f.node)
+		}
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
-	if !apierrors.IsNotFound(err) {
-		return err
-	}
-	return nil
 }
 
 // volumes lists those that can be on the node only.
@@ -251,7 +264,8 @@ func (f *forgetting) delete(ctx context.Context, client kubeapi.Interface, l los
 	}
 	volumes := client.PersistentVolumes()
 	// With it in force no deletion of the object reaches the data.
-	patch := `{"spec":{"persistentVolumeReclaimPolicy":"Retain"},"metadata":{"uid":"` + string(l.pv.UID) + `"}}`
+	// It is refused when somebody changed the object meanwhile: a claim may have taken it.
+	patch := `{"spec":{"persistentVolumeReclaimPolicy":"Retain"},"metadata":{"uid":"` + string(l.pv.UID) + `","resourceVersion":"` + l.pv.ResourceVersion + `"}}`
 	if _, err := volumes.Patch(ctx, l.pv.Name, types.MergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
 		return err
 	}

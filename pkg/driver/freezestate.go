@@ -6,8 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/csi-loop/csi-loop/pkg/loop"
@@ -120,6 +123,36 @@ func (s *nodeState) freeze(path string) (*freezeRecord, error) {
 		return nil, errors.Join(fmt.Errorf("a helper is still thawing: %w", err), r.keep())
 	}
 	return r, nil
+}
+
+// FreezeRecords returns the paths of the freeze records in a directory of the state
+// directory that count: of this boot, and with nobody who is thawing. It may run beside
+// the driver, whose own records are locked while it freezes.
+func FreezeRecords(dir string) []string {
+	paths, err := filepath.Glob(filepath.Join(dir, "*"+freezeSuffix))
+	if err != nil {
+		return nil
+	}
+	boot := bootID()
+	return slices.DeleteFunc(paths, func(path string) bool {
+		if strings.HasPrefix(filepath.Base(path), ".") { // not in force yet
+			return true
+		}
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			return errors.Is(err, fs.ErrNotExist)
+		}
+		defer f.Close()
+		var r freezeRecord
+		b, err := io.ReadAll(f)
+		if err != nil {
+			return false
+		}
+		if json.Unmarshal(b, &r) != nil || r.Version != recordVersion || r.BootID != boot { //nolint:musttag // as above
+			return true
+		}
+		return lockFile(f, 0) != nil
+	})
 }
 
 // thawTime is how long a helper that is thawing is waited for.

@@ -106,12 +106,27 @@ func (e *env) forgetsAsShown(node, program, volume string) {
 	if err := os.Symlink(program, filepath.Join(r.home, "bin", "csi-loop")); err != nil {
 		e.Fatal(err)
 	}
-	made := filepath.Join("../..", "csi-loop-forget-"+node+".yaml") // where the shell is
-	e.Cleanup(func() {
-		if err := os.Remove(made); err != nil {
-			e.Errorf("nothing was saved: %v", err)
+	savedHere := func() []string { // where the shell is; by an earlier run that was ended too
+		files, err := filepath.Glob(filepath.Join("../..", "csi-loop-forget-"+node+"*.yaml"))
+		if err != nil {
+			e.Fatal(err)
 		}
-	})
+		return files
+	}
+	clean := func() {
+		for _, f := range savedHere() {
+			if err := os.Remove(f); err != nil {
+				e.Error(err)
+			}
+		}
+		// Were it left, no rollout of the DaemonSet would ever be complete.
+		err := e.client.CoreV1().Nodes().Delete(context.WithoutCancel(e.Context()), node, metav1.DeleteOptions{})
+		if err != nil && !apierrors.IsNotFound(err) {
+			e.Error(err)
+		}
+	}
+	clean()
+	e.Cleanup(clean)
 	shown := r.shown("csi-loop forget NODE --claims --apply")
 	for _, commands := range []string{r.shown("kubectl drain NODE --ignore-daemonsets --delete-emptydir-data"), shown} {
 		must[*corev1.Node](e)(e.client.CoreV1().Nodes().Create(e.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}, metav1.CreateOptions{}))
@@ -122,6 +137,9 @@ func (e *env) forgetsAsShown(node, program, volume string) {
 		if commands == shown && (!strings.Contains(out, volume) || !strings.Contains(out, "1 PersistentVolumes deleted")) {
 			e.Fatalf("%s", out)
 		}
+	}
+	if files := savedHere(); len(files) != 1 {
+		e.Errorf("saved: %q", files)
 	}
 }
 

@@ -300,18 +300,3 @@ func TestWhatIsWellNeedsNoFix(t *testing.T) {
 		}
 	}
 }
-
-func TestFreezeRecordsAreFound(t *testing.T) {
-	dir := t.TempDir()
-	for _, name := range []string{"a.freeze", "b.json"} {
-		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if got := freezes(dir); !slices.Equal(got, []string{filepath.Join(dir, "a.freeze")}) {
-		t.Errorf("found %v", got)
-	}
-	if got := freezes(filepath.Join(dir, "missing")); got != nil {
-		t.Errorf("found %v", got)
-	}
-}

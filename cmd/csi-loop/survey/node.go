@@ -1,8 +1,6 @@
 package survey
 
 import (
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 )
@@ -163,21 +161,6 @@ func (f *findings) capabilities(n Node) {
 			f.addf(OK, "capabilities", "", "%s", c.name)
 		}
 	}
-}
-
-// freezes finds the records of a driver that may have ended with filesystems frozen.
-func freezes(dir string) []string {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return nil // no driver has been here, or survey.Look says why
-	}
-	var found []string
-	for _, e := range entries {
-		if filepath.Ext(e.Name()) == ".freeze" {
-			found = append(found, filepath.Join(dir, e.Name()))
-		}
-	}
-	return found
 }
 
 func or(s, instead string) string {

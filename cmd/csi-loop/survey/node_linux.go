@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/csi-loop/csi-loop/pkg/crypt"
+	"github.com/csi-loop/csi-loop/pkg/driver"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 )
 
@@ -43,7 +44,7 @@ func LookAtNode(ctx context.Context, cfg Config) Node {
 		n.KubeletDir, n.Propagation = cfg.KubeletDir, propagation(cfg.KubeletDir)
 	}
 	n.Serving = cfg.Endpoint != "" && serving(ctx, cfg.Endpoint)
-	n.Freezes, n.Expedited = freezes(filepath.Join(cfg.StateDir, cfg.NodeID)), expedited()
+	n.Freezes, n.Expedited = driver.FreezeRecords(filepath.Join(cfg.StateDir, cfg.NodeID)), expedited()
 	return n
 }
 
