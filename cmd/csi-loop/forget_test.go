@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -11,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	storagev1 "k8s.io/api/storage/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
@@ -280,6 +282,15 @@ func TestForgetRefuses(t *testing.T) {
 				panic(err)
 			}
 		}, "--save"},
+		"a volume changes meanwhile": {nil, func(client *fake.Clientset, _ *forgetting) {
+			client.PrependReactor("patch", "persistentvolumes", func(a clienttesting.Action) (bool, runtime.Object, error) {
+				patch, is := a.(clienttesting.PatchAction)
+				if is && strings.Contains(string(patch.GetPatch()), `"resourceVersion":`) {
+					return true, nil, apierrors.NewConflict(corev1.Resource("persistentvolumes"), patch.GetName(), errors.New("it was modified"))
+				}
+				return false, nil, nil
+			})
+		}, "it was modified"},
 		"the node comes back": {nil, func(client *fake.Clientset, _ *forgetting) {
 			asked := 0
 			client.PrependReactor("get", "nodes", func(clienttesting.Action) (bool, runtime.Object, error) {
