@@ -217,3 +217,45 @@ func TestEncryptedCopyGrowsMounted(t *testing.T) {
 		})
 	}
 }
+
+// A copy that was in use is a volume as any other: a filesystem that does not grow is no
+// reason not to stage it, and it is not taken down for that.
+func TestEncryptedCopyInUseStaysUp(t *testing.T) {
+	for name, test := range map[string]struct {
+		refuses  error
+		readOnly bool
+	}{
+		"without the capability":        {refuses: mount.ErrPermission},
+		"cannot":                        {refuses: mount.ErrUnsupported},
+		"fails":                         {refuses: mount.ErrDamaged},
+		"read-only, without capability": {refuses: mount.ErrPermission, readOnly: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n, m := newFakeMappings(t)
+			v := n.create("v", 16*mib, mountCap("ext4", oneWriter), encrypted)
+			m.size(16 * mib)
+			n.must(v.stageWith(leftKey))
+			n.must(v.unstage())
+			resp, err := n.copy("copy", v.asSource(), 16*mib, mountCap("ext4", oneWriter), encrypted)
+			n.must(err)
+			c := volume{n: n, id: resp.GetVolumeId(), cap: mountCap("ext4", oneWriter)}
+			n.must(c.stageWith(leftKey))
+			n.must(c.unstage())
+			_, err = n.ctrl.ControllerExpandVolume(t.Context(), &csi.ControllerExpandVolumeRequest{VolumeId: c.id, CapacityRange: &csi.CapacityRange{RequiredBytes: 32 * mib}})
+			n.must(err)
+			m.size(32 * mib)
+			if test.readOnly {
+				c.cap = mountCap("ext4", reader)
+			}
+			n.fake.failOnce("growfs", test.refuses)
+			n.fake.grown = nil
+			n.must(c.stageWith(leftKey))
+			if got := n.fake.grownHow(m.node); !slices.Equal(got, []string{"mounted"}) {
+				t.Errorf("grown %v, want as it is mounted only", got)
+			}
+			n.must(c.unstage())
+			n.must(c.delete())
+			n.must(v.delete())
+		})
+	}
+}

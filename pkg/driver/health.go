@@ -99,7 +99,10 @@ func (d *Driver) listed() []string {
 	}
 	for _, p := range d.images.Pools() {
 		for dir := range p.Damaged() {
-			ids = append(ids, image.VolumeID(p.ID(), dir))
+			id := image.VolumeID(p.ID(), dir)
+			if _, _, ok := image.ParseID(id); ok { // else it never was a volume: the pool's health names it
+				ids = append(ids, id)
+			}
 		}
 	}
 	slices.Sort(ids)

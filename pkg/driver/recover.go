@@ -93,12 +93,18 @@ func (d *Driver) recoverMounts(r *stageRecord) error {
 		if known || m.Root != "/" || mounted && strings.HasSuffix(m.Path, staged.Path) {
 			continue
 		}
-		r.Targets[m.Path] = targetRecord{ReadOnly: m.ReadOnly, Device: r.Device}
+		r.Targets[m.Path] = targetRecord{ReadOnly: meantReadOnly(m), Device: r.Device}
 	}
 	if mounted {
-		r.ReadOnly = staged.ReadOnly
+		r.ReadOnly = meantReadOnly(staged)
 	}
 	return nil
+}
+
+// meantReadOnly says whether a mount is read-only itself, not because its filesystem
+// stopped after an error.
+func meantReadOnly(m mount.Mount) bool {
+	return m.ReadOnly && (len(m.Options) == 0 || m.Options[0] != "rw")
 }
 
 func compareBool(a, b bool) int {

@@ -183,6 +183,8 @@ func TestHealthOfWhatCannotBeUsed(t *testing.T) {
 	for _, name := range []string{"pvc-1", "pvc-3"} {
 		n.must(os.WriteFile(filepath.Join(n.pool[0].Path, "volumes", name, "volume.json"), []byte("{"), 0o600))
 	}
+	// What is no volume's directory is for the pool's health to name.
+	n.must(os.MkdirAll(filepath.Join(n.pool[0].Path, "volumes", "pvc-1.bak"), 0o700))
 	for _, name := range []string{"away", "gone"} {
 		n.pool = append(n.pool, image.Config{Name: name, Path: filepath.Join(n.dir, name), Overcommit: 1})
 	}

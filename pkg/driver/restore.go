@@ -154,7 +154,7 @@ func (d *Driver) createCopy(ctx context.Context, req *csi.CreateVolumeRequest, w
 	if !ok {
 		return nil, abortedf("volume %q was removed meanwhile", want.Name)
 	}
-	if have.Tuning.Merge(want.Mutable).Equal(have.Tuning) {
+	if want.Mutable.IsZero() {
 		return &csi.CreateVolumeResponse{Volume: d.csiVolume(have)}, nil
 	}
 	unlock, err := d.locks.lock(image.DirName(want.Name), "CreateVolume")

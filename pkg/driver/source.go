@@ -27,12 +27,18 @@ type source struct {
 	fixed   bool // mapped: never formatted, grown or deleted
 	// copied: its filesystem is a copy, and may be smaller than the volume.
 	copied bool
+	// holds is what the image of an encrypted volume held when its staging began.
+	holds content
 	// readOnly: no call may write to it.
 	readOnly bool
 	mapped   *mappedAttributes
 	// spec is that of a volume of a pool.
 	spec image.Spec
 }
+
+// renewed says whether this staging is the one that makes an encrypted copy a volume of
+// its own: no tenant has written to it yet.
+func (s source) renewed() bool { return s.encrypted() && s.holds == contentCopied }
 
 // encrypted says whether the image holds the volume encrypted.
 func (s source) encrypted() bool { return s.spec.Encrypted() }

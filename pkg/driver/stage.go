@@ -293,7 +293,7 @@ func (d *Driver) mountFilesystem(ctx context.Context, spec mount.Spec, src sourc
 	}
 	small := !src.fixed && !sb.FillsDevice(info.Size)
 	if small && src.copied && spec.ReadOnly && !info.ReadOnly {
-		if err := d.growOnce(ctx, spec, sb.Type); err != nil {
+		if err := d.growOnce(ctx, src, spec, sb.Type); err != nil {
 			return err
 		}
 		small = false

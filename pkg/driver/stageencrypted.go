@@ -42,6 +42,9 @@ func (d *Driver) stageEncrypted(ctx context.Context, src source, want stageRecor
 	before, shown, err := d.leftOver(ctx, dev.Info())
 	stays := dev.Reused() && (err != nil || len(shown) > 0)
 	if err == nil {
+		src.holds, err = contentOf(ctx, want.VolumeID, f)
+	}
+	if err == nil {
 		var held io.Closer
 		if want.Device, held, err = d.unlock(ctx, src, want, f, before, shown, dev.Info(), passphrase); err == nil {
 			err = d.finishEncrypted(ctx, src, &want, dev, held)

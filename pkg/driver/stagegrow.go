@@ -12,7 +12,9 @@ import (
 
 // growMounted grows the filesystem of a volume that has just been mounted and is smaller
 // than its device. That of a copy has to, or the volume would not be as large as was
-// promised; see growAtStage for others.
+// promised; see growAtStage for others. Copies of the ext family were made large enough,
+// but for encrypted ones, whose first staging it is: before that nobody had the key. Later
+// on such a copy is a volume as any other, which is never taken down to be grown.
 func (d *Driver) growMounted(ctx context.Context, src source, spec mount.Spec, fsType string) error {
 	err := d.growAtStage(ctx, spec)
 	switch {
@@ -20,8 +22,8 @@ func (d *Driver) growMounted(ctx context.Context, src source, spec mount.Spec, f
 		return nil
 	case !sameFilesystem("ext4", fsType):
 		return err
-	case !src.encrypted():
-		return nil // it was made large enough
+	case !src.renewed():
+		return nil
 	case refusesToGrow(err):
 		if err := d.mounts.Unmount(ctx, spec.Target); err != nil {
 			return err
@@ -35,7 +37,7 @@ func (d *Driver) growMounted(ctx context.Context, src source, spec mount.Spec, f
 }
 
 // growOnce grows the filesystem of a copy that is to be used read-only.
-func (d *Driver) growOnce(ctx context.Context, spec mount.Spec, fsType string) error {
+func (d *Driver) growOnce(ctx context.Context, src source, spec mount.Spec, fsType string) error {
 	writable := spec
 	writable.ReadOnly = false
 	writable.Options = slices.DeleteFunc(slices.Clone(spec.Options), func(o string) bool { return o == "ro" })
@@ -43,7 +45,12 @@ func (d *Driver) growOnce(ctx context.Context, spec mount.Spec, fsType string) e
 		return err
 	}
 	err, unmountErr := d.growAtStage(ctx, writable), d.mounts.Unmount(ctx, spec.Target)
-	if refusesToGrow(err) && sameFilesystem("ext4", fsType) && unmountErr == nil {
+	switch {
+	case !sameFilesystem("ext4", fsType):
+		return errors.Join(err, unmountErr)
+	case !src.renewed(): // as in growMounted
+		return unmountErr
+	case refusesToGrow(err) && unmountErr == nil:
 		return d.growUnmounted(ctx, spec)
 	}
 	return errors.Join(err, unmountErr)

@@ -64,10 +64,7 @@ var errHeader = fmt.Errorf("%w: its LUKS header is damaged, missing, or not csi-
 // there already is mounted. held keeps the mapping, from before anything is done with it;
 // the caller closes it. After an error there is none, and a mapping may be left.
 func (d *Driver) unlock(ctx context.Context, src source, want stageRecord, f *os.File, b binding, shown []string, info loop.Info, passphrase []byte) (_ binding, held io.Closer, err error) {
-	holds, err := contentOf(ctx, want.VolumeID, f)
-	if err != nil {
-		return b, nil, err
-	}
+	holds := src.holds // as contentOf has it
 	if b.encrypted() { // a crash left it, or the record was lost
 		switch {
 		case holds == contentOwn, holds == contentCopied && info.ReadOnly:
