@@ -88,7 +88,7 @@ func parseLine(line string) (Mount, bool) {
 
 // takesNoWrites says whether a mount or its filesystem is read-only. An ext4 that stopped
 // after an error (errors=remount-ro) is told as "rw,emergency_ro" since Linux 6.14: its
-// superblock has a state of its own for that.
+// superblock has a state of its own for that. Some kernels before do not tell it.
 func takesNoWrites(mount, super []string) bool {
 	return first(mount) == "ro" || first(super) == "ro" || slices.Contains(super, "emergency_ro")
 }
