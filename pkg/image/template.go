@@ -163,7 +163,9 @@ func (t *templates) write(ctx context.Context, f *os.File, of *template, now tim
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	data := make([]byte, of.length)
+	buffer := unpackBuffer(of.length)
+	defer unpackBuffers.Put(buffer)
+	data := *buffer
 	if err := unpack(of.packed, data); err != nil {
 		return err
 	}
@@ -178,6 +180,20 @@ func (t *templates) write(ctx context.Context, f *os.File, of *template, now tim
 		}
 	}
 	return opError("write", imageFile, of.blocks.write(f, data))
+}
+
+// unpackBuffers are buffers for what write unpacks, some 600 KiB for ext4: they would be
+// most of what a volume's whole life allocates.
+var unpackBuffers sync.Pool
+
+// unpackBuffer is one of so many bytes, whose content is anything.
+func unpackBuffer(n int) *[]byte {
+	if b, ok := unpackBuffers.Get().(*[]byte); ok && cap(*b) >= n {
+		*b = (*b)[:n]
+		return b
+	}
+	b := make([]byte, n)
+	return &b
 }
 
 // uuids is how many UUIDs the filesystem has.

@@ -108,14 +108,19 @@ func (d *driver) kill() error {
 }
 
 func (d *driver) stop() error {
+	if d.cmd == nil || d.cmd.Process == nil {
+		return os.RemoveAll(d.state) // it did not start
+	}
+	return errors.Join(d.stopProcess(), os.RemoveAll(d.state))
+}
+
+// stopProcess ends the process as it asks for; start runs another.
+func (d *driver) stopProcess() error {
 	if d.conn != nil {
 		_ = d.conn.Close()
 	}
-	if d.cmd == nil || d.cmd.Process == nil {
-		return os.RemoveAll(d.state)
-	}
 	_ = d.cmd.Process.Signal(syscall.SIGTERM)
-	return errors.Join(d.cmd.Wait(), os.RemoveAll(d.state))
+	return d.cmd.Wait()
 }
 
 // memory is the resident set of the driver, in bytes.
