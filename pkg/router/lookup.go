@@ -1,0 +1,198 @@
+package router
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+	"time"
+)
+
+// place is where something is: a node's link, or how long it has been away.
+type place struct {
+	node    string
+	session *session // nil while away
+	away    time.Duration
+}
+
+// Precondition: t.mu is held.
+func (t *table) place(n *node) place {
+	if n.session != nil && n.joined {
+		return place{node: n.name, session: n.session}
+	}
+	return place{node: n.name, away: t.now().Sub(n.away)}
+}
+
+// pool finds the node that has the pool.
+func (t *table) pool(id string) (place, bool) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	claims := t.pools[id]
+	if len(claims) == 0 {
+		return place{}, false
+	}
+	return t.place(claims[0].node), true
+}
+
+// owns says whether the pool's place is this link.
+func (t *table) owns(s *session, id string) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	claims := t.pools[id]
+	return len(claims) > 0 && claims[0].node.session == s
+}
+
+// node finds a node.
+func (t *table) node(name string) (place, bool) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	n := t.nodes[name]
+	if n == nil {
+		return place{}, false
+	}
+	return t.place(n), true
+}
+
+// all lists the nodes, by name.
+func (t *table) all() []place {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	places := make([]place, 0, len(t.nodes))
+	for _, n := range t.nodes {
+		places = append(places, t.place(n))
+	}
+	slices.SortFunc(places, func(a, b place) int { return cmp.Compare(a.node, b.node) })
+	return places
+}
+
+// volume finds the nodes that have the volume, are making it, or may have made it.
+func (t *table) volume(dir string) []place {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	var places []place
+	seen := map[*node]bool{}
+	add := func(n *node) {
+		if !seen[n] {
+			seen[n] = true
+			places = append(places, t.place(n))
+		}
+	}
+	for _, p := range t.names[dir] {
+		add(p.node)
+	}
+	if c, ok := t.lost[dir]; ok {
+		add(c.node)
+	}
+	return places
+}
+
+// sent notes that a CreateVolume goes to a node; answered, that its answer settled
+// whether the volume exists.
+func (t *table) sent(dir, name string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if n := t.nodes[name]; n != nil {
+		t.lost[dir] = sentCall{n, t.now()}
+	}
+}
+
+func (t *table) answered(dir string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.lost, dir)
+}
+
+// made notes a volume before its node's own word comes: a repeated call finds it.
+func (t *table) made(s *session, volumeID string) {
+	poolID, dir, _ := strings.Cut(volumeID, ".")
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n := t.nodes[s.id.Node]
+	if n == nil || n.session != s || n.pools[poolID] == nil {
+		return
+	}
+	if p := n.pools[poolID]; t.shown(p) {
+		p.volumes[dir] = struct{}{}
+		t.indexOne(p, dir)
+	}
+}
+
+// room is the free space of one node in a pool, in bytes.
+type room struct {
+	place
+
+	free int64
+}
+
+// rooms lists the nodes with a pool of that name ("": their default pool), the
+// roomiest first, by name where equal. Copies that were refused are left out.
+func (t *table) rooms(poolName string, thin bool) []room {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	var rooms []room
+	for _, n := range t.nodes {
+		if p := t.poolOf(n, poolName); p != nil {
+			rooms = append(rooms, room{t.place(n), p.room(thin)})
+		}
+	}
+	slices.SortFunc(rooms, func(a, b room) int {
+		return cmp.Or(cmp.Compare(b.free, a.free), cmp.Compare(a.node, b.node))
+	})
+	return rooms
+}
+
+// room is the pool's last word on free space. Precondition: table.mu is held.
+func (p *pool) room(thin bool) int64 {
+	if thin {
+		return p.free.Thin
+	}
+	return p.free.Thick
+}
+
+// roomAt is the room in the pool of that name on one node.
+func (t *table) roomAt(name, poolName string, thin bool) (room, bool) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	n := t.nodes[name]
+	if n == nil {
+		return room{}, false
+	}
+	p := t.poolOf(n, poolName)
+	if p == nil {
+		return room{place: t.place(n)}, true
+	}
+	return room{t.place(n), p.room(thin)}, true
+}
+
+// hasPool says whether a node has a pool of that name.
+func (t *table) hasPool(name, poolName string) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	n := t.nodes[name]
+	return n != nil && t.poolOf(n, poolName) != nil
+}
+
+// poolOf finds a node's pool by name. Precondition: t.mu is held.
+func (t *table) poolOf(n *node, name string) *pool {
+	for id, p := range n.pools {
+		meant := p.name == name || name == "" && p.isDefault
+		if id != "" && meant && t.shown(p) {
+			return p
+		}
+	}
+	return nil
+}
+
+func (t *table) stats() Stats {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	var s Stats
+	for _, n := range t.nodes {
+		if n.session != nil && n.joined {
+			s.Linked++
+		}
+	}
+	for _, claims := range t.pools {
+		s.DuplicatePools += len(claims) - 1
+	}
+	return s
+}
