@@ -41,7 +41,7 @@ type node struct {
 	joined   bool      // the session has told everything
 	since    time.Time // it has
 	away     time.Time
-	pools    map[string]*pool    // by ID; "" is for volumes being made
+	pools    map[string]*pool    // by ID; "" is for volumes being made, the others are in table.pools too
 	replaced map[string]struct{} // pods whose link another pod's replaced
 }
 
@@ -161,6 +161,7 @@ func (t *table) claim(n *node, p *pool) (_ duplicate, is bool) {
 	for _, other := range slices.Clone(t.pools[p.id]) {
 		if other.node.session == nil {
 			t.drop(other)
+			delete(other.node.pools, p.id)
 		}
 	}
 	t.pools[p.id] = append(t.pools[p.id], p)
