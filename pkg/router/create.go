@@ -151,6 +151,13 @@ func (c *creation) again(ctx context.Context) (_ *csi.CreateVolumeResponse, done
 	return nil, false, nil
 }
 
+// elsewhere says whether a node to which the request does not point has answered just
+// that: it has no such volume, or one that the scheduler has given up, having been told
+// that the node was away.
+func elsewhere(err error) bool {
+	return status.Code(err) == codes.ResourceExhausted || status.Code(err) == codes.AlreadyExists
+}
+
 func (c *creation) rank(p place) int {
 	switch {
 	case p.session != nil && slices.Contains(c.wanted, p.node):
@@ -262,7 +269,7 @@ func (c *creation) among(ctx context.Context, names []string) (*csi.CreateVolume
 			}
 			continue
 		}
-		if len(names) > 1 && !c.r.table.hasPool(name, c.pool()) {
+		if _, copied := c.r.table.refused(name, c.pool()); len(names) > 1 && !copied && !c.r.table.hasPool(name, c.pool()) {
 			continue
 		}
 		resp, err := c.at(ctx, p.session)

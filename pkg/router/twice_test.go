@@ -1,0 +1,67 @@
+package router
+
+import (
+	"testing"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
+
+	"github.com/csi-loop/csi-loop/pkg/image"
+)
+
+// amid is a request that may be met on any of some nodes, as allowedTopologies make it.
+func amid(name string, nodes ...*fakeNode) *csi.CreateVolumeRequest {
+	req := create(name, 1, nil)
+	req.AccessibilityRequirements = &csi.TopologyRequirement{}
+	for _, n := range nodes {
+		req.AccessibilityRequirements.Requisite = append(req.AccessibilityRequirements.Requisite, n.topology()...)
+	}
+	req.AccessibilityRequirements.Preferred = req.AccessibilityRequirements.GetRequisite()
+	return req
+}
+
+// A controller that was started anew does not know which of several nodes an earlier
+// call went to: it waits for them all, for a while.
+func TestRestartAmongTopologies(t *testing.T) {
+	c := newCluster(t)
+	a, b := c.node("a", newDisk(t, "default", gib)), c.node("b", newDisk(t, "default", gib)).up()
+	a.pools[0].volumes["x"] = 1 // made, and the answer lost with the controller
+	c.linked(b)
+	ctx := t.Context()
+	_, err := c.csi.CreateVolume(ctx, amid("x", b, a))
+	code(t, err, codes.Unavailable, "a")
+	if b.pools[0].has("x") {
+		t.Fatal("a second volume")
+	}
+	_, err = c.csi.CreateVolume(ctx, amid("y", b)) // nobody else can have it
+	must(t, err)
+	a.up()
+	c.linked(a, b)
+	resp, err := c.csi.CreateVolume(ctx, amid("x", b, a))
+	must(t, err)
+	if want := image.VolumeID(a.pools[0].id, "x"); resp.GetVolume().GetVolumeId() != want {
+		t.Errorf("got %q, want %q", resp.GetVolume().GetVolumeId(), want)
+	}
+	a.stop()
+	c.linked(b)
+	c.clock.advance(Grace)
+	_, err = c.csi.CreateVolume(ctx, amid("z", a, b)) // no restart lately: the other node will do
+	must(t, err)
+}
+
+// While the nodes of the cluster are not known, nobody can say whether one is missing.
+func TestAnywhereWithoutRoster(t *testing.T) {
+	c := newCluster(t)
+	a := c.node("a", newDisk(t, "default", gib)).up()
+	c.roster.mu.Lock()
+	c.roster.registered, c.roster.unknown = map[string]bool{}, true
+	c.roster.mu.Unlock()
+	c.linked(a)
+	ctx := t.Context()
+	_, err := c.csi.CreateVolume(ctx, create("x", 1, nil))
+	code(t, err, codes.Unavailable, "not known")
+	_, err = c.csi.CreateVolume(ctx, amid("x", a, c.node("b")))
+	code(t, err, codes.Unavailable, "not known")
+	_, err = c.csi.CreateVolume(ctx, create("y", 1, a))
+	must(t, err)
+}
