@@ -74,6 +74,10 @@ type creation struct {
 // at sends the request to a node, and remembers that it did until the answer
 // settles whether there is a volume.
 func (c *creation) at(ctx context.Context, s *session) (*csi.CreateVolumeResponse, error) {
+	if first, is := c.r.table.refused(s.id.Node, c.pool()); is {
+		// The node does not know that its pool is refused, and would make the volume.
+		return nil, status.Errorf(codes.ResourceExhausted, "volume %q: the pool on node %q is a copy of the one on node %q, and is not served", c.req.GetName(), s.id.Node, first)
+	}
 	ctx, without := c.offer(ctx, s)
 	if without != nil && (c.insist || ctx.Err() != nil) {
 		return nil, without
@@ -134,10 +138,9 @@ func (c *creation) again(ctx context.Context) (_ *csi.CreateVolumeResponse, done
 	slices.SortStableFunc(places, func(a, b place) int { return c.rank(a) - c.rank(b) })
 	for _, p := range places {
 		if p.session != nil {
-			// The node knows: it answers with the volume, or that it makes it now,
-			// or that it has none and is not where the request points.
+			// The node knows: it answers with the volume, or that it makes it now.
 			resp, err := c.at(ctx, p.session)
-			if c.bound && status.Code(err) == codes.ResourceExhausted && !slices.Contains(c.wanted, p.node) {
+			if c.bound && !slices.Contains(c.wanted, p.node) && elsewhere(err) {
 				continue
 			}
 			return resp, true, err

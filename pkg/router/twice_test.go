@@ -1,10 +1,12 @@
 package router
 
 import (
+	"context"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/csi-loop/csi-loop/pkg/image"
 )
@@ -64,4 +66,31 @@ func TestAnywhereWithoutRoster(t *testing.T) {
 	code(t, err, codes.Unavailable, "not known")
 	_, err = c.csi.CreateVolume(ctx, create("y", 1, a))
 	must(t, err)
+}
+
+// pinned answers as a node's driver does: a volume that exists where the request does
+// not point is another one.
+type pinned struct{ *fakeNode }
+
+func (n pinned) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
+	if n.poolNamed("").has(req.GetName()) && req.GetAccessibilityRequirements().GetRequisite()[0].GetSegments()["topology."+driver+"/node"] != n.name {
+		return nil, status.Error(codes.AlreadyExists, "it is here")
+	}
+	return n.fakeNode.CreateVolume(ctx, req)
+}
+
+// A node was away for so long that the scheduler chose another, and is back with the
+// volume before that one was asked.
+func TestBackWithTheVolume(t *testing.T) {
+	c := newCluster(t)
+	a, b := c.node("a", newDisk(t, "default", gib)), c.node("b", newDisk(t, "default", gib)).up()
+	a.handler = pinned{a}
+	a.pools[0].volumes["x"] = 1
+	a.up()
+	c.linked(a, b)
+	resp, err := c.csi.CreateVolume(t.Context(), create("x", 1, b))
+	must(t, err)
+	if want := image.VolumeID(b.pools[0].id, "x"); resp.GetVolume().GetVolumeId() != want {
+		t.Errorf("got %q, want %q", resp.GetVolume().GetVolumeId(), want)
+	}
 }
