@@ -259,6 +259,11 @@ func (c *creation) fromSource(ctx context.Context) (*csi.CreateVolumeResponse, e
 // among tries the nodes in order. A node that is full, or has no such pool, leaves
 // it to the next.
 func (c *creation) among(ctx context.Context, names []string) (*csi.CreateVolumeResponse, error) {
+	if len(names) > 1 {
+		if err := c.early(func(node string) bool { return slices.Contains(names, node) }); err != nil {
+			return nil, err
+		}
+	}
 	var full, missing error
 	for _, name := range names {
 		p, known := c.r.table.node(name)
@@ -290,12 +295,24 @@ func (c *creation) among(ctx context.Context, names []string) (*csi.CreateVolume
 	return nil, status.Errorf(codes.ResourceExhausted, "volume %q: none of the topologies asked for is a node with csi-loop", c.req.GetName())
 }
 
+// early is UNAVAILABLE while a node that is eligible may have made the volume when an
+// earlier controller asked it: until it is linked, or for Grace after the start, as long
+// as it is expected at all.
+func (c *creation) early(eligible func(node string) bool) error {
+	if _, ok := c.r.cfg.Roster.Registered(); !ok {
+		return unavailablef("volume %q: the nodes of the cluster are not known yet", c.req.GetName())
+	}
+	missing := slices.DeleteFunc(c.r.missing(), func(node string) bool { return !eligible(node) })
+	if len(missing) > 0 && c.r.sinceStart() < Grace {
+		return unavailablef("volume %q: this controller started a moment ago and waits for nodes: %s", c.req.GetName(), some(missing))
+	}
+	return nil
+}
+
 // anywhere goes to the node with most room in the pool.
 func (c *creation) anywhere(ctx context.Context) (*csi.CreateVolumeResponse, error) {
-	// A node that has not come back after a restart of this controller may have
-	// made the volume, as long as it is expected at all.
-	if missing := c.r.missing(); len(missing) > 0 && c.r.sinceStart() < Grace {
-		return nil, unavailablef("volume %q: this controller started a moment ago and waits for nodes: %s", c.req.GetName(), some(missing))
+	if err := c.early(func(string) bool { return true }); err != nil {
+		return nil, err
 	}
 	poolName, thin := c.pool(), c.req.GetParameters()[paramAllocation] == "thin"
 	var full error

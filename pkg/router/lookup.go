@@ -171,11 +171,29 @@ func (t *table) hasPool(name, poolName string) bool {
 	return n != nil && t.poolOf(n, poolName) != nil
 }
 
+// refused says whether a node's pool of that name is a copy, and of which node's.
+func (t *table) refused(name, poolName string) (first string, is bool) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	n := t.nodes[name]
+	if n == nil || t.poolOf(n, poolName) != nil {
+		return "", false
+	}
+	for id, p := range n.pools {
+		if id != "" && p.called(poolName) {
+			return t.pools[id][0].node.name, true
+		}
+	}
+	return "", false
+}
+
+// called says whether a request with that name means the pool.
+func (p *pool) called(name string) bool { return p.name == name || name == "" && p.isDefault }
+
 // poolOf finds a node's pool by name. Precondition: t.mu is held.
 func (t *table) poolOf(n *node, name string) *pool {
 	for id, p := range n.pools {
-		meant := p.name == name || name == "" && p.isDefault
-		if id != "" && meant && t.shown(p) {
+		if id != "" && p.called(name) && t.shown(p) {
 			return p
 		}
 	}

@@ -94,3 +94,22 @@ func TestBackWithTheVolume(t *testing.T) {
 		t.Errorf("got %q, want %q", resp.GetVolume().GetVolumeId(), want)
 	}
 }
+
+// No volume is made in a copy of a pool that is refused: it would be in no list, and no
+// call would find it.
+func TestNoVolumeInARefusedCopy(t *testing.T) {
+	c := newCluster(t)
+	p := newDisk(t, "default", 10*gib)
+	clone := &fakePool{id: p.id, name: p.name, key: p.key, volumes: map[string]int64{}, size: 20 * gib}
+	a := c.node("a", p).up()
+	c.linked(a)
+	b := c.node("b", clone).up()
+	c.linked(a, b)
+	for name, req := range map[string]*csi.CreateVolumeRequest{"x": create("x", 1, b), "y": amid("y", b)} {
+		_, err := c.csi.CreateVolume(t.Context(), req)
+		code(t, err, codes.ResourceExhausted, `"a"`, `"b"`)
+		if clone.has(name) {
+			t.Errorf("%s was made in the copy", name)
+		}
+	}
+}
