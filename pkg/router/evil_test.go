@@ -147,6 +147,8 @@ func TestLyingNode(t *testing.T) {
 		"a name without end":           {`{"complete":true}`, `{"pools":[{"added":["` + strings.Repeat("x", 129) + `"]}]}`},
 		"names without end":            {`{"complete":true}`, many("a", link.MaxVolumes/2), many("b", link.MaxVolumes/2), many("c", link.MaxVolumes/2)},
 		"the same, before it ends (2)": {many("a", link.MaxVolumes), many("b", link.MaxVolumes)},
+		"names without end, at once":   {`{"complete":true}`, many("a", 3*link.MaxVolumes)},
+		"items without end":            {`{"complete":true}`, `{"pools":[{}` + strings.Repeat(",{}", 4*link.MaxVolumes) + `]}`},
 		"a message without end":        {`{"complete":true,"x":"` + strings.Repeat("x", link.MaxMessage) + `"}`},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -160,6 +162,12 @@ func TestLyingNode(t *testing.T) {
 			n.say(t, words...)
 			n.hungUp(t)
 			c.linked(honest)
+			c.router.table.mu.RLock()
+			kept := len(c.router.table.names)
+			c.router.table.mu.RUnlock()
+			if kept > 2*link.MaxVolumes {
+				t.Errorf("%d names are kept", kept)
+			}
 			if p, ok := c.router.table.pool(honest.pools[0].id); !ok || p.node != "honest" {
 				t.Fatalf("%+v, %t", p, ok)
 			}

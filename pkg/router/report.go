@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -21,6 +22,9 @@ const (
 	reportAge = 3 * time.Second
 	// reportTime is how long one node may take to answer.
 	reportTime = 10 * time.Second
+	// maxReport bounds what one node's report may take, in bytes: what link.MaxVolumes
+	// volumes and as many snapshots have to say.
+	maxReport = 64 << 20
 )
 
 // reports makes one report at a time.
@@ -91,12 +95,18 @@ func (r *Router) look(ctx context.Context) report.Cluster {
 
 // reportOf asks one node, page by page. What it says of others' pools is left out.
 func (r *Router) reportOf(ctx context.Context, s *session) (m report.Machine, err error) {
+	total := 0
 	for next := ""; ; {
 		p, err := callService(ctx, s, link.ReportService, link.ReportMethod, func(ctx context.Context, opts ...grpc.CallOption) (report.Page, error) {
-			return link.FetchReport(ctx, s.grpc, next, opts...)
+			p, size, err := link.FetchReport(ctx, s.grpc, next, opts...)
+			total += size
+			return p, err
 		})
 		if err != nil {
 			return m, err
+		}
+		if total > maxReport {
+			return m, fmt.Errorf("it says more than %d bytes", maxReport)
 		}
 		p.Pools = slices.DeleteFunc(p.Pools, func(p report.Pool) bool { return p.ID != "" && !r.table.owns(s, p.ID) })
 		p.Volumes = slices.DeleteFunc(p.Volumes, func(v report.Volume) bool { return r.foreign(s, v.ID) })

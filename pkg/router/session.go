@@ -38,6 +38,8 @@ type session struct {
 	fresh chan string    // capacity 1; the last token that came
 	pong  chan struct{}  // capacity 1; the node said something
 	talk  *rate.Limiter  // of what it may say, in bytes
+	// proofs counts those of late pools; one goroutine listens.
+	proofs int
 
 	ended context.Context
 	end   context.CancelCauseFunc
@@ -187,12 +189,21 @@ func (s *session) listen(stream link.Stream) (link.Update, []*pool, error) {
 	if err != nil {
 		return u, nil, errors.Join(context.Cause(s.ended), err)
 	}
+	added := 0
 	for _, change := range u.Pools {
+		// Looked at before any of it is kept.
+		if added += len(change.Added); added > link.MaxVolumes {
+			return u, nil, fmt.Errorf("%d volumes at once; a node can have %d", added, link.MaxVolumes)
+		}
 		for _, v := range change.Added {
 			if !sound(v) {
 				return u, nil, fmt.Errorf("%.200q is not the name of a volume", v)
 			}
 		}
+	}
+	// A node proves each pool once.
+	if s.proofs += len(u.Proofs); s.proofs > link.MaxPools {
+		return u, nil, fmt.Errorf("%d proofs of pools; a node can have %d", s.proofs, link.MaxPools)
 	}
 	var late []*pool
 	for _, p := range u.Proofs {

@@ -1,6 +1,7 @@
 package link
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -9,6 +10,20 @@ import (
 
 // MaxHello bounds a frame, in bytes.
 const MaxHello = 64 << 10
+
+// maxHelloItems bounds the items of a frame's lists and objects: many more than those
+// of MaxPools pools and of all methods.
+const maxHelloItems = 2048
+
+// decode reads JSON that a peer sent, of at most so many items. An empty object is two
+// bytes on the wire and can be hundreds in memory, so that bytes alone bound nothing.
+// Text with commas counts for more than it is.
+func decode(b []byte, v any, items int) error {
+	if n := bytes.Count(b, []byte{','}); n >= items {
+		return fmt.Errorf("about %d items, at most %d are allowed", n, items)
+	}
+	return json.Unmarshal(b, v)
+}
 
 // WriteFrame sends v as one frame.
 func WriteFrame(w io.Writer, v any) error {
@@ -37,7 +52,7 @@ func ReadFrame(r io.Reader, v any) error {
 	if _, err := io.ReadFull(r, b); err != nil {
 		return err
 	}
-	if err := json.Unmarshal(b, v); err != nil {
+	if err := decode(b, v, maxHelloItems); err != nil {
 		return fmt.Errorf("not a hello: %w", err)
 	}
 	return nil

@@ -34,9 +34,12 @@ const (
 	PingEvery = 10 * time.Second
 	// PingWait is how long the answer to one may take.
 	PingWait = 3 * time.Second
-	// MaxMessage bounds a gRPC message, in bytes: twice what the names of MaxVolumes
-	// take. Lists are paged.
+	// MaxMessage bounds a message of the stream, in bytes: twice what the names of
+	// MaxVolumes take.
 	MaxMessage = 16 << 20
+	// MaxAnswer bounds a node's answer to a call, in bytes: what a sidecar takes. Lists
+	// are paged.
+	MaxAnswer = 4 << 20
 
 	// NonceSize is what a controller sends, in bytes.
 	NonceSize = 32

@@ -2,7 +2,6 @@ package link
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 
 	"google.golang.org/grpc"
@@ -69,14 +68,21 @@ func registerReport(r grpc.ServiceRegistrar, source reporter) {
 	}, source)
 }
 
-// FetchReport asks a node for a page of its report; "" is the first.
-func FetchReport(ctx context.Context, conn grpc.ClientConnInterface, next string, opts ...grpc.CallOption) (p report.Page, err error) {
+// maxPageItems bounds the items of a page: some hundred for each of its volumes.
+const maxPageItems = 256 * report.PageSize
+
+// FetchReport asks a node for a page of its report; "" is the first. It returns how many
+// bytes the page came in.
+func FetchReport(ctx context.Context, conn grpc.ClientConnInterface, next string, opts ...grpc.CallOption) (p report.Page, size int, err error) {
 	var m wrapperspb.BytesValue
 	if err := conn.Invoke(ctx, ReportService+ReportMethod, wrapperspb.Bytes([]byte(next)), &m, opts...); err != nil {
-		return p, err
+		return p, 0, err
 	}
-	if err := json.Unmarshal(m.GetValue(), &p); err != nil {
-		return p, fmt.Errorf("not a page of a report: %w", err)
+	if err := decode(m.GetValue(), &p, maxPageItems); err != nil {
+		return report.Page{}, 0, fmt.Errorf("not a page of a report: %w", err)
 	}
-	return p, nil
+	if n := max(len(p.Volumes), len(p.Snapshots), len(p.Templates)); n > report.PageSize {
+		return report.Page{}, 0, fmt.Errorf("not a page of a report: %d entries", n)
+	}
+	return p, len(m.GetValue()), nil
 }

@@ -65,7 +65,8 @@ type Stream struct{ grpc.ClientStream }
 
 // OpenStream opens the stream on a fresh link. It ends with ctx.
 func OpenStream(ctx context.Context, conn *grpc.ClientConn) (Stream, error) {
-	s, err := conn.NewStream(ctx, &grpc.StreamDesc{StreamName: syncMethod, ServerStreams: true, ClientStreams: true}, "/"+serviceName+"/"+syncMethod)
+	s, err := conn.NewStream(ctx, &grpc.StreamDesc{StreamName: syncMethod, ServerStreams: true, ClientStreams: true}, "/"+serviceName+"/"+syncMethod,
+		grpc.MaxCallRecvMsgSize(MaxMessage))
 	return Stream{s}, err
 }
 
@@ -78,13 +79,17 @@ func (s Stream) Send(o Order) error {
 	return s.SendMsg(m)
 }
 
+// maxUpdateItems bounds the items of an update: more than names of volumes that can
+// come and go between two.
+const maxUpdateItems = 4 * MaxVolumes
+
 // Recv waits for the next update, and returns how many bytes it came in.
 func (s Stream) Recv() (u Update, size int, err error) {
 	var m wrapperspb.BytesValue
 	if err := s.RecvMsg(&m); err != nil {
 		return Update{}, 0, err
 	}
-	if err := json.Unmarshal(m.GetValue(), &u); err != nil {
+	if err := decode(m.GetValue(), &u, maxUpdateItems); err != nil {
 		return Update{}, 0, fmt.Errorf("not an update: %w", err)
 	}
 	return u, len(m.GetValue()), nil
