@@ -18,7 +18,7 @@ func amid(name string, nodes ...*fakeNode) *csi.CreateVolumeRequest {
 	for _, n := range nodes {
 		req.AccessibilityRequirements.Requisite = append(req.AccessibilityRequirements.Requisite, n.topology()...)
 	}
-	req.AccessibilityRequirements.Preferred = req.AccessibilityRequirements.GetRequisite()
+	req.AccessibilityRequirements.Preferred = req.GetAccessibilityRequirements().GetRequisite()
 	return req
 }
 
