@@ -158,8 +158,9 @@ type Driver struct {
 	// takingIn has a *takeInCount for each request to take a file in, by its job's key.
 	takingIn sync.Map
 
-	locks volumeLocks
-	state *nodeState
+	locks  volumeLocks
+	inline inlineRoom
+	state  *nodeState
 	// stateLock keeps a second process off the state directory.
 	stateLock *os.File
 

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"k8s.io/klog/v2"
@@ -104,20 +105,48 @@ func (d *Driver) publishEphemeral(ctx context.Context, req *csi.NodePublishVolum
 	return undone(err, d.discardEphemeral(undo, have, target))
 }
 
-// createEphemeral makes the volume, within what the operator allows.
-func (d *Driver) createEphemeral(ctx context.Context, p params, size int64, want stageRecord) (image.Volume, error) {
+// inlineRoom keeps what many pods that start at once make together within the bound.
+type inlineRoom struct {
+	mu     sync.Mutex
+	making map[string]bool // IDs of volumes that are being made; guarded by mu
+}
+
+// roomForEphemeral takes the place of one more inline volume, until the returned function
+// is called: then it is there, or came to nothing.
+func (d *Driver) roomForEphemeral(id string) (done func(), err error) {
 	count, most := 0, d.cfg.EphemeralMaxVolumes
 	if most == 0 {
 		most = DefaultEphemeralMaxVolumes
 	}
+	room := &d.inline
+	room.mu.Lock()
+	defer room.mu.Unlock()
 	for _, v := range d.images.List() {
-		if v.Ephemeral != nil {
+		if v.Ephemeral != nil && !room.making[v.Name] {
 			count++
 		}
 	}
-	if count >= most {
-		return image.Volume{}, exhaustedf("this node has %d inline ephemeral volumes, and --ephemeral-max-volumes allows %d", count, most)
+	if count += len(room.making); count >= most {
+		return nil, exhaustedf("this node has %d inline ephemeral volumes, and --ephemeral-max-volumes allows %d", count, most)
 	}
+	if room.making == nil {
+		room.making = make(map[string]bool)
+	}
+	room.making[id] = true
+	return func() {
+		room.mu.Lock()
+		defer room.mu.Unlock()
+		delete(room.making, id)
+	}, nil
+}
+
+// createEphemeral makes the volume, within what the operator allows.
+func (d *Driver) createEphemeral(ctx context.Context, p params, size int64, want stageRecord) (image.Volume, error) {
+	done, err := d.roomForEphemeral(want.VolumeID)
+	if err != nil {
+		return image.Volume{}, err
+	}
+	defer done()
 	pool, err := d.pool(p.pool)
 	if err != nil {
 		return image.Volume{}, err

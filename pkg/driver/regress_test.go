@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -113,6 +114,40 @@ func TestEphemeralBounds(t *testing.T) {
 	code(t, a.publish("a", false), codes.OK)    // and still where it was
 	n.must(a.unpublish("a"))
 	n.must(b.unpublish("b"))
+}
+
+// TestEphemeralBoundHoldsForAll: many pods start at the same time.
+func TestEphemeralBoundHoldsForAll(t *testing.T) {
+	const most = 2
+	n := newFake(t)
+	n.halt()
+	n.cfg.EphemeralMaxVolumes = most
+	n.start()
+	pods := []string{"a", "b", "c", "d", "e", "f", "g", "h"}
+	errs := make([]error, len(pods))
+	var wg sync.WaitGroup
+	for i, pod := range pods {
+		v := inlineVolume(n, "csi-"+pod)
+		v.target(pod)
+		wg.Go(func() { errs[i] = v.publish(pod, false) })
+	}
+	wg.Wait()
+	made := 0
+	for _, err := range errs {
+		if err == nil {
+			made++
+			continue
+		}
+		code(t, err, codes.ResourceExhausted)
+	}
+	if made != most {
+		t.Errorf("%d inline volumes, not %d", made, most)
+	}
+	for _, pod := range pods {
+		n.must(inlineVolume(n, "csi-"+pod).unpublish(pod))
+	}
+	n.must(inlineVolume(n, "csi-z").publish("z", false)) // there is room again
+	n.must(inlineVolume(n, "csi-z").unpublish("z"))
 }
 
 // TestNamesDoNotMakeLoopDevices: sources and nodes that are called loopN.
