@@ -388,6 +388,7 @@ type fakePods struct {
 	absent map[string]bool              // guarded by mu
 	broken error                        // what Limit answers; guarded by mu
 	limits map[string]map[string]string // by UID and device; guarded by mu
+	see    func(cgroup.Limits)          // told of each that is set; guarded by mu
 }
 
 func newFakePods() *fakePods {
@@ -397,6 +398,9 @@ func newFakePods() *fakePods {
 func (p *fakePods) Limit(uid string, d cgroup.Device, l cgroup.Limits) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.see != nil {
+		p.see(l)
+	}
 	if p.broken != nil {
 		return p.broken
 	}

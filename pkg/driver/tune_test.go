@@ -206,6 +206,31 @@ func TestModifyRawBlockVolume(t *testing.T) {
 	v.down("writer")
 }
 
+// The limits of a pod that loses a volume are taken off when no record tells of its
+// target any more: the work in the background would set them again from that.
+func TestLimitsStayOff(t *testing.T) {
+	n := newFake(t)
+	v := n.create("a", 16*mib, mountCap("ext4", oneWriter), map[string]string{"readIOPS": "500"}).up("one")
+	dev, off := v.device(), 0
+	n.pods.mu.Lock()
+	n.pods.see = func(l cgroup.Limits) {
+		if l.ReadIOPS == nil || *l.ReadIOPS != 0 {
+			return
+		}
+		off++
+		if r, _ := n.d.state.get(v.id); len(r.Targets) > 0 {
+			t.Errorf("taken off while the record has %v", r.Targets)
+		}
+	}
+	n.pods.mu.Unlock()
+	n.must(v.unpublish("one"))
+	if off != 1 {
+		t.Errorf("taken off %d times", off)
+	}
+	v.limits("one", dev, map[string]string{})
+	v.down()
+}
+
 // A pod's cgroup that comes after the publication is found.
 func TestLimitsOfAStartingPod(t *testing.T) {
 	n := newFake(t)

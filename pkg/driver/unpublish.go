@@ -50,15 +50,15 @@ func (d *Driver) unpublish(ctx context.Context, id, target string) error {
 	case !known || r.Ephemeral:
 		return d.removeEphemeral(ctx, id, target, device)
 	}
-	d.unlimit(ctx, r, target)
-	before := len(r.Targets)
+	before := r.clone()
 	delete(r.Targets, target)
 	delete(r.Targets, shown) // as recovered
-	if len(r.Targets) != before {
+	if len(r.Targets) != len(before.Targets) {
 		if err := d.state.put(r); err != nil {
 			return err
 		}
 	}
+	d.unlimit(ctx, before, target) // now that nobody sets the limits again
 	return d.releaseReadDevice(ctx, r)
 }
 
