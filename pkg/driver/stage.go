@@ -71,11 +71,11 @@ func newRecord(src source, a access) stageRecord {
 	}
 }
 
-// readOnlyFlag says whether mount flags make the mount read-only: the last of ro
-// and rw holds.
+// readOnlyFlag says whether mount flags make the mount read-only, as mount.ParseOptions
+// does: the last of ro and rw holds.
 func readOnlyFlag(flags []string) (readOnly bool) {
 	for option := range strings.SplitSeq(strings.Join(flags, ","), ",") {
-		switch option {
+		switch strings.Trim(option, " ") {
 		case "ro":
 			readOnly = true
 		case "rw":

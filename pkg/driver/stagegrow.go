@@ -38,9 +38,7 @@ func (d *Driver) growMounted(ctx context.Context, src source, spec mount.Spec, f
 
 // growOnce grows the filesystem of a copy that is to be used read-only.
 func (d *Driver) growOnce(ctx context.Context, src source, spec mount.Spec, fsType string) error {
-	writable := spec
-	writable.ReadOnly = false
-	writable.Options = slices.DeleteFunc(slices.Clone(spec.Options), func(o string) bool { return o == "ro" })
+	writable := writableSpec(spec)
 	if err := d.mounts.Mount(ctx, writable); err != nil {
 		return err
 	}
@@ -54,6 +52,14 @@ func (d *Driver) growOnce(ctx context.Context, src source, spec mount.Spec, fsTy
 		return d.growUnmounted(ctx, spec)
 	}
 	return errors.Join(err, unmountErr)
+}
+
+// writableSpec is a spec of the same mount for writing. Of ro and rw the last holds, also
+// where ro stands in a list with others.
+func writableSpec(spec mount.Spec) mount.Spec {
+	spec.ReadOnly = false
+	spec.Options = append(slices.Clone(spec.Options), "rw")
+	return spec
 }
 
 // refusesToGrow says of an error of growing a mounted filesystem that it cannot be done
