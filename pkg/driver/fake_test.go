@@ -471,7 +471,7 @@ func (k *fakeKernel) Mount(_ context.Context, s mount.Spec) error {
 	}
 	k.mounts = append(k.mounts, mount.Mount{
 		Path: filepath.Clean(s.Target), Root: "/", FSType: s.FSType, Source: s.Source, Major: fakeMajor, Minor: nodeMinor(s.Source),
-		ReadOnly: s.ReadOnly || slices.Contains(s.Options, "ro"),
+		ReadOnly: s.ReadOnly || slices.Contains(s.Options, "ro"), SuperOptions: slices.Clone(s.Options),
 	})
 	return nil
 }

@@ -291,6 +291,11 @@ func (d *Driver) mountFilesystem(ctx context.Context, spec mount.Spec, src sourc
 			return err
 		}
 	}
+	if sb.Panics {
+		// A damaged volume must not stop the node with all others, whatever its superblock
+		// asks for. Of what contradicts, the last holds: the options that were given.
+		spec.Options = append([]string{"errors=remount-ro"}, spec.Options...)
+	}
 	small := !src.fixed && !sb.FillsDevice(info.Size)
 	if small && src.copied && spec.ReadOnly && !info.ReadOnly {
 		if err := d.growOnce(ctx, src, spec, sb.Type); err != nil {

@@ -25,6 +25,9 @@ type Superblock struct {
 	// NeedsRecovery means that a log has to be replayed, which the next writable
 	// mount does by itself. XFS does not say so in its superblock: always false.
 	NeedsRecovery bool
+	// Panics means that an ext filesystem wants the machine stopped when an error is
+	// found in it, unless a mount option says otherwise.
+	Panics bool
 
 	ext extGeometry
 	xfs xfsGeometry
@@ -156,6 +159,10 @@ func parseBtrfs(b []byte) (Superblock, error) {
 	}
 	if size < btrfsOffset || size > maxDeviceBytes {
 		return Superblock{}, nonsense("btrfs", "a size of %d", size)
+	}
+	// The others would be whatever devices of the machine say that they are its.
+	if devices := le.Uint64(b[136:]); devices != 1 {
+		return Superblock{}, nonsense("btrfs", "%d devices, and a volume has one", devices)
 	}
 	return Superblock{
 		Type: "btrfs", UUID: formatUUID(b[32:48]), Label: text(b[299 : 299+256]),

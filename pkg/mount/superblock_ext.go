@@ -15,6 +15,7 @@ const (
 	compatSparse2     = 0x200
 	stateValid        = 0x1
 	stateError        = 0x2
+	errorsPanic       = 3
 	extMagic          = 0xEF53
 	spareInLastGroup  = 50 // what mke2fs and resize2fs want in a last group beside its tables
 	maxExtBlockShift  = 6  // 64 KiB
@@ -82,6 +83,10 @@ func parseExt(b []byte) (Superblock, error) {
 	if incompat&incompatJournal != 0 {
 		return Superblock{}, nonsense("ext", "nothing but a journal")
 	}
+	// The kernel would open that one by its number, whosever it is.
+	if device := u32(0xE4); compat&compatHasJournal != 0 && device != 0 {
+		return Superblock{}, nonsense("ext", "its journal on another device, 0x%x", device)
+	}
 	shift := u32(0x18)
 	if shift > maxExtBlockShift {
 		return Superblock{}, nonsense("ext", "a block size of 2^%d KiB", shift)
@@ -115,6 +120,7 @@ func parseExt(b []byte) (Superblock, error) {
 		Size: int64(blocks * block), BlockSize: int(block), SectorSize: int(block),
 		NeedsCheck:    state&stateValid == 0 || state&stateError != 0,
 		NeedsRecovery: incompat&incompatRecover != 0,
+		Panics:        u16(0x3C) == errorsPanic,
 		ext: extGeometry{
 			firstBlock: int64(u32(0x14)), blocksPerGroup: int64(perGroup),
 			tableBlocks: int64(2 + (u32(0x28)*inode+block-1)/block),

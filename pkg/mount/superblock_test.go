@@ -70,6 +70,7 @@ func TestReadSuperblockByHand(t *testing.T) {
 		sb := b[64<<10:]
 		copy(sb[32:], uuid)
 		copy(sb[64:], "_BHRfS_M")
+		le.PutUint64(sb[136:], 1)
 		le.PutUint32(sb[144:], 4096)
 		le.PutUint64(sb[112:], uint64(512*miB))
 		le.PutUint64(sb[201+8:], uint64(256*miB))
@@ -89,6 +90,7 @@ func TestReadSuperblockByHand(t *testing.T) {
 	}{
 		{"ext4", ext(nil), base},
 		{"ext4 with an error", ext(func(b []byte) { b[0x3A] |= stateError }), with(base, func(s *Superblock) { s.NeedsCheck = true })},
+		{"ext4 that stops the machine", ext(func(b []byte) { b[0x3C] = errorsPanic }), with(base, func(s *Superblock) { s.Panics = true })},
 		{"ext4 with a journal to replay", ext(func(b []byte) { b[0x60] |= incompatRecover }), with(base, func(s *Superblock) { s.NeedsRecovery = true })},
 		{"ext2 that was not unmounted", ext(func(b []byte) {
 			b[0x5C], b[0x60], b[0x3A] = 0, 2, 0
@@ -121,12 +123,14 @@ func TestReadSuperblockByHand(t *testing.T) {
 		"ext with empty groups":          ext(func(b []byte) { le.PutUint32(b[0x20:], 0) }),
 		"ext with inodes of 0 bytes":     ext(func(b []byte) { le.PutUint16(b[0x58:], 0) }),
 		"ext that is only a journal":     ext(func(b []byte) { b[0x60] = incompatJournal }),
+		"ext with a journal elsewhere":   ext(func(b []byte) { le.PutUint32(b[0xE4:], 8<<8|1) }),
 		"ext bigger than anything":       ext(func(b []byte) { le.PutUint32(b[0x150:], 1<<31) }),
 		"xfs with blocks of 3 bytes":     xfs(func(b []byte) { be.PutUint32(b[4:], 3) }),
 		"xfs with too many blocks":       xfs(func(b []byte) { be.PutUint64(b[8:], 1<<63) }),
 		"xfs with sectors of 100 bytes":  xfs(func(b []byte) { be.PutUint16(b[102:], 100) }),
 		"xfs with no groups":             xfs(func(b []byte) { be.PutUint32(b[88:], 0) }),
 		"btrfs with sectors of 0":        btrfs(func(b []byte) { le.PutUint32(b[144:], 0) }),
+		"btrfs of two devices":           btrfs(func(b []byte) { b[136] = 2 }),
 		"btrfs bigger than anything":     btrfs(func(b []byte) { le.PutUint64(b[209:], 1<<63) }),
 	} {
 		t.Run(name, func(t *testing.T) {
