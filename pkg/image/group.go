@@ -50,6 +50,18 @@ type groupMember struct {
 	Snapshot string `json:"snapshot"`
 }
 
+// encode refuses what would not be read again, with a *SpecError.
+func (r groupRecord) encode() ([]byte, error) {
+	b, err := json.MarshalIndent(r, "", "  ")
+	if len(b) >= maxRecordSize {
+		return nil, &SpecError{"Sources", fmt.Sprintf("has %d volumes, whose record would have %d bytes; it may have %d", len(r.Members), len(b)+1, maxRecordSize)}
+	}
+	return append(b, '\n'), err
+}
+
+// parseGroup reads the record of the group in directory dir. It accepts only what a
+// group snapshot could have written there: what a record names by mistake would be
+// taken for the group's, and removed with it.
 func parseGroup(b []byte, dir string) (groupRecord, error) {
 	var r groupRecord
 	if err := decodeStrict(b, groupVersion, &r); err != nil {
@@ -61,11 +73,16 @@ func parseGroup(b []byte, dir string) (groupRecord, error) {
 	if len(r.Members) == 0 {
 		return r, errors.New("it has no members")
 	}
-	for _, m := range r.Members {
-		_, _, source := ParseID(m.Source)
-		_, _, snapshot := ParseID(m.Snapshot)
-		if !source || !snapshot {
-			return r, fmt.Errorf("member %q of volume %q is not an ID", m.Snapshot, m.Source)
+	for i, m := range r.Members {
+		pool, _, ok := ParseID(m.Source)
+		if !ok {
+			return r, fmt.Errorf("member %q is of %q, which is not the ID of a volume", m.Snapshot, m.Source)
+		}
+		if want := VolumeID(pool, memberName(r.Name, m.Source)); m.Snapshot != want {
+			return r, fmt.Errorf("member %q of volume %s is not its snapshot %s", m.Snapshot, m.Source, want)
+		}
+		if i > 0 && r.Members[i-1].Source >= m.Source {
+			return r, fmt.Errorf("member %q is out of order, or there twice", m.Snapshot)
 		}
 	}
 	if want := DirName(r.Name); want != dir {
@@ -153,6 +170,9 @@ func (s *Store) snapshotGroup(ctx context.Context, spec GroupSpec, quiesce Quies
 		FormatVersion: groupVersion, Name: spec.Name, Independent: spec.Independent,
 		Created: s.now().UTC().Truncate(time.Millisecond),
 	}
+	if err := g.fits(); err != nil {
+		return Group{}, err
+	}
 	var members []SnapshotSpec
 	for _, source := range spec.Sources {
 		members = append(members, SnapshotSpec{Name: memberName(spec.Name, source), Source: source, Independent: spec.Independent})
@@ -162,6 +182,18 @@ func (s *Store) snapshotGroup(ctx context.Context, spec GroupSpec, quiesce Quies
 		return Group{}, err
 	}
 	return Group{Name: spec.Name, ID: g.id(), Snapshots: made, Created: g.record.Created}, nil
+}
+
+// fits tells, before anything is copied, whether the record of the whole group can be
+// written.
+func (g *cutGroup) fits() error {
+	r := g.record
+	for _, source := range g.spec.Sources {
+		pool, _, _ := ParseID(source)
+		r.Members = append(r.Members, groupMember{Source: source, Snapshot: VolumeID(pool, memberName(g.spec.Name, source))})
+	}
+	_, err := r.encode()
+	return err
 }
 
 func groupLock(dir string) string { return groupsDir + "/" + dir }
@@ -186,7 +218,7 @@ func (g *cutGroup) commit(cuts []*cutting) error {
 	for _, c := range cuts {
 		g.record.Members = append(g.record.Members, groupMember{Source: c.spec.Source, Snapshot: VolumeID(c.p.ID(), c.dir)})
 	}
-	b, err := json.MarshalIndent(g.record, "", "  ")
+	b, err := g.record.encode()
 	if err != nil {
 		return err
 	}
@@ -196,7 +228,7 @@ func (g *cutGroup) commit(cuts []*cutting) error {
 	}
 	d, err := openDirAt(p.root, work)
 	if err == nil {
-		err = writeSynced(d, groupFile, append(b, '\n'))
+		err = writeSynced(d, groupFile, b)
 		_ = d.Close()
 	}
 	if err == nil {

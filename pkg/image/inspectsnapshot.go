@@ -139,9 +139,24 @@ func (p *Pool) inspectSharing() {
 
 // settleViews decides which of the snapshots of groups exist, as settleGroups does.
 func settleViews(pools []*Pool, views []PoolView) {
+	groups := map[string]string{}
+	for _, p := range pools {
+		for dir, r := range p.groupRecords {
+			r.claim(groups, VolumeID(p.ID(), dir))
+		}
+	}
 	for i := range views {
 		for j := range views[i].Snapshots {
 			v := &views[i].Snapshots[j]
+			if v.Err != nil {
+				continue
+			}
+			if err := wrongGroup(groups, v.ID, snapshotRecord{Group: v.Group}); err != nil {
+				_, dir, _ := ParseID(v.ID)
+				delete(pools[i].cuts, dir)
+				*v = SnapshotView{ID: v.ID, Err: fmt.Errorf("%s/%s/%s: %w", pools[i].Path(), snapshotsDir, dir, err), Snapshot: Snapshot{Pool: v.Pool}}
+				continue
+			}
 			poolID, group, ok := ParseID(v.Group)
 			k := slices.IndexFunc(views, func(v PoolView) bool { return v.ID == poolID && v.Err == nil })
 			if !ok || k < 0 || pools[k].damagedCut[groupLock(group)] != nil {

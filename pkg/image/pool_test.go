@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -126,6 +127,7 @@ func TestSpecsThatNoPoolMakes(t *testing.T) {
 		"filesystem":         {"Filesystem", Spec{Name: "v", Size: size, Filesystem: "vfat"}},
 		"ephemeral target":   {"Ephemeral", Spec{Name: "v", Size: size, Ephemeral: &Ephemeral{}}},
 		"options for raw":    {"MkfsOptions", Spec{Name: "v", Size: size, MkfsOptions: []string{"-L", "x"}}},
+		"options too long":   {"MkfsOptions", Spec{Name: "v", Size: 64 * size, Filesystem: "ext4", MkfsOptions: slices.Repeat([]string{"-O", "project"}, 500)}},
 		"options not listed": {"MkfsOptions", Spec{Name: "v", Size: size, Filesystem: "ext4", MkfsOptions: []string{"-d", "/etc"}}},
 	} {
 		_, err := p.Create(ctx, c.spec)

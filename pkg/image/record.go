@@ -16,6 +16,8 @@ const (
 	imageFile     = "disk.img"
 	recordVersion = 1
 	maxRecordSize = 64 << 10
+	// maxMkfsOptions bounds them in bytes, so that the record can be read again.
+	maxMkfsOptions = 4 << 10
 
 	// MiB is the unit of volume sizes (fact 16).
 	MiB int64 = 1 << 20
@@ -203,6 +205,9 @@ func (s Spec) normalise() (Spec, error) {
 	}
 	options, err := ParseMkfsOptions(s.Filesystem, s.MkfsOptions)
 	s.MkfsOptions = options
+	if n := len(strings.Join(options, " ")); err == nil && n > maxMkfsOptions { // some may be repeated
+		return s, &SpecError{"MkfsOptions", fmt.Sprintf("have %d bytes, more than %d", n, maxMkfsOptions)}
+	}
 	return s, err
 }
 

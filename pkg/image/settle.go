@@ -19,6 +19,7 @@ import (
 // A record of which there is no snapshot is removed, too.
 func (s *Store) settleGroups(ctx context.Context) {
 	pools := s.set.Load().pools
+	s.refuseMembers(pools)
 	for _, p := range pools {
 		for dir, r := range p.unsettledCuts() {
 			q, group, ok := s.Lookup(r.Group)
@@ -37,6 +38,53 @@ func (s *Store) settleGroups(ctx context.Context) {
 	for _, p := range pools {
 		for dir, r := range p.groupList() {
 			p.dropEmptyGroup(ctx, dir, r)
+		}
+	}
+}
+
+// refuseMembers refuses the snapshots that a group's record names and that say that they
+// are of another group, or of none. Such a record is not what was written: by it the
+// snapshot would be taken for one that an interrupted call left, and removed.
+func (s *Store) refuseMembers(pools []*Pool) {
+	groups := map[string]string{}
+	for _, p := range pools {
+		for dir, r := range p.groupList() {
+			r.claim(groups, VolumeID(p.ID(), dir))
+		}
+	}
+	for _, p := range pools {
+		p.refuseMembers(groups)
+	}
+}
+
+// claim notes whose the group's snapshots are.
+func (r groupRecord) claim(groups map[string]string, id string) {
+	for _, m := range r.Members {
+		groups[m.Snapshot] = id
+	}
+}
+
+// wrongGroup is nil if a snapshot's record agrees with those of groups.
+func wrongGroup(groups map[string]string, id string, r snapshotRecord) error {
+	if group, ok := groups[id]; ok && group != r.Group {
+		return fmt.Errorf("%w: %s: its group is %q, but group %s has it", ErrDamaged, snapshotFile, r.Group, group)
+	}
+	return nil
+}
+
+func (p *Pool) refuseMembers(groups map[string]string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, found := range []map[string]snapshotRecord{p.cuts, p.unsettled} {
+		for dir, r := range found {
+			err := wrongGroup(groups, VolumeID(p.ID(), dir), r)
+			if err == nil {
+				continue
+			}
+			err = fmt.Errorf("%s/%s/%s: %w", p.Path(), snapshotsDir, dir, err)
+			p.logger.Error(err, "Refusing a snapshot", "snapshot", VolumeID(p.ID(), dir))
+			delete(found, dir)
+			p.damagedCut[snapshotLock(dir)] = err
 		}
 	}
 }

@@ -119,6 +119,9 @@ func parseSnapshot(b []byte, dir string) (snapshotRecord, error) {
 	if field, _, _ := difference(newRecord(r.Volume.spec(), r.Created), s); field != "" {
 		return r, fmt.Errorf("incomplete: it does not say the %s", field)
 	}
+	if _, source, _ := ParseID(r.Source); source != DirName(r.Volume.Name) {
+		return r, fmt.Errorf("it is of volume %q, whose ID does not end as %s does", r.Volume.Name, r.Source)
+	}
 	if r.Sharing != sharingReflink && r.Sharing != sharingCopy {
 		return r, fmt.Errorf("sharing %q is neither %s nor %s", r.Sharing, sharingReflink, sharingCopy)
 	}
