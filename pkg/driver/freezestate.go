@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -107,22 +106,39 @@ func (s *nodeState) freezes() ([]*freezeRecord, error) {
 
 // freeze reads and locks one record; nil if it is of no use.
 func (s *nodeState) freeze(path string) (*freezeRecord, error) {
-	r := &freezeRecord{path: path}
-	var err error
-	if r.file, err = os.OpenFile(path, os.O_RDWR, 0); err != nil {
+	r, err := s.readFreeze(path)
+	if errors.Is(err, errNoRecord) {
+		return nil, errors.Join(fmt.Errorf("%w: it is removed, and what it was of is not thawed", err), removeFile(path))
+	}
+	if err != nil {
 		return nil, err
 	}
-	b, err := io.ReadAll(r.file)
-	if err != nil {
-		return nil, errors.Join(err, r.keep())
-	}
-	if json.Unmarshal(b, r) != nil || r.Version != recordVersion || r.BootID != s.bootID { //nolint:musttag // as above
+	if r.BootID != s.bootID {
 		return nil, r.drop()
 	}
 	if err := lockFile(r.file, thawTime); err != nil {
 		return nil, errors.Join(fmt.Errorf("a helper is still thawing: %w", err), r.keep())
 	}
 	return r, nil
+}
+
+// readFreeze reads a record, of whichever boot, and leaves its file open. The error is
+// errNoRecord for what is none.
+func (s *nodeState) readFreeze(path string) (*freezeRecord, error) {
+	b, err := readState(path)
+	if err != nil {
+		return nil, err
+	}
+	r := &freezeRecord{}
+	if err := json.Unmarshal(b, r); err != nil { //nolint:musttag // as above
+		return nil, fmt.Errorf("%w: %w", errNoRecord, err)
+	}
+	if r.Version != recordVersion {
+		return nil, fmt.Errorf("%w: version %d, not %d", errNoRecord, r.Version, recordVersion)
+	}
+	r.path = path
+	r.file, err = os.OpenFile(path, os.O_RDWR, 0)
+	return r, err
 }
 
 // FreezeRecords returns the paths of the freeze records in a directory of the state
@@ -133,25 +149,17 @@ func FreezeRecords(dir string) []string {
 	if err != nil {
 		return nil
 	}
-	boot := bootID()
+	s := &nodeState{dir: dir, bootID: bootID()}
 	return slices.DeleteFunc(paths, func(path string) bool {
 		if strings.HasPrefix(filepath.Base(path), ".") { // not in force yet
 			return true
 		}
-		f, err := os.OpenFile(path, os.O_RDWR, 0)
-		if err != nil {
-			return errors.Is(err, fs.ErrNotExist)
+		r, err := s.readFreeze(path)
+		if err != nil { // one that cannot be read may count
+			return errors.Is(err, fs.ErrNotExist) || errors.Is(err, errNoRecord)
 		}
-		defer f.Close()
-		var r freezeRecord
-		b, err := io.ReadAll(f)
-		if err != nil {
-			return false
-		}
-		if json.Unmarshal(b, &r) != nil || r.Version != recordVersion || r.BootID != boot { //nolint:musttag // as above
-			return true
-		}
-		return lockFile(f, 0) != nil
+		defer func() { _ = r.keep() }()
+		return r.BootID != s.bootID || lockFile(r.file, 0) != nil
 	})
 }
 

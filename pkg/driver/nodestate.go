@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -13,6 +14,8 @@ import (
 	"slices"
 	"strings"
 	"sync"
+
+	"k8s.io/klog/v2"
 
 	"github.com/csi-loop/csi-loop/pkg/loop"
 )
@@ -100,6 +103,35 @@ type nodeState struct {
 	records map[string]stageRecord // by volume ID; guarded by mu
 }
 
+// maxStateRecord bounds a record of the state directory, in bytes: a hundred times what
+// the largest has, of a volume that hundreds of pods use.
+const maxStateRecord = 16 << 20
+
+// errNoRecord is a file of the state directory that is none of its records.
+var errNoRecord = errors.New("not a record")
+
+// readState reads a file of the state directory, whatever lies there: errNoRecord for
+// what is no file, or too large.
+func readState(path string) ([]byte, error) {
+	st, err := os.Lstat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !st.Mode().IsRegular() {
+		return nil, fmt.Errorf("%w: not a regular file", errNoRecord)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxStateRecord+1))
+	if err == nil && len(b) > maxStateRecord {
+		return nil, fmt.Errorf("%w: more than %d bytes", errNoRecord, maxStateRecord)
+	}
+	return b, err
+}
+
 // openNodeState reads the records below dir, which this process owns. A file that
 // is no record is removed: records are hints and can be found anew.
 func openNodeState(dir string) (*nodeState, error) {
@@ -117,12 +149,13 @@ func openNodeState(dir string) (*nodeState, error) {
 		if !strings.HasSuffix(e.Name(), ".json") {
 			continue
 		}
-		data, err := os.ReadFile(path)
-		if err != nil {
+		data, err := readState(path)
+		if err != nil && !errors.Is(err, errNoRecord) {
 			return nil, fmt.Errorf("stage record: %w", err)
 		}
 		r, ok := s.parse(path, data)
 		if !ok {
+			klog.Background().Info("Removing what is no stage record of this boot", "path", path)
 			_ = os.Remove(path)
 			continue
 		}

@@ -266,6 +266,9 @@ func (d *Driver) thawVolume(ctx context.Context, v frozenVolume) error {
 	if err != nil || !bound {
 		return err
 	}
+	if !v.Device.encrypted() && (v.Device.Major != info.Major || v.Device.Minor != info.Minor) {
+		return fmt.Errorf("%s has the numbers %d:%d, and its freeze record says %d:%d: nothing is thawed", info.Path, info.Major, info.Minor, v.Device.Major, v.Device.Minor)
+	}
 	klog.FromContext(ctx).Info("Thawing what a crash may have left frozen", "volume", v.VolumeID, "device", info.Path)
 	m, mounted, err := d.filesystemOn(v.Device)
 	if err != nil {

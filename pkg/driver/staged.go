@@ -60,10 +60,10 @@ func StagedVolumes(stateDir, nodeID string) ([]Staged, error) {
 			if !strings.HasSuffix(e.Name(), ".json") || strings.HasPrefix(e.Name(), ".") {
 				continue
 			}
-			data, err := os.ReadFile(filepath.Join(dir, e.Name()))
+			data, err := readState(filepath.Join(dir, e.Name()))
 			if errors.Is(err, fs.ErrNotExist) {
 				continue // unstaged a moment ago
-			} else if err != nil {
+			} else if err != nil && !errors.Is(err, errNoRecord) {
 				return nil, fmt.Errorf("stage record: %w", err)
 			}
 			all = append(all, stagedOf(node, filepath.Join(dir, e.Name()), data))
