@@ -58,17 +58,18 @@ func (s *controllerServer) ControllerExpandVolume(ctx context.Context, req *csi.
 // not grow to where its filesystem cannot follow: it grows to there at least.
 var smallestGrown = map[string]int64{"btrfs": 256 << 20}
 
-// growImage makes the image satisfy the range. A volume is never made smaller.
+// growImage makes the image satisfy the range, durably: also where an earlier call made
+// it so and failed, or was killed, before that was on disk. A volume is never made smaller.
 func (d *Driver) growImage(ctx context.Context, v image.Volume, c capacity) (image.Volume, error) {
 	if c.limit > 0 && v.Content() > c.limit {
 		return v, outOfRangef("volume %q has %d bytes, more than limit_bytes %d, and cannot shrink", v.ID, v.Content(), c.limit)
 	}
-	if c.required <= v.Content() {
-		return v, nil
-	}
-	size, err := c.imageSize(smallestGrown[v.Filesystem], v.Encryption)
-	if err != nil {
-		return v, err
+	size := v.Size
+	if c.required > v.Content() {
+		var err error
+		if size, err = c.imageSize(smallestGrown[v.Filesystem], v.Encryption); err != nil {
+			return v, err
+		}
 	}
 	pool, err := d.pool(v.Pool)
 	if err != nil {
@@ -78,7 +79,9 @@ func (d *Driver) growImage(ctx context.Context, v image.Volume, c capacity) (ima
 	if err != nil {
 		return v, fmt.Errorf("expand volume %q to %d bytes: %w", v.ID, size, err)
 	}
-	klog.FromContext(ctx).Info("Grew image", "volume", v.ID, "from", v.Size, "size", grown.Size)
+	if grown.Size > v.Size {
+		klog.FromContext(ctx).Info("Grew image", "volume", v.ID, "from", v.Size, "size", grown.Size)
+	}
 	return grown, nil
 }
 

@@ -43,6 +43,15 @@ func writeSynced(dir *os.File, name string, content []byte) error {
 	return errors.Join(err, f.Close())
 }
 
+// syncAt makes durable what a file has.
+func syncAt(dir *os.File, name string) error {
+	f, err := openAt(dir, name, false)
+	if err != nil {
+		return openError(name, err)
+	}
+	return opError("sync", name, errors.Join(f.Sync(), f.Close()))
+}
+
 // writeAside begins writeSynced. The function that it returns waits for that, and may be
 // called again.
 func writeAside(dir *os.File, name string, content []byte) (wait func() error) {

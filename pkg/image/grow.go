@@ -30,6 +30,10 @@ func (p *Pool) Grow(ctx context.Context, id string, size int64) (Volume, error) 
 		return Volume{}, err
 	}
 	if r.Size >= size {
+		// Whoever made it so may have failed, or been killed, before it was on disk.
+		if err := p.syncVolume(dir); err != nil {
+			return Volume{}, fmt.Errorf("grow %s: %w", id, err)
+		}
 		return p.volume(dir, r), nil
 	}
 	if err := p.grow(ctx, dir, r, size); err != nil {

@@ -325,6 +325,10 @@ func (p *Pool) settle(d *os.File, dir string, r record, st fileStat) (record, in
 	case st.Size > r.Size && st.Size%MiB == 0:
 		p.once("grow "+dir).Info("Completing an interrupted growth", "volume", VolumeID(p.ID(), dir), "from", r.Size, "to", st.Size)
 		r.Size = st.Size
+		// The size may not be on disk yet, and must be before the record says so.
+		if err := syncAt(d, imageFile); err != nil {
+			return r, 0, err
+		}
 		if _, err := p.replaceRecord(d, r); err != nil {
 			return r, 0, err
 		}
