@@ -26,10 +26,18 @@ const settle = 5 * time.Second
 
 // wrong lists everything that is not as it should be by what was acknowledged.
 // Before it speaks it waits for what ends by itself.
-func (s *site) wrong() []string {
+func (s *site) wrong() []string { return s.wrongBut(s.trap.unsynced) }
+
+// wrongAfterFailure is wrong after an answer that promised nothing: what was taken back
+// need not be on disk.
+func (s *site) wrongAfterFailure() []string {
+	return s.wrongBut(func() []string { return nil })
+}
+
+func (s *site) wrongBut(unsynced func() []string) []string {
 	var found []string
 	_ = waitFor(settle, func() string {
-		found = slices.Concat(s.leftovers(), s.unaccounted(), hurried())
+		found = slices.Concat(s.leftovers(), s.unaccounted(), unsynced(), hurried())
 		return strings.Join(found, "\n")
 	})
 	for _, v := range s.volumes {

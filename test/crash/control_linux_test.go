@@ -23,10 +23,15 @@ func TestChecksSeeLies(t *testing.T) {
 		{"ext4", "unstage", "unlinkat", false},      // a record that stays
 		{"ext4", "delete", "renameat2", false},      // a volume that stays
 		{"ext4", "delete", "unlinkat", true},        // its files
-		{"block", "create", "fallocate", true},      // a thick volume without blocks
+		{"ext4", "create", "fsync", false},          // what is acknowledged and not on disk
+		{"ext4", "expand image", "fsync", false},
+		{"ext4", "delete", "fsync", false},
+		{"block", "create", "fallocate", true}, // a thick volume without blocks
 		{"block", "unstage", "ioctl LOOP_CLR_FD in /dev", true},
-		{"copied", "snapshot", "renameat2", false},              // a snapshot that is acknowledged and not there
-		{"copied", "snapshot", "ioctl FICLONE", true},           // without the data
+		{"copied", "snapshot", "renameat2", false},    // a snapshot that is acknowledged and not there
+		{"copied", "snapshot", "ioctl FICLONE", true}, // without the data
+		{"copied", "snapshot", "fsync", false},        // not on disk
+		{"copied", "group snapshot", "fsync", false},
 		{"copied", "group snapshot", "renameat2", false},        // a group of which nothing is there
 		{"copied", "delete group snapshot", "renameat2", false}, // one that stays
 		{"copied", "delete snapshot", "renameat2", false},

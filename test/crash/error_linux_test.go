@@ -90,17 +90,17 @@ func (v *volume) failing(st step, x target, errno syscall.Errno, y *tally) {
 		t.Errorf("%s: %s", when, explain(err))
 	}
 	if err != nil && !slices.Contains(uncertain, code) && !st.ends {
-		v.okButRemains(when+", after "+explain(err), hit)
+		v.okButRemains(when+", after "+explain(err), hit, v.wrongAfterFailure)
 	}
 	if err := insist(func() error { return st.do(v) }); err != nil {
 		t.Fatalf("%s, repeated: %s", when, explain(err))
 	}
-	v.okButRemains(when, hit)
+	v.okButRemains(when, hit, v.wrong)
 }
 
 // okButRemains is ok. What could not be unlinked may stay until the next start, and what
 // is shared no more may stay claimed until the next look when btrfs could not commit.
-func (s *site) okButRemains(when string, hit *gate.Call) {
+func (s *site) okButRemains(when string, hit *gate.Call, wrong func() []string) {
 	s.t.Helper()
 	if hit != nil && isCommit(hit.Name) {
 		must(s.t, s.restart())
@@ -110,7 +110,7 @@ func (s *site) okButRemains(when string, hit *gate.Call) {
 			must(s.t, s.restart())
 		}
 	}
-	s.ok(when)
+	s.none(when, wrong())
 }
 
 // TestErrorsFoundBefore repeats what the long form of TestErrors found.

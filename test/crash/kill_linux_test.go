@@ -180,7 +180,13 @@ func targetsOf(calls []gate.Call) []target {
 // ok fails the test if anything is wrong.
 func (s *site) ok(when string) {
 	s.t.Helper()
-	if found := s.wrong(); len(found) > 0 {
+	s.none(when, s.wrong())
+}
+
+// none fails the test if something was found.
+func (s *site) none(when string, found []string) {
+	s.t.Helper()
+	if len(found) > 0 {
 		s.t.Fatalf("%s:\n%s", when, strings.Join(found, "\n"))
 	}
 }

@@ -60,6 +60,7 @@ func newSite(t testing.TB, poolFS string) *site {
 	for _, p := range glob("/proc/[0-9]*") {
 		s.older[p] = true
 	}
+	s.trap.ledger = ledger{root: s.pool, debts: map[string]debt{}}
 	for _, d := range []string{s.pool, s.images, filepath.Join(dir, "stage"), filepath.Join(dir, "pods")} {
 		must(t, os.Mkdir(d, 0o700))
 	}
@@ -219,6 +220,7 @@ type trap struct {
 	calls  []gate.Call // since arm
 	seen   map[string]int
 	hit    *gate.Call // the call that was not simply run
+	ledger ledger     // of the pool; kept whether armed or not
 }
 
 // spring decides what becomes of a call, the n-th of its label since the trap was
@@ -244,6 +246,21 @@ func (a *trap) disarm() (hit *gate.Call, calls []gate.Call) {
 func (a *trap) judge(c gate.Call) gate.Verdict {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	v := a.decide(c)
+	a.ledger.note(c, v)
+	return v
+}
+
+// unsynced is the ledger's list.
+func (a *trap) unsynced() []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.ledger.unsynced()
+}
+
+// decide is judge without the ledger.
+// Precondition: mu is held.
+func (a *trap) decide(c gate.Call) gate.Verdict {
 	if !a.armed {
 		return gate.Verdict{}
 	}

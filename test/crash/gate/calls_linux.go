@@ -19,6 +19,8 @@ type call struct {
 	dir  int // the argument that is a directory's descriptor
 	path int // the argument that points to a path
 	fd   int // the argument that is a file's descriptor
+	// toDir and to are dir and path of the name that the call makes of path.
+	toDir, to int
 	// creates is the argument with the flags of an open; without O_CREAT or O_TRUNC
 	// it changes nothing.
 	creates int
@@ -38,8 +40,8 @@ var calls = merged(oldCalls, map[int]call{
 	unix.SYS_MKDIRAT:         {name: "mkdirat", dir: 1, path: 2},
 	unix.SYS_MKNODAT:         {name: "mknodat", dir: 1, path: 2},
 	unix.SYS_UNLINKAT:        {name: "unlinkat", dir: 1, path: 2},
-	unix.SYS_RENAMEAT2:       {name: "renameat2", dir: 1, path: 2},
-	unix.SYS_LINKAT:          {name: "linkat", dir: 1, path: 2},
+	unix.SYS_RENAMEAT2:       {name: "renameat2", dir: 1, path: 2, toDir: 3, to: 4},
+	unix.SYS_LINKAT:          {name: "linkat", dir: 1, path: 2, toDir: 3, to: 4},
 	unix.SYS_SYMLINKAT:       {name: "symlinkat", dir: 2, path: 3},
 	unix.SYS_FCHMODAT:        {name: "fchmodat", dir: 1, path: 2},
 	unix.SYS_FCHMOD:          {name: "fchmod", fd: 1},
@@ -49,6 +51,7 @@ var calls = merged(oldCalls, map[int]call{
 	unix.SYS_FSYNC:           {name: "fsync", fd: 1},
 	unix.SYS_FDATASYNC:       {name: "fdatasync", fd: 1},
 	unix.SYS_SYNCFS:          {name: "syncfs", fd: 1},
+	unix.SYS_SYNC_FILE_RANGE: {name: "sync_file_range", fd: 1},
 	unix.SYS_WRITE:           {name: "write", fd: 1, files: true},
 	unix.SYS_PWRITE64:        {name: "pwrite", fd: 1, files: true},
 	unix.SYS_WRITEV:          {name: "writev", fd: 1, files: true},
@@ -84,6 +87,7 @@ var ioctls = map[uint32]string{
 	0xc0045877: "FIFREEZE", 0xc0045878: "FITHAW", 0xc0185879: "FITRIM",
 	0x40086610: "EXT4_IOC_RESIZE_FS", 0x4010586e: "XFS_IOC_FSGROWFSDATA", 0x50009403: "BTRFS_IOC_RESIZE",
 	0x80089418: "BTRFS_IOC_START_SYNC", 0x40089416: "BTRFS_IOC_WAIT_SYNC",
+	0xc138fd03: "DM_DEV_CREATE", 0xc138fd04: "DM_DEV_REMOVE", 0xc138fd06: "DM_DEV_SUSPEND", 0xc138fd09: "DM_TABLE_LOAD",
 }
 
 func merged(all ...map[int]call) map[int]call {
@@ -151,16 +155,26 @@ func (c call) read(tid int, args [6]uint64) (Call, bool) {
 		}
 	}
 	if c.path > 0 {
-		found.Path = text(tid, arg(c.path))
+		found.Path = name(tid, args, c.dir, c.path)
 	}
-	if c.path > 0 && !filepath.IsAbs(found.Path) {
-		fd := unix.AT_FDCWD
-		if c.dir > 0 {
-			fd = int(int32(arg(c.dir)))
-		}
-		found.Path = filepath.Join(descriptor(tid, fd), found.Path)
+	if c.to > 0 {
+		found.To = name(tid, args, c.toDir, c.to)
 	}
 	return found, true
+}
+
+// name is the path that the argument of that number points to; dir is the number of the
+// one that is a directory's descriptor, or 0.
+func name(tid int, args [6]uint64, dir, path int) string {
+	at := text(tid, args[path-1])
+	if filepath.IsAbs(at) {
+		return at
+	}
+	fd := unix.AT_FDCWD
+	if dir > 0 {
+		fd = int(int32(args[dir-1]))
+	}
+	return filepath.Join(descriptor(tid, fd), at)
 }
 
 // descriptor is what a descriptor of a thread shows: a path, or "kind:[number]".

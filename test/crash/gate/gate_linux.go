@@ -25,6 +25,7 @@ type Call struct {
 	Own  bool   // made by the program itself, not by a child
 	Name string // "fallocate", "ioctl LOOP_CONFIGURE"
 	Path string // of the file, as far as it can be told
+	To   string // of a rename and a link: the new name
 }
 
 func (c Call) String() string { return c.Name + " " + c.Path }
