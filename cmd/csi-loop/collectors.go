@@ -79,6 +79,28 @@ type machine interface {
 	Report(ctx context.Context) (report.Machine, error)
 }
 
+// problems shows what is wrong with the node and its pools.
+func (m *metrics) problems(d machine) {
+	m.registry.MustRegister(collector{ofHealth, func(ctx context.Context, send sender) {
+		r, err := d.Report(ctx)
+		if err != nil {
+			return // the rest is worth showing
+		}
+		for _, p := range r.Problems {
+			send(nodeProblem, 1, p.Kind, p.Reason)
+		}
+		for _, pool := range r.Pools {
+			told := map[[2]string]bool{}
+			for _, p := range pool.Problems { // each refused volume is one
+				if key := [2]string{p.Kind, p.Reason}; !told[key] {
+					told[key] = true
+					send(poolProblem, 1, pool.Name, p.Kind, p.Reason)
+				}
+			}
+		}
+	}})
+}
+
 // volumes shows the volumes of this node, at most that many: those with the most
 // blocks, since they are who fills a pool. No program is run for it.
 func (m *metrics) volumes(d machine, most int) {

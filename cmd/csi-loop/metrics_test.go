@@ -69,6 +69,7 @@ func TestMetrics(t *testing.T) {
 	m.observe("CreateVolume", "OK", time.Second)
 	m.node(store, loops)
 	used := int64(1)
+	m.problems(unwell{})
 	m.volumes(machineOf{{
 		ID: "a.b", Pool: "default", Name: "pvc-1", Allocated: 2, Device: "/dev/loop0", Used: &used, IO: &report.IO{Reads: 1},
 		Problems: []report.Problem{{Kind: report.Degraded, Reason: "NotFullyAllocated"}},
@@ -121,6 +122,10 @@ func TestMetrics(t *testing.T) {
 		!strings.Contains(body, `csi_loop_volume_allocated_bytes{name="pvc-1",pool="default",volume="a.b"} 2`) || strings.Contains(body, "a.small") {
 		t.Error(body)
 	}
+	if _, body := get(t, m.handler(), "/metrics"); !strings.Contains(body, `csi_loop_node_problem{kind="Degraded",reason="LoopDeviceLimit"} 1`) ||
+		!strings.Contains(body, `csi_loop_pool_problem{kind="Degraded",pool="default",reason="VolumeRefused"} 1`) {
+		t.Error(body)
+	}
 	if _, body := get(t, m.handler(), "/metrics"); !strings.Contains(body, `csi_loop_pool_absent{pool="gone"} 1`) || !strings.Contains(body, `csi_loop_pool_absent{pool="default"} 0`) {
 		t.Error(body)
 	}
@@ -131,6 +136,17 @@ type machineOf []report.Volume
 
 func (m machineOf) Report(context.Context) (report.Machine, error) {
 	return report.Machine{Volumes: m}, nil
+}
+
+// unwell is a node with two problems of a pool that have one reason.
+type unwell struct{}
+
+func (unwell) Report(context.Context) (report.Machine, error) {
+	refused := report.Problem{Kind: report.Degraded, Reason: "VolumeRefused"}
+	return report.Machine{
+		Problems: []report.Problem{{Kind: report.Degraded, Reason: "LoopDeviceLimit"}},
+		Pools:    []report.Pool{{Name: "default", Problems: []report.Problem{refused, refused}}},
+	}, nil
 }
 
 func kind(f *dto.MetricFamily) string { return strings.ToLower(f.GetType().String()) }

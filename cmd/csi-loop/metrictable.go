@@ -25,11 +25,12 @@ type metricGroup struct {
 }
 
 // metricGroups are those of this process, in the order of the reference.
-var metricGroups = []*metricGroup{everywhere, ofNode, ofVolumes, ofTrims, ofFlows, ofLinks, ofRouter}
+var metricGroups = []*metricGroup{everywhere, ofNode, ofHealth, ofVolumes, ofTrims, ofFlows, ofLinks, ofRouter}
 
 var (
 	everywhere = &metricGroup{where: "all"}
 	ofNode     = &metricGroup{where: "node"}
+	ofHealth   = &metricGroup{where: "node"}
 	ofVolumes  = &metricGroup{where: "node"}
 	ofTrims    = &metricGroup{where: "node"}
 	ofFlows    = &metricGroup{where: "node"}
@@ -110,6 +111,11 @@ var (
 	loopDevices         = ofNode.gauge("loop_devices", "Loop devices of the machine, others' included: unbound, bound, rundown or deleting. Those of others are unbound or bound.", "state")
 	loopDevicesAttached = ofNode.gauge("loop_devices_attached", "Loop devices that csi-loop attached.")
 	loopDevicesLimit    = ofNode.gauge("loop_devices_limit", "Loop devices that csi-loop attaches at most.")
+)
+
+var (
+	nodeProblem = ofHealth.gauge("node_problem", "1 for each thing that the node has too little of, for whatever pool or volume.", "kind", "reason")
+	poolProblem = ofHealth.gauge("pool_problem", "1 for each thing that is wrong with the pool. Its kind is Degraded or Inaccessible.", "pool", "kind", "reason")
 )
 
 // ofVolume are the labels of all metrics of a volume. "volume" is its ID, "name" what

@@ -96,6 +96,7 @@ func serveMachine(ctx context.Context, p plan, m *metrics) (err error) {
 	stopTrims := background(ctx, d.KeepTrimmed)
 	defer stopTrims()
 	m.node(images, loops)
+	m.problems(d)
 	m.volumes(d, p.volumeMetrics)
 	m.trims(d.TrimStats)
 	m.ready(func() error { return d.Ready(ctx) })

@@ -80,12 +80,13 @@ func nodeRows(nodes []report.Node, wide bool) [][]cell {
 			rows = append(rows, []cell{text(n.Name), state, text(""), text(""), text(""), text(""), text(""), text(""), text(n.Error)})
 		}
 		for _, p := range n.Pools {
+			problems := slices.Concat(n.Problems, p.Problems)
 			row := []cell{
 				text(n.Name), state, text(p.Name), text(size(p.Size)), bar(p.Used, p.Size), text(size(p.Available)),
-				text(strconv.Itoa(p.Volumes)), text(strconv.Itoa(p.Snapshots)), health(p.Problems, true),
+				text(strconv.Itoa(p.Volumes)), text(strconv.Itoa(p.Snapshots)), health(problems, true),
 			}
 			if wide {
-				row = append(row, text(p.Filesystem), text(size(p.Reserved)), text(p.ID), text(n.Version), text(age(n.Since)), text(n.Pod), text(messages(p.Problems)))
+				row = append(row, text(p.Filesystem), text(size(p.Reserved)), text(p.ID), text(n.Version), text(age(n.Since)), text(n.Pod), text(messages(problems)))
 			}
 			rows = append(rows, row)
 		}

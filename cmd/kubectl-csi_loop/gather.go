@@ -139,7 +139,7 @@ func (e *everything) join(pvs []core.PersistentVolume, pods []core.Pod, driver s
 		case n.State == report.Linked && n.Error != "": // what it said may not be all
 			v.Unanswered = "its node " + n.Name + " did not answer: " + n.Error
 		case n.State == report.Linked:
-			v.Problems = []report.Problem{{Kind: report.Inaccessible, Reason: "NotFound", Message: "its node does not have it: " + v.Node}}
+			v.Problems = []report.Problem{{Kind: report.Inaccessible, Reason: "NotFound", Message: "its node does not have it: " + v.Node + "; mount its pool's disk there, or restore it from a backup"}}
 		}
 		own(&v, pv)
 		e.volumes = append(e.volumes, v)

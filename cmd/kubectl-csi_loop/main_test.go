@@ -68,8 +68,9 @@ func newAPI() *api {
 	return &api{pages: map[string]any{
 		proxied: report.Cluster{Nodes: []report.Node{
 			{Name: "n1", State: report.Linked, Machine: report.Machine{
-				Time:  time.Unix(1000, 0),
-				Pools: []report.Pool{{Name: "default", ID: "p", Size: 100 << 30, Used: 95 << 30, Available: 1 << 30, Volumes: 2, Snapshots: 1, Problems: []report.Problem{{Kind: report.Degraded, Reason: "ReserveUsed"}}}},
+				Time:     time.Unix(1000, 0),
+				Problems: []report.Problem{{Kind: report.Degraded, Reason: "LoopDeviceLimit", Message: "none left"}},
+				Pools:    []report.Pool{{Name: "default", ID: "p", Size: 100 << 30, Used: 95 << 30, Available: 1 << 30, Volumes: 2, Snapshots: 1, Problems: []report.Problem{{Kind: report.Degraded, Reason: "ReserveUsed"}}}},
 				Volumes: []report.Volume{
 					{ID: "p.a", Name: "pvc-a", Pool: "default", Size: 1 << 30, Allocated: 1 << 30, Filesystem: "ext4", State: report.Published, Device: "/dev/loop7", Used: &used, IO: &report.IO{WriteBytes: 1 << 20, Writes: 10}},
 					{ID: "p.b", Name: "pvc-b", Pool: "default", Size: 1 << 30, State: report.Available, Problems: []report.Problem{{Kind: report.DataLoss, Reason: "ImageMissing", Message: "gone\x1b[31m"}}},
@@ -131,7 +132,7 @@ func TestTables(t *testing.T) {
 		words []string
 		want  string
 	}{
-		"a pool, nearly full":              {[]string{"nodes"}, []string{"n1"}, "n1 linked default 100Gi #########. 95% 1Gi 2 1 ReserveUsed"},
+		"a pool, nearly full":              {[]string{"nodes"}, []string{"n1"}, "n1 linked default 100Gi #########. 95% 1Gi 2 1 LoopDeviceLimit,ReserveUsed"},
 		"a node that is away":              {[]string{"nodes"}, []string{"n2"}, "n2 away - - - - - - -"},
 		"a volume with its pod":            {[]string{"volumes"}, []string{"data-db-0"}, "shop data-db-0 db-0 n1 /dev/loop7 1Gi 1Gi ########.. 88% ok"},
 		"a volume that nobody owns":        {[]string{"volumes"}, []string{"ImageMissing"}, "- - - n1 - 1Gi 0 - ImageMissing"},

@@ -19,6 +19,7 @@ import (
 
 	"github.com/csi-loop/csi-loop/internal/reference"
 	"github.com/csi-loop/csi-loop/pkg/driver"
+	"github.com/csi-loop/csi-loop/pkg/image"
 )
 
 // makers are the functions that make an error with a code of its own.
@@ -90,6 +91,9 @@ made are in [operations](../operations.md#csiloopvolumeunhealthy).`)
 			p.Printf("- %s\n", text)
 		}
 	}
+	if err := reasons(p); err != nil {
+		return err
+	}
 	p.Printf("\nA message that begins with `BUG:` is one: please report it, with the log around it.\n")
 	for code := range found {
 		if code != codes.Internal {
@@ -97,6 +101,25 @@ made are in [operations](../operations.md#csiloopvolumeunhealthy).`)
 		}
 	}
 	return p.Write(dir, "errors.md")
+}
+
+// reasons writes what can be wrong with nodes, pools and volumes, by its word.
+func reasons(p *reference.Page) error {
+	p.Printf("\n## Health\n\n%s\n", strings.TrimSpace(`
+What is wrong with a node, a pool or a volume has one of these words. CSI's health calls, the events on claims, `+"`kubectl csi-loop`, `csi-loop doctor`"+` and the label
+`+"`reason`"+` of the metrics `+"`csi_loop_node_problem`, `csi_loop_pool_problem` and `csi_loop_volume_problem`"+` have the word, and all but the metrics say what to do. Some words stand
+for several things.`))
+	all := driver.Reasons()
+	slices.SortStableFunc(all, func(a, b image.ReasonKind) int { return cmp.Compare(a.Word, b.Word) })
+	var rows [][]string
+	for _, r := range all {
+		if r.Action == "" {
+			return fmt.Errorf("nothing is said about reason %q", r.Word)
+		}
+		rows = append(rows, []string{reference.Code(r.Word), r.Action})
+	}
+	p.Table([]string{"Reason", "What to do"}, rows)
+	return nil
 }
 
 // repository is the directory of go.mod.

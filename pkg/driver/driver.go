@@ -98,7 +98,7 @@ type loopTable interface {
 	Status(ctx context.Context, ref loop.Ref) (loop.Info, error)
 	Sync(ctx context.Context, ref loop.Ref) error
 	Counters(ref loop.Ref) (loop.Counters, error)
-	Limit() int
+	deviceRoom
 }
 
 // mounter changes mounts; *mount.Mounter does.
@@ -146,6 +146,7 @@ type Driver struct {
 	jobs    *jobs
 	reports reporter
 	counts  counting
+	numbers numberShortage
 	// Copies to and from other nodes.
 	sending, receiving flows
 

@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -32,6 +33,7 @@ type fakeKernel struct {
 	// once with the error.
 	fail          map[string]error      // guarded by mu
 	frozen        map[string]bool       // paths; guarded by mu
+	limit         int                   // of devices; 0 is 16; guarded by mu
 	hurried       bool                  // by Freeze, which was killed in the middle; guarded by mu
 	thawAnywhere  bool                  // what is frozen is thawed by any path; guarded by mu
 	froze, synced int                   // how often; guarded by mu
@@ -347,7 +349,17 @@ func (k *fakeKernel) Thaw(path string) error {
 	return nil
 }
 
-func (k *fakeKernel) Limit() int { return 16 }
+func (k *fakeKernel) Limit() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return cmp.Or(k.limit, 16)
+}
+
+func (k *fakeKernel) Attached() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return len(k.devices)
+}
 
 const fakeReadAhead = 128 << 10
 

@@ -15,29 +15,30 @@ import (
 	"github.com/csi-loop/csi-loop/pkg/mount"
 )
 
-// Reasons of health entries found by the node, beside those of package image.
-const (
-	reasonDetached      = "LoopDeviceDetached"
-	reasonCleared       = "LoopDeviceCleared"
-	reasonUnmounted     = "FilesystemUnmounted"
-	reasonReadOnly      = "FilesystemReadOnly"
-	reasonNotGrown      = "FilesystemSmallerThanVolume"
-	reasonDeviceSmaller = "LoopDeviceSmallerThanVolume"
-	reasonUnknown       = "HealthCheckFailed"
-	reasonNotTuned      = "TuningNotInForce"
-)
-
 // problems are health findings without repetition of (status, reason), which
 // CSI forbids.
 type problems []*csi.VolumeHealth_VolumeHealthEntry
 
-func (p *problems) addf(status csi.VolumeHealthErrorType, reason, format string, args ...any) {
+func (p *problems) addf(status csi.VolumeHealthErrorType, r reason, format string, args ...any) {
+	p.add(status, reasonTable[r].word, fmt.Sprintf(format, args...), reasonTable[r].action)
+}
+
+func (p *problems) add(status csi.VolumeHealthErrorType, word, message, action string) {
 	for _, have := range *p {
-		if have.GetStatus() == status && have.GetReason() == reason {
+		if have.GetStatus() == status && have.GetReason() == word {
 			return
 		}
 	}
-	*p = append(*p, &csi.VolumeHealth_VolumeHealthEntry{Status: status, Reason: reason, Message: fmt.Sprintf(format, args...)})
+	*p = append(*p, &csi.VolumeHealth_VolumeHealthEntry{Status: status, Reason: word, Message: withAction(message, action)})
+}
+
+// withAction is what is wrong and what to do about it, as people are told of it. It has
+// at most maxMessage bytes: what is cut is what is wrong, of which logs have the whole.
+func withAction(message, action string) string {
+	if most := maxMessage - len(action) - len("...; "); len(message) > most {
+		message = strings.ToValidUTF8(message[:most], "") + "..."
+	}
+	return message + "; " + action
 }
 
 // imageProblems asks the pool about the image of a volume, also when its record is
@@ -46,11 +47,11 @@ func (d *Driver) imageProblems(ctx context.Context, id string) problems {
 	var p problems
 	pool, _, ok := d.images.Lookup(id)
 	if !ok {
-		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, "PoolMissing", "the pool of %q is not configured", id)
+		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, reasonPoolUnknown, "the pool of %q is not configured", id)
 		return p
 	}
 	for _, found := range pool.VolumeHealth(ctx, id) {
-		p.addf(healthStatus(found.Kind), found.Reason, "%s", found.Message)
+		p.add(healthStatus(found.Kind), found.Reason, found.Message, found.Action)
 	}
 	return p
 }
@@ -179,7 +180,7 @@ func (d *Driver) stagingProblems(ctx context.Context, r stageRecord, v image.Vol
 		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonUnknown, "loop device %d: %v", r.Device.Number, err)
 		return
 	case !bound:
-		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, reasonDetached, "loop device %d no longer shows the volume: delete the pods that use it, so that it is staged anew", r.Device.Number)
+		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, reasonDetached, "loop device %d no longer shows the volume", r.Device.Number)
 		return
 	}
 	if v.ID != "" && info.Size < v.Size {
@@ -189,7 +190,7 @@ func (d *Driver) stagingProblems(ctx context.Context, r stageRecord, v image.Vol
 		d.mappingProblem(r, v, p)
 	}
 	if r.Block && info.Autoclear {
-		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonCleared, "somebody cleared %s (losetup -d): it goes with its last user: delete the pods that use the volume, so that it is staged anew", info.Path)
+		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonCleared, "somebody cleared %s (losetup -d): it goes with its last user", info.Path)
 	}
 	if r.Block {
 		return
@@ -200,9 +201,9 @@ func (d *Driver) stagingProblems(ctx context.Context, r stageRecord, v image.Vol
 	case err != nil:
 		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonUnknown, "%q: %v", r.StagingPath, err)
 	case !ours:
-		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, reasonUnmounted, "the filesystem is no longer mounted at %q: delete the pods that use it, so that it is staged anew", r.StagingPath)
+		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, reasonUnmounted, "the filesystem is no longer mounted at %q", r.StagingPath)
 	case m.ReadOnly && !r.ReadOnly:
-		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, reasonReadOnly, "the kernel made the filesystem read-only, usually after an I/O error: see the kernel log for %s, then delete the pods that use it; it is checked when it is staged anew", info.Path)
+		p.addf(csi.VolumeHealthErrorType_INACCESSIBLE, reasonReadOnly, "the kernel made the filesystem read-only, usually after an I/O error on %s", info.Path)
 	}
 	if ours {
 		d.sizeProblem(r, info, p)
@@ -216,7 +217,7 @@ func (d *Driver) sizeProblem(r stageRecord, info loop.Info, p *problems) {
 	}
 	small, err := d.mtab.NeedsGrow(mount.GrowSpec{FSType: r.FSType, Device: r.Device.path(info), Path: r.StagingPath})
 	if err == nil && small {
-		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonNotGrown, "the filesystem is smaller than its device of %d bytes: expand the volume again, or see the driver's log for why it could not grow", info.Size)
+		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonNotGrown, "the filesystem is smaller than its device of %d bytes", info.Size)
 	}
 }
 
@@ -234,7 +235,10 @@ func (s *nodeServer) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetSto
 		resp.BackendHealth = append(resp.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{Status: status, Reason: reason, Message: message})
 	}
 	for _, absent := range s.d.images.Absent() {
-		add(csi.StorageHealthErrorType_STORAGE_UNREACHABLE, "PoolAbsent", fmt.Sprintf("pool %q: %v", absent.Name, absent.Err))
+		add(csi.StorageHealthErrorType_STORAGE_UNREACHABLE, reasonTable[reasonPoolAbsent].word, fmt.Sprintf("pool %q: %s", absent.Name, absentMessage(absent)))
+	}
+	for _, found := range s.d.shortages() {
+		add(csi.StorageHealthErrorType_STORAGE_DEGRADED, found.Reason, found.Message)
 	}
 	for _, pool := range s.d.images.Pools() {
 		// A pool that cannot be used is among what Health tells after the check.
@@ -246,7 +250,7 @@ func (s *nodeServer) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetSto
 			if found.Kind != image.Degraded {
 				status = csi.StorageHealthErrorType_STORAGE_UNREACHABLE
 			}
-			add(status, found.Reason, fmt.Sprintf("pool %q: %s", pool.Name(), found.Message))
+			add(status, found.Reason, fmt.Sprintf("pool %q: %s", pool.Name(), withAction(found.Message, found.Action)))
 		}
 	}
 	return resp, nil

@@ -474,18 +474,18 @@ func TestHealth(t *testing.T) {
 		t.Errorf("healthy volume has %v", r)
 	}
 	n.fake.mounts[0].ReadOnly = true
-	if r := reasons(); !slices.Contains(r, reasonReadOnly) {
+	if r := reasons(); !slices.Contains(r, reasonTable[reasonReadOnly].word) {
 		t.Errorf("read-only mount: %v", r)
 	}
 	n.fake.mounts[0].ReadOnly = false
 	n.fake.small = true
-	if r := reasons(); !slices.Equal(r, []string{reasonNotGrown}) {
+	if r := reasons(); !slices.Equal(r, []string{reasonTable[reasonNotGrown].word}) {
 		t.Errorf("filesystem that did not grow: %v", r)
 	}
 	n.fake.small = false
 	saved := n.fake.devices[0].info.Ref
 	n.fake.devices[0].info.DiskSeq++
-	if r := reasons(); !slices.Contains(r, reasonDetached) {
+	if r := reasons(); !slices.Contains(r, reasonTable[reasonDetached].word) {
 		t.Errorf("detached behind our back: %v", r)
 	}
 	n.fake.devices[0].info.Ref = saved

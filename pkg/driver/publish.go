@@ -298,7 +298,7 @@ func (d *Driver) ensureReadDevice(ctx context.Context, r *stageRecord) (fresh bo
 	}
 	m := src.mapping
 	m.ReadOnly = true
-	dev, err := d.loops.Attach(ctx, f, m)
+	dev, err := d.attach(ctx, f, m)
 	if err != nil {
 		return false, err
 	}

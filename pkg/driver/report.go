@@ -54,10 +54,10 @@ func (d *Driver) Report(ctx context.Context) (report.Machine, error) {
 
 // look makes a report.
 func (d *Driver) look(ctx context.Context) report.Machine {
-	var m report.Machine
+	m := report.Machine{Problems: d.shortages()}
 	for _, p := range d.images.Absent() {
 		m.Pools = append(m.Pools, report.Pool{
-			Name: p.Name, Problems: []report.Problem{problem(image.Inaccessible.String(), "PoolAbsent", p.Err.Error())},
+			Name: p.Name, Problems: []report.Problem{{Kind: report.Inaccessible, Reason: reasonTable[reasonPoolAbsent].word, Message: absentMessage(p)}},
 		})
 	}
 	for _, p := range d.images.Pools() {
@@ -65,7 +65,7 @@ func (d *Driver) look(ctx context.Context) report.Machine {
 		for dir, err := range p.Damaged() {
 			m.Volumes = append(m.Volumes, report.Volume{
 				ID: image.VolumeID(p.ID(), dir), Pool: p.Name(), State: report.Refused,
-				Problems: []report.Problem{problem(image.Inaccessible.String(), "RecordUnreadable", err.Error())},
+				Problems: []report.Problem{problem(image.RecordProblem(err))},
 			})
 		}
 	}
@@ -144,16 +144,18 @@ func poolReport(p *image.Pool) report.Pool {
 		Available: p.Capacity(image.Thick), Volumes: u.Volumes, Snapshots: u.Snapshots,
 	}
 	for _, found := range p.Health() {
-		r.Problems = append(r.Problems, problem(found.Kind.String(), found.Reason, found.Message))
+		r.Problems = append(r.Problems, problem(found))
 	}
 	return r
 }
 
-func problem(kind, reason, message string) report.Problem {
-	if len(message) > maxMessage {
-		message = strings.ToValidUTF8(message[:maxMessage], "") + "..."
-	}
-	return report.Problem{Kind: kind, Reason: reason, Message: message}
+func problem(p image.Problem) report.Problem {
+	return report.Problem{Kind: p.Kind.String(), Reason: p.Reason, Message: withAction(p.Message, p.Action)}
+}
+
+// absentMessage is why a pool is absent, and what to do.
+func absentMessage(p image.AbsentPool) string {
+	return withAction(p.Err.Error(), reasonTable[reasonPoolAbsent].action)
 }
 
 func (d *Driver) snapshotReport(s image.Snapshot) report.Snapshot {
@@ -177,7 +179,7 @@ func (d *Driver) volumeReport(ctx context.Context, v image.Volume, r stageRecord
 		if look, ok := p.LookAt(v.ID); ok {
 			out.Allocated = look.Allocated
 			for _, found := range look.Problems {
-				out.Problems = append(out.Problems, problem(found.Kind.String(), found.Reason, found.Message))
+				out.Problems = append(out.Problems, problem(found))
 			}
 		}
 	}
@@ -193,7 +195,10 @@ func (d *Driver) stagedReport(ctx context.Context, r stageRecord) report.Volume 
 	if r.Mapped != nil {
 		out.Name, out.Size = r.Mapped.Image, r.Mapped.SizeLimit
 	} else {
-		out.Problems = append(out.Problems, problem(image.Inaccessible.String(), "PoolAbsent", "its pool cannot be used now, or is not configured any more"))
+		r := reasonTable[reasonPoolAbsent]
+		out.Problems = append(out.Problems, report.Problem{
+			Kind: report.Inaccessible, Reason: r.word, Message: withAction("its pool cannot be used now, or is not configured any more", r.action),
+		})
 	}
 	d.addStaging(ctx, &out, r, image.Volume{})
 	return out
@@ -219,7 +224,7 @@ func (d *Driver) addStaging(ctx context.Context, out *report.Volume, r stageReco
 		p.addf(csi.VolumeHealthErrorType_DEGRADED, reasonNotTuned, "mutable parameters are recorded, and not in force: %s", text)
 	}
 	for _, found := range p {
-		out.Problems = append(out.Problems, problem(kindOf(found.GetStatus()), found.GetReason(), found.GetMessage()))
+		out.Problems = append(out.Problems, report.Problem{Kind: kindOf(found.GetStatus()), Reason: found.GetReason(), Message: found.GetMessage()})
 	}
 	if c, err := d.table.Counters(r.Device.ref()); err == nil {
 		sum := d.counts.note(r.VolumeID, r.Device.ref(), c)

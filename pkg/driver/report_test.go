@@ -124,7 +124,7 @@ func TestReportOfProblems(t *testing.T) {
 	if diff := cmp.Diff([]string{"DataLoss ImageMissing"}, reasons(lost.id)); diff != "" {
 		t.Error(diff)
 	}
-	if diff := cmp.Diff([]string{"Inaccessible " + reasonDetached}, reasons(gone.id)); diff != "" {
+	if diff := cmp.Diff([]string{"Inaccessible " + reasonTable[reasonDetached].word}, reasons(gone.id)); diff != "" {
 		t.Error(diff)
 	}
 	unlock, err := n.d.lockVolume(gone.id, "Test")

@@ -257,7 +257,7 @@ func (d *Driver) attachChecked(ctx context.Context, src source, f *os.File, m lo
 	if _, err := mount.ParseOptions(or(want.FSType, sb.Type), want.Flags); err != nil {
 		return nil, sb, err
 	}
-	dev, err := d.loops.Attach(ctx, f, m)
+	dev, err := d.attach(ctx, f, m)
 	return dev, sb, err
 }
 
@@ -345,7 +345,7 @@ func (d *Driver) attachRecorded(ctx context.Context, f *os.File, m loop.Mapping,
 	if err := d.state.put(*want); err != nil {
 		return nil, nil, err
 	}
-	if dev, err = d.loops.Attach(ctx, f, m); err != nil {
+	if dev, err = d.attach(ctx, f, m); err != nil {
 		return nil, nil, errors.Join(err, restore())
 	}
 	d.counts.begin(d.table, want.VolumeID, dev.Info().Ref)

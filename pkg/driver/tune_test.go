@@ -236,7 +236,7 @@ func TestLimitsOfAStartingPod(t *testing.T) {
 	n := newFake(t)
 	n.pods.set(nil, "late")
 	v := n.create("a", 16*mib, mountCap("ext4", oneWriter), map[string]string{"readIOPS": "500"}).up("late")
-	if diff := cmp.Diff([]string{reasonNotTuned}, v.reasons()); diff != "" {
+	if diff := cmp.Diff([]string{reasonTable[reasonNotTuned].word}, v.reasons()); diff != "" {
 		t.Error(diff)
 	}
 	n.pods.set(nil)
@@ -262,13 +262,13 @@ func TestLimitsWhereThereAreNone(t *testing.T) {
 	if diff := cmp.Diff(image.Tuning{ReadIOPS: new(int64(500))}, v.tuning()); diff != "" {
 		t.Error(diff)
 	}
-	if diff := cmp.Diff([]string{reasonNotTuned}, v.reasons()); diff != "" {
+	if diff := cmp.Diff([]string{reasonTable[reasonNotTuned].word}, v.reasons()); diff != "" {
 		t.Error(diff)
 	}
 	n.pods.set(nil)
 	n.fake.failOnce("readahead", errors.New("read-only sysfs"))
 	n.must(v.modify(map[string]string{"readAhead": "0"}))
-	if diff := cmp.Diff([]string{reasonNotTuned}, v.reasons()); diff != "" {
+	if diff := cmp.Diff([]string{reasonTable[reasonNotTuned].word}, v.reasons()); diff != "" {
 		t.Error(diff)
 	}
 	n.must(v.modify(map[string]string{"readAhead": "0"}))
@@ -289,7 +289,7 @@ func TestReadAheadIsTriedAgain(t *testing.T) {
 		t.Error(diff)
 	}
 	n.d.applyLimits(t.Context(), v.id)
-	if diff := cmp.Diff([]string{reasonNotTuned}, v.reasons()); diff != "" {
+	if diff := cmp.Diff([]string{reasonTable[reasonNotTuned].word}, v.reasons()); diff != "" {
 		t.Error(diff)
 	}
 	n.d.limitAll(t.Context())

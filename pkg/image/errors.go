@@ -114,3 +114,8 @@ func scarce(err error) bool {
 	}
 	return false
 }
+
+// outOfDescriptors tells whether this process, or the machine, has too many files open.
+func outOfDescriptors(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
+}

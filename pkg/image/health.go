@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"slices"
 	"strings"
+	"syscall"
 )
 
 // ProblemKind grades a problem, worst last.
@@ -35,8 +36,12 @@ func (k ProblemKind) String() string {
 type Problem struct {
 	Kind    ProblemKind
 	Reason  string // one CamelCase word, stable
-	Message string // for people
+	Message string // for people: what is wrong
+	Action  string // and what they do about it
 }
+
+// String is what is wrong, and what to do.
+func (p Problem) String() string { return p.Reason + ": " + p.Message + "; " + p.Action }
 
 // Check looks at the pool now, in constant time, and returns ErrPool when it
 // cannot be used. What it finds is what Health returns until the next look.
@@ -57,26 +62,35 @@ const fullBelow = 4 * MiB
 // Precondition: the store is open.
 func (p *Pool) check() error {
 	err := p.present()
-	p.notef(err != nil, Inaccessible, "PoolMissing", "%v", err)
 	s, statErr := spaceOf(p.root)
-	if statErr != nil {
+	quota := false
+	switch {
+	case statErr != nil:
 		statErr = poolError(p.config, "%w", statErr)
-	} else if s.ReadOnly {
+	case s.ReadOnly:
 		statErr = poolError(p.config, "its filesystem became read-only")
-	} else if err := probeWrite(p.root); err != nil {
-		statErr = poolError(p.config, "its filesystem takes no changes: %w; see the kernel log", err)
+	default:
+		// A filesystem that is nearly full may search long for a block.
+		probe := probeWrite(p.root, s.Free >= fullBelow && (s.Type == "ext4" || s.Type == "xfs"))
+		if quota = errors.Is(probe, syscall.EDQUOT); probe != nil && !quota {
+			statErr = poolError(p.config, "its filesystem takes no changes: %w", probe)
+		}
 	}
-	p.notef(statErr != nil, Inaccessible, "PoolFilesystem", "%v", statErr)
+	both := errors.Join(err, statErr)
+	short := outOfDescriptors(both)
+	p.notef(short, reasonNoDescriptors, Degraded, "%v", both)
+	p.notef(err != nil && !short, reasonPoolMissing, Inaccessible, "%v", err)
+	p.notef(statErr != nil && !short, reasonPoolFilesystem, Inaccessible, "%v", statErr)
 	if statErr == nil {
 		promised, reserved := p.promises(s)
-		p.notef(s.Free < promised, Degraded, "ThinPromisesUncovered",
-			"%d bytes are free, thin volumes were promised %d: writes to them may fail; give the filesystem more space, or delete volumes that are not needed", s.Free, promised)
-		p.notef(s.Free < reserved, Degraded, "ReserveUsed",
+		p.notef(quota, reasonQuota, Degraded, "a quota of the pool's filesystem is used up: no volume is made")
+		p.notef(s.Free < promised, reasonThinPromises, Degraded,
+			"%d bytes are free, thin volumes were promised %d: writes to them may fail", s.Free, promised)
+		p.notef(s.Free < reserved, reasonReserveUsed, Degraded,
 			"%d bytes are free, %d should be left to others: no volume is made until there is more", s.Free, reserved)
-		p.notef(s.Free < fullBelow, Degraded, "PoolFull",
-			"%d bytes are free: writes to thin volumes fail; give the filesystem more space, or delete volumes that are not needed", s.Free)
+		p.notef(s.Free < fullBelow, reasonPoolFull, Degraded, "%d bytes are free: writes to thin volumes fail", s.Free)
 	}
-	return errors.Join(err, statErr)
+	return both
 }
 
 func (p *Pool) promises(s space) (promised, reserved int64) {
@@ -86,14 +100,14 @@ func (p *Pool) promises(s space) (promised, reserved int64) {
 }
 
 // notef sets or clears the problem with that reason.
-func (p *Pool) notef(is bool, kind ProblemKind, reason, format string, args ...any) {
+func (p *Pool) notef(is bool, r reason, kind ProblemKind, format string, args ...any) {
 	if is {
-		p.problem(Problem{Kind: kind, Reason: reason, Message: fmt.Sprintf(format, args...)})
+		p.problem(r.problemf(kind, format, args...))
 		return
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	delete(p.problems, reason)
+	delete(p.problems, reasonTable[r].word)
 }
 
 func (p *Pool) problem(problem Problem) {
@@ -112,13 +126,27 @@ func (p *Pool) Health() []Problem {
 		all = append(all, problem)
 	}
 	for _, err := range p.damaged {
-		all = append(all, Problem{Kind: Degraded, Reason: "VolumeRefused", Message: err.Error()})
+		all = append(all, either(err, reasonVolumeRefused, reasonVolumeNewer).problemf(Degraded, "%v", err))
 	}
 	for _, err := range p.damagedCut {
-		all = append(all, Problem{Kind: Degraded, Reason: "SnapshotRefused", Message: err.Error()})
+		all = append(all, either(err, reasonSnapshotRefused, reasonSnapshotNewer).problemf(Degraded, "%v", err))
 	}
 	sortProblems(all)
 	return all
+}
+
+// either is damaged, or newer if err is that of a file that a later version wrote.
+func either(err error, damaged, newer reason) reason {
+	if errors.Is(err, errNewer) {
+		return newer
+	}
+	return damaged
+}
+
+// RecordProblem is what the error of a volume that is refused, as Damaged has it, means
+// for the volume.
+func RecordProblem(err error) Problem {
+	return either(err, reasonRecordUnreadable, reasonRecordNewer).problemf(Inaccessible, "%v", err)
 }
 
 func sortProblems(all []Problem) {
@@ -134,32 +162,28 @@ func sortProblems(all []Problem) {
 // it, worst first. It reads no data. A volume that does not exist is an
 // Inaccessible one.
 func (p *Pool) VolumeHealth(ctx context.Context, id string) []Problem {
-	var all []Problem
-	add := func(kind ProblemKind, reason string, err error) {
-		all = append(all, Problem{Kind: kind, Reason: reason, Message: err.Error()})
-	}
 	dir, ok := p.dirOf(id)
 	if !ok {
-		add(Inaccessible, "NotFound", fmt.Errorf("%w: %q", ErrNotFound, id))
-		return all
+		return []Problem{reasonNotFound.problemf(Inaccessible, "%v: %q", ErrNotFound, id)}
 	}
 	leave, err := p.enter(ctx, dir)
 	if err != nil {
-		add(Inaccessible, "NotChecked", err)
-		return all
+		return []Problem{reasonNotChecked.problemf(Inaccessible, "%v", err)}
 	}
 	defer leave()
 	r, err := p.get(dir)
 	switch {
 	case errors.Is(err, ErrNotFound):
-		add(Inaccessible, "NotFound", err)
-		return all
+		return []Problem{reasonNotFound.problemf(Inaccessible, "%v", err)}
 	case err != nil:
-		add(Inaccessible, "RecordUnreadable", err)
-		return all
+		return []Problem{RecordProblem(err)}
 	}
-	if err := p.check(); err != nil {
-		add(Inaccessible, "PoolInaccessible", err)
+	var all []Problem
+	switch err := p.check(); {
+	case outOfDescriptors(err):
+		return []Problem{reasonNoDescriptors.problemf(Degraded, "it cannot be looked at: %v", err)}
+	case err != nil:
+		all = append(all, reasonPoolInaccessible.problemf(Inaccessible, "%v", err))
 	}
 	all = append(all, p.imageHealth(dir, r)...)
 	sortProblems(all)
@@ -168,29 +192,43 @@ func (p *Pool) VolumeHealth(ctx context.Context, id string) []Problem {
 
 func (p *Pool) imageHealth(dir string, r record) []Problem {
 	st, err := p.imageStat(dir)
-	var problem Problem
+	if problem, is := imageProblem(r, st, err); is {
+		return []Problem{problem}
+	}
+	switch missing := st.Allocated < r.Size; {
+	case r.Allocation == Thick && missing:
+		return []Problem{reasonNotFullyAllocated.problemf(Degraded, "%d of its %d bytes have blocks", st.Allocated, r.Size)}
+	case p.has(reasonQuota) && p.fsType == "btrfs": // whose quotas hold for every write
+		return []Problem{reasonVolumeUnderQuota.problemf(Degraded, "a quota of the pool's filesystem is used up: writes fail, to blocks that it has too")}
+	case r.Allocation == Thin && missing && p.has(reasonPoolFull):
+		return []Problem{reasonVolumeOnFullPool.problemf(Inaccessible, "the pool is full: writes that need new blocks fail, and only the first fsync after that tells")}
+	case r.Allocation == Thin && p.has(reasonThinPromises):
+		return []Problem{reasonPoolNearlyFull.problemf(Degraded, "the pool has less free space than its thin volumes were promised: writes may fail before long")}
+	}
+	return nil
+}
+
+// imageProblem judges what stands in the place of an image, or why that cannot be told.
+func imageProblem(r record, st fileStat, err error) (Problem, bool) {
+	if err == nil {
+		err = checkImage(r.Size, st)
+		switch {
+		case err == nil:
+			return Problem{}, false
+		case st.Mode.IsRegular() && st.Size < r.Size:
+			return reasonImageTruncated.problemf(DataLoss, "its image was cut: %v", err), true
+		}
+		return reasonImageForeign.problemf(Inaccessible, "its image is not as csi-loop left it: %v", err), true
+	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		problem = Problem{DataLoss, "ImageMissing", "its image does not exist"}
-	case err != nil:
-		problem = Problem{Inaccessible, "ImageUnreadable", err.Error()}
-	case st.Mode.IsRegular() && st.Size < r.Size:
-		problem = Problem{DataLoss, "ImageTruncated", checkImage(r.Size, st).Error()}
-	case checkImage(r.Size, st) != nil:
-		problem = Problem{Inaccessible, "ImageForeign", checkImage(r.Size, st).Error()}
-	case r.Allocation == Thick && st.Allocated < r.Size:
-		problem = Problem{Degraded, "NotFullyAllocated", fmt.Sprintf(
-			"%d of its %d bytes have blocks; the next attach allocates the rest", st.Allocated, r.Size)}
-	case r.Allocation == Thin && st.Allocated < r.Size && p.has("PoolFull"):
-		problem = Problem{Inaccessible, "PoolFull", "the pool is full: writes that need new blocks fail, and only the first fsync after that tells; " +
-			"give the pool space, then start the volume's pods anew, so that its filesystem is checked"}
-	case r.Allocation == Thin && p.has("ThinPromisesUncovered"):
-		problem = Problem{Degraded, "PoolNearlyFull", "the pool has less free space than its thin volumes were promised: " +
-			"writes may fail before long; give it more space, or delete volumes that are not needed"}
-	default:
-		return nil
+		return reasonImageMissing.problemf(DataLoss, "its image does not exist"), true
+	case outOfDescriptors(err):
+		return reasonNoDescriptors.problemf(Degraded, "it cannot be looked at: %v", err), true
+	case scarce(err):
+		return reasonNotChecked.problemf(Degraded, "%v", err), true
 	}
-	return []Problem{problem}
+	return reasonImageUnreadable.problemf(Inaccessible, "%v", err), true
 }
 
 // imageStat looks at what stands in the place of a volume's image, without
@@ -205,9 +243,9 @@ func (p *Pool) imageStat(dir string) (fileStat, error) {
 }
 
 // has says whether the last look at the pool found that problem.
-func (p *Pool) has(reason string) bool {
+func (p *Pool) has(r reason) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	_, found := p.problems[reason]
+	_, found := p.problems[reasonTable[r].word]
 	return found
 }

@@ -11,14 +11,6 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// Reasons of problems that callers look for.
-const (
-	// GrowthUnfinished: a volume's image is larger than its record says.
-	GrowthUnfinished = "GrowthUnfinished"
-	// CannotRemove: what an interrupted call left is still there.
-	CannotRemove = "CannotRemove"
-)
-
 // PoolView is what a look at a pool found.
 type PoolView struct {
 	Name, Path string
@@ -243,7 +235,7 @@ func (v *PoolView) finish(p *Pool) {
 		switch dir := DirName(volume.Name); {
 		case volume.Err != nil:
 		case volume.growing:
-			v.Volumes[i].Problems = []Problem{{Degraded, GrowthUnfinished, "its image is larger than its record says: it is being grown, or the next start completes its growth"}}
+			v.Volumes[i].Problems = []Problem{reasonGrowthUnfinished.problemf(Degraded, "its image is larger than its record says: it is being grown, or the next start completes its growth")}
 		default:
 			v.Volumes[i].Problems = p.imageHealth(dir, p.records[dir])
 		}

@@ -224,10 +224,7 @@ func (p *Pool) sweep(ctx context.Context) error {
 
 func (p *Pool) leftBehind(name string, err error) {
 	p.logger.Error(err, "Cannot remove; trying again at the next start", "path", p.Path()+"/"+name)
-	p.problem(Problem{
-		Kind: Degraded, Reason: CannotRemove,
-		Message: fmt.Sprintf("%s/%s cannot be removed and keeps its space: %v", p.Path(), name, err),
-	})
+	p.problem(reasonCannotRemove.problemf(Degraded, "%s/%s cannot be removed and keeps its space: %v", p.Path(), name, err))
 }
 
 // load reads every record. One that cannot be read makes its volume refused, and

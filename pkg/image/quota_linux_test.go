@@ -3,6 +3,7 @@ package image
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -52,6 +53,18 @@ func TestQuota(t *testing.T) {
 	}
 	_, err = p.Create(ctx, Spec{Name: "another", Size: 16 * MiB})
 	wantError(t, err, ErrNoSpace)
+	quota := func(said bool) error {
+		err := p.Check(ctx)
+		for _, h := range [][]Problem{p.Health(), p.VolumeHealth(ctx, thick.ID)} {
+			if is := len(h) == 1 && h[0].Reason == "QuotaUsedUp" && h[0].Kind == Degraded && strings.Contains(h[0].String(), "raise the quota"); err != nil || is != said || !said && len(h) > 0 {
+				return fmt.Errorf("health of a quota that is used up (%v): %v, %w", said, h, err)
+			}
+		}
+		return nil
+	}
+	if err := quota(true); err != nil {
+		t.Error(err)
+	}
 	if err := writeOnce(p, thick.ID); err != nil && !errors.Is(err, unix.EDQUOT) {
 		t.Errorf("a write to the thick volume: %v", err)
 	}
@@ -64,6 +77,7 @@ func TestQuota(t *testing.T) {
 		}
 	}
 	eventually(t, func() error { return writeOnce(p, thick.ID) })
+	eventually(t, func() error { return quota(false) })
 	wantWhole(t, p, thick.ID)
 	if got := leftovers(t, dir); len(got) > 0 {
 		t.Errorf("left: %s", strings.Join(got, " "))

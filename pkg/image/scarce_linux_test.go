@@ -3,6 +3,7 @@ package image
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -120,5 +121,37 @@ func TestPoolComesInWhenThereAreDescriptorsAgain(t *testing.T) {
 	}
 	if pb, _ := s.Pool("b"); len(pb.Damaged()) > 0 || len(s.List()) != 2 {
 		t.Fatal(pb.Damaged())
+	}
+}
+
+// A pool that cannot be looked at for want of descriptors is not one whose disk failed, nor
+// are its volumes' images lost.
+func TestHealthWithoutDescriptors(t *testing.T) {
+	_, p := openPool(t, poolDir(t))
+	v := create(t, p, Spec{Name: "v", Size: size})
+	well := false
+	for limit := uint64(0); !well && limit < 200; limit++ {
+		var err error
+		var pool, volume []Problem
+		withDescriptors(t, limit, func() {
+			err, pool, volume = p.Check(ctx), p.Health(), p.VolumeHealth(ctx, v.ID)
+		})
+		if well = err == nil && len(volume) == 0; well {
+			if limit == 0 {
+				t.Error("no descriptors were needed")
+			}
+			break
+		}
+		for _, h := range [][]Problem{pool, volume} {
+			if len(h) != 1 || h[0].Kind != Degraded || h[0].Reason != "TooManyOpenFiles" || !strings.Contains(h[0].String(), "too many open files; raise the limit") {
+				t.Fatalf("below %d: %v, %v, %v", limit, err, pool, volume)
+			}
+		}
+		if !errors.Is(err, unix.EMFILE) || !errors.Is(err, ErrPool) {
+			t.Errorf("below %d: %v", limit, err)
+		}
+	}
+	if err := p.Check(ctx); err != nil || len(p.Health()) > 0 || !well {
+		t.Error(err, p.Health())
 	}
 }

@@ -277,22 +277,26 @@ func filesystemName(magic int64) string {
 // probeWrite changes an access time, and makes a file without a name, to learn whether a
 // filesystem takes changes: one that shut itself after an error does not always say so in
 // statfs, and an ext4 whose journal was aborted takes the first all the same on Linux 6.1.
-// ENOSPC is not an answer to that.
-func probeWrite(dir *os.File) error {
+// ENOSPC is not an answer to that. EDQUOT is returned: a quota is used up. block asks for
+// a block too, which a quota of a user, group or project on ext4 and XFS refuses first.
+func probeWrite(dir *os.File, block bool) error {
 	times := []unix.Timespec{{Nsec: unix.UTIME_NOW}, {Nsec: unix.UTIME_OMIT}}
 	err := ignoringEINTR(func() error { return unix.UtimesNanoAt(unix.AT_FDCWD, procPath(dir), times, 0) })
 	if err == nil {
 		err = ignoringEINTR(func() error {
 			fd, err := unix.Openat(int(dir.Fd()), ".", unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
-			if err == nil {
-				err = unix.Close(fd)
+			if err != nil {
+				return err
 			}
-			return err
+			if block {
+				err = unix.Fallocate(fd, 0, 0, 1)
+			}
+			return errors.Join(err, unix.Close(fd))
 		})
 	}
 	runtime.KeepAlive(dir)
 	switch {
-	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+	case errors.Is(err, unix.ENOSPC):
 		return nil
 	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EISDIR): // a filesystem without such files
 		return nil

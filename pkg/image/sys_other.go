@@ -36,7 +36,7 @@ func isNoCow(*os.File) (bool, error)                        { return false, errO
 func nextHole(*os.File, int64, int64) (int64, int64, error) { return 0, 0, errOS }
 func openedOnce(*os.File) bool                              { return false }
 func commitBtrfs(*os.File) error                            { return errOS }
-func probeWrite(*os.File) error                             { return errOS }
+func probeWrite(*os.File, bool) error                       { return errOS }
 func inDirectory(*exec.Cmd, *os.File)                       {}
 func openToName(*os.File, string) (*os.File, error)         { return nil, errOS }
 func effectiveUID() uint32                                  { return 0 }

@@ -25,6 +25,8 @@ type Machine struct {
 	Templates []Template `json:"templates,omitempty"`
 	// Copies are those of data that go on, ordered by pool and name.
 	Copies []Copy `json:"copies,omitempty"`
+	// Problems are those of the node itself, such as a lack of loop devices.
+	Problems []Problem `json:"problems,omitempty"`
 }
 
 // MaxTemplates bounds the templates in a report.
@@ -148,8 +150,9 @@ const (
 // Problem is something that a person should look at.
 type Problem struct {
 	Kind string `json:"kind"`
-	// Reason is one stable word, of those that docs/design.md lists.
-	Reason  string `json:"reason"`
+	// Reason is one stable word, of those that docs/reference/errors.md lists.
+	Reason string `json:"reason"`
+	// Message says what is wrong and what to do about it.
 	Message string `json:"message"`
 }
 
@@ -200,7 +203,7 @@ const (
 )
 
 // Page cuts out the page that a Next asks for; "" is the first, which alone has the
-// pools, templates and copies. Without ok it is no Next. What comes and goes between two pages neither
+// pools, templates, copies and problems of the node. Without ok it is no Next. What comes and goes between two pages neither
 // repeats nor hides others.
 func (m *Machine) Page(next string) (p Page, ok bool) {
 	p.Time = m.Time
@@ -211,7 +214,7 @@ func (m *Machine) Page(next string) (p Page, ok bool) {
 			return p, false
 		}
 		if next == "" {
-			p.Pools, p.Templates, p.Copies = m.Pools, m.Templates, m.Copies
+			p.Pools, p.Templates, p.Copies, p.Problems = m.Pools, m.Templates, m.Copies, m.Problems
 		}
 		var more bool
 		if p.Volumes, more = cut(m.Volumes, after, func(v Volume) string { return v.ID }); more {
@@ -251,4 +254,5 @@ func (m *Machine) Add(p Page) {
 	m.Snapshots = append(m.Snapshots, p.Snapshots...)
 	m.Templates = append(m.Templates, p.Templates...)
 	m.Copies = append(m.Copies, p.Copies...)
+	m.Problems = append(m.Problems, p.Problems...)
 }

@@ -17,6 +17,7 @@ func machine(volumes, snapshots int) Machine {
 		m.Snapshots = append(m.Snapshots, Snapshot{ID: fmt.Sprintf("a.s%05d", i)})
 	}
 	m.Templates = []Template{{ID: "a.golden", Name: "golden", Volumes: 2}}
+	m.Problems = []Problem{{Kind: Degraded, Reason: "LoopDeviceLimit", Message: "m"}}
 	m.Copies = []Copy{{Name: "pvc-1", Kind: Copying, Done: 1, Total: 2}}
 	return m
 }

@@ -228,19 +228,19 @@ func (v clusterView) problems(b Bound) (all []report.Problem, known bool) {
 func missing(n report.Node, poolID string) report.Problem {
 	for _, p := range n.Pools {
 		if p.ID == poolID {
-			return report.Problem{Reason: noticeVolume, Message: fmt.Sprintf("pool %q has no such volume: was it deleted by hand, or the pool restored from a backup?", p.Name)}
+			return report.Problem{Reason: noticeVolume, Message: fmt.Sprintf("pool %q has no such volume: was it deleted by hand, or the pool restored from a backup? Restore its directory, or delete the claim and its PersistentVolume", p.Name)}
 		}
 	}
 	for _, p := range n.Pools {
 		if p.ID == "" {
-			why := "it cannot be used"
+			why := "it cannot be used; csi-loop's log on the node says why"
 			if len(p.Problems) > 0 {
 				why = p.Problems[0].Message
 			}
 			return report.Problem{Reason: noticeAbsent, Message: fmt.Sprintf("its pool is not there. Pool %q is absent: %s", p.Name, why)}
 		}
 	}
-	return report.Problem{Reason: noticePool, Message: fmt.Sprintf("the node has no pool with the ID %s: is its disk gone, or not configured any more?", poolID)}
+	return report.Problem{Reason: noticePool, Message: fmt.Sprintf("the node has no pool with the ID %s: is its disk gone, or not configured any more? Mount it and configure the pool again, or see \"A node is lost\" in csi-loop's operations guide", poolID)}
 }
 
 var noticeWord = regexp.MustCompile(`^[A-Z][A-Za-z]{2,63}$`)

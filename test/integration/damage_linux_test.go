@@ -290,6 +290,31 @@ func TestImageTruncatedWhileUsed(t *testing.T) {
 	}
 }
 
+// TestRemovedImageIsSavedFromItsDevice: an image that was removed while its pods run is saved from the device and put back, as
+// the volume's health and docs/operations.md say.
+func TestRemovedImageIsSavedFromItsDevice(t *testing.T) {
+	s := newSite(t, siteConfig{})
+	v := s.volume(ext4, "removed").up()
+	v.step("write", v.write(0))
+	device := v.device()
+	must(t, os.Remove(v.image()))
+	v.wantHealth("DATA_LOSS ImageMissing", "copy it from the device before the pods are deleted")
+	roottest.Run(t, "fsfreeze", "--freeze", v.target(0))
+	roottest.Run(t, "dd", "if="+device, "of="+v.dir+"/saved.img", "bs=1M", "conv=sparse,fsync", "status=none")
+	roottest.Run(t, "fsfreeze", "--unfreeze", v.target(0))
+	v.step("unpublish", asCO(v, func() error { return v.unpublish(0) }))
+	v.step("unstage", asCO(v, v.unstage))
+	wantCode(t, "stage without an image", v.stage(), codes.DataLoss)
+	roottest.Run(t, "cp", "--sparse=always", v.dir+"/saved.img", v.image())
+	v.wantHealth("DEGRADED NotFullyAllocated")
+	v.step("stage", v.stage())
+	v.step("publish", v.publish(0, false))
+	v.step("read", v.read(0, 0))
+	v.wantHealth("")
+	must(t, os.Remove(v.dir+"/saved.img"))
+	v.down()
+}
+
 // TestDamagedImageAttachedByHand: a damaged image may be attached to somebody's device all the same, who must not lose it.
 func TestDamagedImageAttachedByHand(t *testing.T) {
 	s := newSite(t, siteConfig{})

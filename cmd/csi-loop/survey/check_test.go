@@ -142,8 +142,8 @@ func TestSite(t *testing.T) {
 		"no reflinks":       {change: func(s *Site, _ *Config) { s.Pools[0].Reflinks = false }, want: []string{"note pool p: files cannot share"}},
 		"no promises":       {change: func(s *Site, _ *Config) { s.Pools[0].NoThick = true }, want: []string{"only thin volumes"}},
 		"the pool's problems": {change: func(s *Site, _ *Config) {
-			s.Pools[0].Problems = []image.Problem{{Kind: image.Degraded, Reason: "ReserveUsed", Message: "m"}, {Kind: image.Inaccessible, Reason: "PoolMissing", Message: "n"}}
-		}, want: []string{"warning pool p: ReserveUsed: m -> free space", "problem pool p: PoolMissing: n -> dmesg"}},
+			s.Pools[0].Problems = []image.Problem{{Kind: image.Degraded, Reason: "ReserveUsed", Message: "m", Action: "make room"}, {Kind: image.Inaccessible, Reason: "PoolMissing", Message: "n", Action: "mount it"}}
+		}, want: []string{"warning pool p: ReserveUsed: m -> make room", "problem pool p: PoolMissing: n -> mount it"}},
 		"a leftover":            {change: func(s *Site, _ *Config) { s.Pools[0].Leftovers = []string{".new-x"} }, want: []string{"warning pool p: .new-x was left"}},
 		"a call under way":      {change: func(s *Site, _ *Config) { s.Pools[0].Leftovers = []string{".new-x"} }, serving: true, want: []string{"note pool p: .new-x"}},
 		"a file open to others": {change: func(s *Site, _ *Config) { s.Pools[0].Exposed = []string{"pool.json"} }, want: []string{"-> chmod go= /p/pool.json"}},
@@ -154,10 +154,10 @@ func TestSite(t *testing.T) {
 		}, want: []string{"problem pool q: it has the ID of pool p"}},
 		"a damaged record": {change: func(s *Site, _ *Config) {
 			s.Pools[0].Volumes[0].Err = image.ErrDamaged
-		}, want: []string{"problem volume aaaaaaaaaaaaaaaaaaaa.v: refused: damaged -> restore /p/volumes/v"}},
+		}, want: []string{"problem volume aaaaaaaaaaaaaaaaaaaa.v: refused: damaged -> stop csi-loop on the node and restore the record"}},
 		"a lost image": {change: func(s *Site, _ *Config) {
-			s.Pools[0].Volumes[0].Problems = []image.Problem{{Kind: image.DataLoss, Reason: "ImageMissing", Message: "m"}}
-		}, want: []string{"ImageMissing: m -> restore /p/volumes/v/disk.img from a backup"}},
+			s.Pools[0].Volumes[0].Problems = []image.Problem{{Kind: image.DataLoss, Reason: "ImageMissing", Message: "m", Action: "restore it"}}
+		}, want: []string{"ImageMissing: m -> restore it (/p/volumes/v/disk.img)"}},
 		"attached by hand": {change: func(s *Site, _ *Config) {
 			s.Devices[0].State, s.Records = Attached, nil
 		}, want: []string{"-> if nobody uses it: umount /stage /target, then losetup -d /dev/loop3"}},

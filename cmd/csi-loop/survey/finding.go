@@ -115,7 +115,7 @@ func (f *findings) pool(p image.PoolView, cfg image.Config, serving bool) {
 		if problem.Kind == image.Degraded {
 			level = Warning
 		}
-		f.addf(level, subject, fixOfProblem(problem), "%s: %s", problem.Reason, problem.Message)
+		f.addf(level, subject, problem.Action, "%s: %s", problem.Reason, problem.Message)
 	}
 	for _, name := range p.Exposed {
 		f.repairablef(Warning, subject, "chmod go= "+Quote(filepath.Join(p.Path, name)), "%s can be read or written by others than root", name)
@@ -154,16 +154,6 @@ func fixOfPool(c image.Config) string {
 	return "findmnt -T " + path + " shows what is mounted there"
 }
 
-func fixOfProblem(p image.Problem) string {
-	switch p.Reason {
-	case "ThinPromisesUncovered", "ReserveUsed":
-		return "free space on the pool's filesystem, or make it larger"
-	case "PoolMissing", "PoolFilesystem":
-		return "dmesg says why the filesystem failed; mount the right disk and restart csi-loop"
-	}
-	return ""
-}
-
 // copies finds pools with one ID.
 func (f *findings) copies(pools []image.PoolView) {
 	for i, p := range pools {
@@ -181,19 +171,19 @@ func (f *findings) volume(p image.PoolView, v image.VolumeView) {
 	if v.Err != nil {
 		_, dir, _ := strings.Cut(v.ID, ".")
 		path := Quote(filepath.Join(p.Path, "volumes", dir))
-		f.addf(Problem, subject, "restore "+path+" from a backup; if nobody needs the volume, stop csi-loop and rm -r "+path, "refused: %v", v.Err)
+		f.addf(Problem, subject, image.RecordProblem(v.Err).Action+" ("+path+"); if nobody needs the volume, stop csi-loop and rm -r "+path, "refused: %v", v.Err)
 		return
 	}
 	for _, problem := range v.Problems {
 		path := Quote(filepath.Join(p.Path, "volumes", image.DirName(v.Name), "disk.img"))
 		switch {
 		case problem.Reason == image.GrowthUnfinished:
-			f.repairablef(Warning, subject, "start csi-loop, or csi-loop doctor --repair", "%s", problem.Message)
+			f.repairablef(Warning, subject, problem.Action, "%s", problem.Message)
 		case problem.Reason == "PoolNearlyFull": // the pool's finding
 		case problem.Kind == image.Degraded:
-			f.addf(Warning, subject, "", "%s: %s", problem.Reason, problem.Message)
+			f.addf(Warning, subject, problem.Action, "%s: %s", problem.Reason, problem.Message)
 		default:
-			f.addf(Problem, subject, "restore "+path+" from a backup", "%s: %s", problem.Reason, problem.Message)
+			f.addf(Problem, subject, problem.Action+" ("+path+")", "%s: %s", problem.Reason, problem.Message)
 		}
 	}
 }
