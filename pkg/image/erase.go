@@ -17,6 +17,8 @@ const (
 	// An image of more blocks is cut piece by piece before it is unlinked. What the
 	// kernel does in one call cannot be interrupted, not even by SIGKILL.
 	firstPiece int64 = 64 * MiB
+	// scarcePause is how long what cannot be removed for want of descriptors waits.
+	scarcePause = time.Second
 	// pieceTime is about what the freeing of one piece may take.
 	pieceTime = 50 * time.Millisecond
 )
@@ -56,7 +58,7 @@ func (p *Pool) eraseAll(all ...string) (done <-chan struct{}) {
 			if i > 0 && p.erasers.end.Err() != nil {
 				return
 			}
-			err := p.erase(p.erasers.end, name)
+			err := p.eraseSurely(name)
 			switch {
 			case err == nil:
 				p.freed.Store(p.store.now().UnixNano())
@@ -67,6 +69,22 @@ func (p *Pool) eraseAll(all ...string) (done <-chan struct{}) {
 		p.store.kill("remove: unlinked")
 	})
 	return over
+}
+
+// eraseSurely is erase until it is not a lack of descriptors or memory that stands in its
+// way, or the erasers end: a call that fails for such a lack leaves nothing for longer.
+func (p *Pool) eraseSurely(name string) error {
+	err := p.erase(p.erasers.end, name)
+	if scarce(err) {
+		p.logger.Info("Cannot remove yet; trying again", "path", p.Path()+"/"+name, "in", scarcePause.String(), "reason", err.Error())
+	}
+	for scarce(err) {
+		if err := pause(p.erasers.end, scarcePause); err != nil {
+			return err
+		}
+		err = p.erase(p.erasers.end, name)
+	}
+	return err
 }
 
 // await waits for done as long as a call should: until patience is over, or ctx.
