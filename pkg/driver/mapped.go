@@ -23,6 +23,10 @@ const (
 	// attrBlockSize, attrDirectIO: as the parameters of the same name.
 )
 
+// maxMappedID is how long the ID of a mapped volume may be, in bytes: what CSI gives a
+// string. A person chooses it; IDs of volumes in pools are shorter by themselves.
+const maxMappedID = 128
+
 // mappedAttributes are the attributes of a mapped volume after validation.
 type mappedAttributes struct {
 	Image     string `json:"image"`

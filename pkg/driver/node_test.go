@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -310,6 +311,18 @@ func TestMapped(t *testing.T) {
 			code(t, mapped(c.context).stage(), c.code)
 			n.fake.clean(t)
 		})
+	}
+	for length, want := range map[int]codes.Code{maxMappedID: codes.OK, maxMappedID + 1: codes.InvalidArgument} {
+		v := mapped(map[string]string{"image": path})
+		v.id = strings.Repeat("x", length)
+		code(t, v.stage(), want)
+		if want == codes.OK {
+			n.must(v.unstage())
+		}
+		if _, staged := n.d.state.get(v.id); staged {
+			t.Errorf("a record of an ID of %d bytes is left", length)
+		}
+		n.fake.clean(t)
 	}
 	v := mapped(map[string]string{"image": path, "offset": "1Mi", "sizeLimit": "2Mi", "readOnly": "true", "storage.kubernetes.io/csiProvisionerIdentity": "x"})
 	n.must(v.stage())

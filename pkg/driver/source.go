@@ -54,6 +54,8 @@ func (d *Driver) source(id string, context map[string]string) (source, error) {
 	switch {
 	case attributes != nil && ours:
 		return source{}, invalidf("volume %q belongs to a pool, attribute %q cannot be given", id, attrImage)
+	case attributes != nil && len(id) > maxMappedID:
+		return source{}, invalidf("volume_id: %d bytes are more than %d; give the PersistentVolume a shorter volumeHandle", len(id), maxMappedID)
 	case attributes != nil:
 		return d.mappedSource(id, attributes), nil
 	}

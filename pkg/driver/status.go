@@ -70,7 +70,7 @@ var sentinelCodes = []struct {
 	{context.DeadlineExceeded, codes.DeadlineExceeded, "it took longer than the caller waits; it asks again and finds what was done so far. If it never ends, look at the disk of the pool"},
 
 	{image.ErrNotFound, codes.NotFound, "there is no such volume, snapshot or template on this node. A volume that Kubernetes has a PersistentVolume of was deleted behind its back, or its pool is another: `csi-loop volumes`"},
-	{image.ErrIncompatible, codes.AlreadyExists, "a volume or snapshot of this name is there and was asked for differently: delete it, or ask for the same"},
+	{image.ErrIncompatible, codes.AlreadyExists, "a volume, snapshot or template of this name is there and was asked for differently: delete it, or ask for the same"},
 	{image.ErrNoSpace, codes.ResourceExhausted, "delete what is not needed, grow the pool's filesystem, or use another pool or node. In Kubernetes the scheduler chooses again"},
 	{image.ErrSize, codes.OutOfRange, "ask for a size within the limits that the message names"},
 	{image.ErrSource, codes.InvalidArgument, "the volume cannot begin as this snapshot, volume or template, for the reason in the message: usually it is smaller than its source, or has another filesystem"},

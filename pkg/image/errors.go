@@ -11,7 +11,7 @@ import (
 var (
 	// ErrNotFound: no such volume or snapshot. Also for IDs of other pools and for nonsense.
 	ErrNotFound = errors.New("not found")
-	// ErrIncompatible: a volume or snapshot of that name exists and differs in the named field.
+	// ErrIncompatible: a volume, snapshot or template of that name exists and differs in the named field.
 	ErrIncompatible = errors.New("exists and is different")
 	// ErrNoSpace: the pool cannot promise or hold that much. Nothing was changed.
 	ErrNoSpace = errors.New("not enough space in the pool")
