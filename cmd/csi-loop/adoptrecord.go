@@ -74,33 +74,67 @@ func (r *record) missing(inCluster map[string]bool) []corev1.PersistentVolume {
 	return all
 }
 
-// findRecord finds the record of a move that goes on: of this pool, to this node, not
-// complete. Without one it returns nil. A move to another node is not gone on with; it
-// is an error if PersistentVolumes are missing that only its record has.
-func (a *adoption) findRecord(inCluster map[string]bool) (*record, error) {
-	paths := []string{a.save}
-	if a.save == "" {
-		var err error
-		if paths, err = existing(a.saveName()); err != nil {
-			return nil, err
+// overtaken names a PersistentVolume that is neither as the record has it nor where the
+// move takes it: another move came later. "" is none.
+func (a *adoption) overtaken(r *record, listed []corev1.PersistentVolume) string {
+	uids := map[string]types.UID{}
+	for i := range r.saved {
+		uids[r.saved[i].Name] = r.saved[i].UID
+	}
+	for i := range listed {
+		pv := &listed[i]
+		if uid, ok := uids[pv.Name]; ok && uid != pv.UID && a.mine(pv) && !a.there(pv) {
+			return pv.Name
 		}
 	}
-	var found *record
+	return ""
+}
+
+// findRecord finds the record of a move that goes on: of this pool, to this node, not
+// complete, and nothing came after it. Without one it returns nil, and the records that
+// the next move ends: they are of this pool, not complete, and have nothing that is
+// missing. It is an error if PersistentVolumes are missing that only such a record has.
+func (a *adoption) findRecord(listed []corev1.PersistentVolume) (found *record, over []*record, err error) {
+	inCluster := names(listed)
+	paths := []string{a.save}
+	if a.save == "" {
+		if paths, err = existing(a.saveName()); err != nil {
+			return nil, nil, err
+		}
+	}
 	for _, path := range paths {
 		r, err := readRecord(path)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
+			continue
 		case err != nil:
-			return nil, err
+			return nil, nil, err
 		case r.pool != a.poolID || r.complete:
-		case r.node == a.node:
+			continue
+		}
+		missing, later := r.missing(inCluster), a.overtaken(r, listed)
+		switch {
+		case len(missing) == 0 && (r.node != a.node || later != ""):
+			over = append(over, r)
+		case r.node != a.node:
+			return nil, nil, fmt.Errorf("%s: a move of the pool to node %s was interrupted, and PersistentVolume %s is missing: complete it with --node=%s first",
+				path, r.node, missing[0].Name, r.node)
+		case later != "":
+			return nil, nil, fmt.Errorf("%s: a move of the pool was interrupted, PersistentVolume %s is missing since, and %s was moved to another node later: "+
+				"create from the file what is to be there, and move the file away", path, missing[0].Name, later)
+		default:
 			found = r
-		case len(r.missing(inCluster)) > 0:
-			return nil, fmt.Errorf("%s: a move of the pool to node %s was interrupted, and PersistentVolume %s is missing: complete it with --node=%s first",
-				path, r.node, r.missing(inCluster)[0].Name, r.node)
 		}
 	}
-	return found, nil
+	return found, over, nil
+}
+
+func names(all []corev1.PersistentVolume) map[string]bool {
+	has := map[string]bool{}
+	for i := range all {
+		has[all[i].Name] = true
+	}
+	return has
 }
 
 func (a *adoption) saveName() string { return "csi-loop-adopt-" + a.poolID }

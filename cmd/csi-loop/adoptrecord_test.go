@@ -234,6 +234,70 @@ func TestAdoptGoesOnWithCare(t *testing.T) {
 	})
 }
 
+// A record that is not complete is of no use once another move came after it: what is
+// missing after that was taken away on purpose.
+func TestAdoptGoesOnWithNoMoveThatAnotherOvertook(t *testing.T) {
+	takeAway := func(m *mover) {
+		m.setPolicy("Retain")
+		m.deleteClaim()
+		m.deleteVolume()
+	}
+	second := persistent("two", movedPool, "a", corev1.PersistentVolumeReclaimDelete)
+	elsewhere := func(m *mover, node string) { // another administrator, or another directory
+		m.Helper()
+		here, err := os.Getwd()
+		if err != nil {
+			m.Fatal(err)
+		}
+		m.Chdir(m.TempDir())
+		m.mustAdopt(node)
+		m.Chdir(here)
+	}
+	t.Run("in the same directory", func(t *testing.T) {
+		m := newMover(t)
+		m.interrupted("b", "delete")
+		m.mustAdopt("c")
+		takeAway(m)
+		m.mustAdopt("b")
+		m.want("")
+	})
+	t.Run("but not by looking", func(t *testing.T) {
+		m := newMover(t)
+		m.interrupted("b", "delete")
+		if err := m.adopt("c", func(a *adoption) { a.apply = false }); err != nil {
+			t.Fatal(err)
+		}
+		m.mustAdopt("b")
+		m.want("b Delete")
+	})
+	t.Run("in another directory, nothing missing", func(t *testing.T) {
+		m := newMover(t)
+		m.interrupted("b", "delete")
+		elsewhere(m, "c")
+		m.setPolicy("Delete")
+		m.mustAdopt("b")
+		m.want("b Delete")
+		if _, err := os.Stat("csi-loop-adopt-" + movedPool + "-2.yaml"); err != nil {
+			t.Errorf("the old record was gone on with: %v", err)
+		}
+		takeAway(m)
+		m.mustAdopt("b")
+		m.want("")
+	})
+	t.Run("in another directory, one missing", func(t *testing.T) {
+		m := newMover(t)
+		if err := m.client.Tracker().Add(second); err != nil {
+			t.Fatal(err)
+		}
+		m.interrupted("b", "create")
+		elsewhere(m, "c") // moves the other one
+		if err := m.adopt("b"); err == nil || !strings.Contains(err.Error(), "PersistentVolume one is missing since, and two was moved") {
+			t.Errorf("%v", err)
+		}
+		m.want("")
+	})
+}
+
 // Somebody else deletes it, and it waits for its pods: its deletion is not adopt's.
 func TestAdoptPassesOverWhatOthersDelete(t *testing.T) {
 	m := newMover(t)

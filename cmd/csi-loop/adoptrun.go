@@ -27,11 +27,7 @@ func (a *adoption) run(ctx context.Context, client kubeapi.Interface, out io.Wri
 	if err != nil {
 		return err
 	}
-	inCluster := map[string]bool{}
-	for i := range listed.Items {
-		inCluster[listed.Items[i].Name] = true
-	}
-	r, err := a.findRecord(inCluster)
+	r, over, err := a.findRecord(listed.Items)
 	if err != nil {
 		return err
 	}
@@ -39,7 +35,7 @@ func (a *adoption) run(ctx context.Context, client kubeapi.Interface, out io.Wri
 	if !resumed {
 		r = &record{}
 	}
-	steps, err := a.restore(ctx, client, r.missing(inCluster))
+	steps, err := a.restore(ctx, client, r.missing(names(listed.Items)))
 	if err != nil {
 		return err
 	}
@@ -50,10 +46,10 @@ func (a *adoption) run(ctx context.Context, client kubeapi.Interface, out io.Wri
 	switch {
 	case len(steps) == 0:
 		fmt.Fprintln(out, "Nothing to do.")
-		if resumed && a.apply {
-			return r.finish()
+		if resumed {
+			over = append(over, r)
 		}
-		return nil
+		return a.end(over)
 	case !resumed:
 		if r, err = a.newRecord(); err != nil {
 			return err
@@ -63,10 +59,27 @@ func (a *adoption) run(ctx context.Context, client kubeapi.Interface, out io.Wri
 		fmt.Fprintf(out, "%d PersistentVolumes would be replaced; --apply does it.\n", len(steps))
 		return nil
 	}
+	if err := a.end(over); err != nil {
+		return err
+	}
 	if err := a.carryOut(ctx, client, r, steps); err != nil {
 		return err
 	}
 	fmt.Fprintf(out, "%d PersistentVolumes replaced. The old ones are in %s.\n", len(steps), r.path)
+	return nil
+}
+
+// end has nothing go on with these records any more: what is missing after a later move
+// was taken away on purpose.
+func (a *adoption) end(over []*record) error {
+	for _, r := range over {
+		if !a.apply {
+			return nil
+		}
+		if err := r.finish(); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
