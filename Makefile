@@ -8,9 +8,12 @@ VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unk
 # What the tests run over, and flags for every go test.
 PKGS     ?= ./...
 TESTARGS ?=
-# What runs in the virtual machines; see test/vm.
+# What runs in the virtual machines; see test/vm, which has a test that no package with
+# root tests is missing here.
 VM_KERNELS ?= 6.1,6.12
-VM_PKGS    ?= ./test/vm/guest ./internal/confine ./pkg/cgroup ./pkg/loop ./pkg/mount ./pkg/crypt ./pkg/image ./pkg/driver ./test/sanity
+VM_PKGS    ?= ./test/vm/guest ./internal/confine ./internal/roottest ./pkg/cgroup ./pkg/kubelet ./pkg/partition \
+              ./pkg/router ./pkg/router/kube ./pkg/router/link ./pkg/loop ./pkg/mount ./pkg/crypt ./pkg/image ./pkg/driver \
+              ./cmd/csi-loop ./cmd/csi-loop/survey ./test/sanity
 VM_ARGS    ?=
 # The limit for all packages on one kernel. Without KVM pkg/image alone takes most of an hour.
 VM_TIMEOUT ?= 4h
@@ -81,9 +84,11 @@ test-vm: ## run the root tests on other kernels in virtual machines, needs no ro
 	@hack/deps vm
 	$(GO) run ./test/vm -kernels $(VM_KERNELS) -timeout $(VM_TIMEOUT) $(VM_ARGS) $(VM_PKGS)
 
-test-kernels: VM_PKGS += ./test/integration ./test/crash/...
-test-kernels: VM_TIMEOUT = 8h
-test-kernels: ## the same with the tests of the driver as a process: hours without KVM
+test-kernels: ## test-vm and test-vm-driver: hours without KVM
+	@MAKE='$(MAKE)' hack/steps test-vm test-vm-driver
+
+test-vm-driver: VM_PKGS = ./test/integration ./test/crash ./test/crash/gate
+test-vm-driver: ## run the tests of the driver as a process on other kernels, shortened, needs no root
 	@hack/deps vm
 	$(GO) run ./test/vm -kernels $(VM_KERNELS) -timeout $(VM_TIMEOUT) $(VM_ARGS) $(VM_PKGS) -- -test.short
 

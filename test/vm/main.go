@@ -22,6 +22,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -178,8 +179,14 @@ func (h harness) compile(ctx context.Context, work string) ([]testBinary, error)
 	if len(tests) == 0 {
 		return nil, errors.New("the packages have no tests")
 	}
-	for _, name := range alsoRead {
-		tests = append(tests, testBinary{path: name, source: work, job: plan.Job{Argv: []string{path.Join("/tests", modulePath, name)}}})
+	for _, pattern := range alsoRead {
+		names, err := filepath.Glob(pattern)
+		if err != nil || len(names) == 0 {
+			return nil, fmt.Errorf("nothing is %s: %w", pattern, errors.Join(err, fs.ErrNotExist))
+		}
+		for _, name := range names {
+			tests = append(tests, testBinary{path: name, source: work, job: plan.Job{Argv: []string{path.Join(checkout, name)}}})
+		}
 	}
 	if !slices.ContainsFunc(tests, func(t testBinary) bool { return runsDriver[path.Base(t.job.Name)] }) {
 		return tests, nil
@@ -192,13 +199,17 @@ func (h harness) compile(ctx context.Context, work string) ([]testBinary, error)
 }
 
 // alsoRead are files that tests read which are not in their package's testdata.
-var alsoRead = []string{"charts/csi-loop/values.schema.json", "docs/operations.md"}
+var alsoRead = []string{
+	"README.md", "CONTRIBUTING.md", "docs/*.md", "docs/reference/*.md", "test/e2e/README.md",
+	"charts/csi-loop/README.md", "charts/csi-loop/values.schema.json",
+}
 
-const modulePath = "github.com/csi-loop/csi-loop"
+// checkout is where the guest has what it has of the repository.
+const checkout = "/tests/github.com/csi-loop/csi-loop"
 
 // runsDriver are the packages whose tests run the csi-loop binary, which is at
 // driverPath in the guest: there is no compiler.
-var runsDriver = map[string]bool{"integration": true, "crash": true}
+var runsDriver = map[string]bool{"integration": true, "crash": true, "csi-loop": true}
 
 const driverPath = "/tests/bin/csi-loop"
 
@@ -280,9 +291,11 @@ func verdict(name, release string, r *result) (line string, ok bool) {
 	if r == nil {
 		return fmt.Sprintf("FAIL\t%s\t[%s: did not end]", name, release), false
 	}
-	word, notes := "ok  ", []string{release}
+	word, notes := "ok  ", []string{release, fmt.Sprintf("%d tests passed", r.passed)}
 	if r.status != 0 {
 		word, notes = "FAIL", append(notes, fmt.Sprintf("exit status %d", r.status))
+	} else if r.passed == 0 {
+		word = "FAIL" // whoever chose the tests meant some
 	}
 	if wrong := wrongly(r.skipped); len(wrong) > 0 {
 		word, notes = "FAIL", append(notes, fmt.Sprintf("skipped, and nothing is missing here: %q", wrong))

@@ -34,7 +34,8 @@ type machine struct {
 type result struct {
 	status  int
 	took    time.Duration
-	skipped []string // tests
+	passed  int      // tests, each with all that is in it
+	skipped []string // tests, and those in them
 }
 
 // boot runs the machine until it powers off and returns the results of the jobs
@@ -102,12 +103,15 @@ func (m machine) command(ctx context.Context, console string) *exec.Cmd {
 func follow(r io.Reader, p plan.Plan, out io.Writer) (results []result, finished bool, err error) {
 	lines := bufio.NewReader(r)
 	var started time.Time
-	var skipped []string
+	var now result
 	for {
 		line, readErr := lines.ReadString('\n')
 		before, report, ok := plan.Parse(p.Token, strings.TrimRight(line, "\r\n"))
 		if name, ok := skippedTest(before); ok {
-			skipped = append(skipped, name)
+			now.skipped = append(now.skipped, name)
+		}
+		if strings.HasPrefix(before, "--- PASS: ") {
+			now.passed++
 		}
 		if noise := p.Terse && isNoise(before); !noise && (before != "" || !ok && line != "") {
 			fmt.Fprintln(out, before)
@@ -115,13 +119,14 @@ func follow(r io.Reader, p plan.Plan, out io.Writer) (results []result, finished
 		if ok {
 			switch report.Event {
 			case plan.Started:
-				started, skipped = time.Now(), nil
+				started, now = time.Now(), result{}
 				fmt.Fprintf(out, "== %s\n", p.Jobs[report.Number].Name)
 			case plan.Ended:
 				if report.Number != len(results) {
 					return results, false, fmt.Errorf("the guest reports job %d, expected %d", report.Number, len(results))
 				}
-				results = append(results, result{status: report.Status, took: time.Since(started), skipped: skipped})
+				now.status, now.took = report.Status, time.Since(started)
+				results = append(results, now)
 			case plan.Finished:
 				finished = len(results) == len(p.Jobs)
 			case plan.Ledger: // not from tests

@@ -12,8 +12,7 @@ import (
 
 // maySkip are the tests that may be skipped in the guest, with the reason.
 var maySkip = map[string]string{
-	"TestDeadFilesystem/btrfs":         "btrfs cannot be shut down on these kernels",
-	"TestReadSuperblockOfMkfs/ext4#01": "writes much metadata, and is left out of short runs",
+	"TestDeadFilesystem/btrfs": "btrfs cannot be shut down on these kernels",
 }
 
 var (

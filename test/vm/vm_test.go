@@ -148,7 +148,7 @@ func TestSkippedTests(t *testing.T) {
 	known := slices.Sorted(maps.Keys(maySkip))[0]
 	console := line(plan.Started, 0, 0) + "=== RUN   TestA\n    a_test.go:1: no such thing\n--- SKIP: TestA (0.00s)\n" +
 		"    --- SKIP: TestB/sub#01 (0.00s)\n--- PASS: TestB (0.00s)\nPASS\n" + line(plan.Ended, 0, 0) +
-		line(plan.Started, 1, 0) + "    --- SKIP: " + known + " (0.00s)\nPASS\n" + line(plan.Ended, 1, 0) + line(plan.Finished, 0, 0)
+		line(plan.Started, 1, 0) + "    --- PASS: TestC/sub (0.00s)\n    --- SKIP: " + known + " (0.00s)\n--- PASS: TestC (0.00s)\n--- PASS: TestD (0.00s)\nPASS\n" + line(plan.Ended, 1, 0) + line(plan.Finished, 0, 0)
 	var out bytes.Buffer
 	results, finished, err := follow(strings.NewReader(console), p, &out)
 	if err != nil || !finished || len(results) != 2 {
@@ -156,8 +156,12 @@ func TestSkippedTests(t *testing.T) {
 	}
 	for i, want := range []struct {
 		skipped []string
+		passed  int
 		ok      bool
-	}{{[]string{"TestA", "TestB/sub#01"}, false}, {[]string{known}, true}} {
+	}{{[]string{"TestA", "TestB/sub#01"}, 1, false}, {[]string{known}, 2, true}} {
+		if results[i].passed != want.passed {
+			t.Errorf("%d tests passed, want %d", results[i].passed, want.passed)
+		}
 		if diff := cmp.Diff(want.skipped, results[i].skipped); diff != "" {
 			t.Error(diff)
 		}
@@ -177,10 +181,11 @@ func TestVerdict(t *testing.T) {
 		r    *result
 		ok   bool
 	}{
-		{"passed", &result{}, true},
-		{"failed", &result{status: 1}, false},
+		{"passed", &result{passed: 1}, true},
+		{"failed", &result{passed: 1, status: 1}, false},
+		{"no test ran", &result{}, false},
 		{"did not end", nil, false},
-		{"failed, and skipped what it may", &result{status: 1, skipped: slices.Sorted(maps.Keys(maySkip))}, false},
+		{"failed, and skipped what it may", &result{passed: 1, status: 1, skipped: slices.Sorted(maps.Keys(maySkip))}, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			line, ok := verdict("p", "6.1", c.r)
