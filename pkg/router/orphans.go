@@ -16,6 +16,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"k8s.io/klog/v2"
+
+	"github.com/csi-loop/csi-loop/pkg/router/link"
 )
 
 // Claims knows what Kubernetes still has a use for.
@@ -70,16 +72,20 @@ const (
 	orphanAge = time.Minute
 	// orphanAsk is how many nodes are asked at a time.
 	orphanAsk = 16
+	// orphanTime is how long one may take to list its volumes.
+	orphanTime = 30 * time.Second
 )
 
 // orphans is what was found so far.
 type orphans struct {
-	looking sync.Mutex // one look at a time; before mu
+	looking chan struct{} // capacity 1; full during a look, of which there is one at a time; before mu
 
 	mu    sync.Mutex
 	last  OrphanReport         // guarded by mu
 	since map[string]time.Time // guarded by mu; by volume ID
 }
+
+func newOrphans() orphans { return orphans{looking: make(chan struct{}, 1)} }
 
 // WatchOrphans looks for orphans until ctx ends.
 func (r *Router) WatchOrphans(ctx context.Context) {
@@ -92,8 +98,12 @@ func (r *Router) WatchOrphans(ctx context.Context) {
 
 // Orphans looks for orphans on the nodes that are linked.
 func (r *Router) Orphans(ctx context.Context) (OrphanReport, error) {
-	r.orphans.looking.Lock()
-	defer r.orphans.looking.Unlock()
+	select {
+	case r.orphans.looking <- struct{}{}:
+	case <-ctx.Done():
+		return OrphanReport{}, ctx.Err()
+	}
+	defer func() { <-r.orphans.looking }()
 	volumes, unseen, err := r.volumes(ctx)
 	if err != nil {
 		return OrphanReport{}, err
@@ -204,7 +214,9 @@ func (r *Router) volumes(ctx context.Context) (volumes []Orphan, unseen []string
 			continue
 		}
 		group.Go(func() error {
-			part, err := r.volumesOf(ctx, p.session)
+			asking, cancel := context.WithTimeout(ctx, orphanTime)
+			defer cancel()
+			part, err := r.volumesOf(asking, p.session)
 			mu.Lock()
 			defer mu.Unlock()
 			if err != nil {
@@ -236,7 +248,7 @@ func (r *Router) volumesOf(ctx context.Context, s *session) ([]Orphan, error) {
 		if next == "" {
 			return volumes, nil
 		}
-		if next == token || len(resp.GetEntries()) == 0 || len(volumes) > pageMost*100 {
+		if next == token || len(resp.GetEntries()) == 0 || len(volumes) > link.MaxVolumes {
 			return nil, errors.New("it does not keep to pages")
 		}
 		token = next

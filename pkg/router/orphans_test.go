@@ -1,13 +1,17 @@
 package router
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
+
+	"github.com/csi-loop/csi-loop/pkg/router/link"
 )
 
 const uid = "0b6ca5f0-7c1d-4f1e-9d1a-0123456789ab"
@@ -173,4 +177,79 @@ func TestNodes(t *testing.T) {
 	}
 	_, err = c.router.answer(t.Context(), "Nonsense", nil)
 	code(t, err, codes.Unimplemented)
+}
+
+// deaf lists its volumes as answer says.
+type deaf struct {
+	*fakeNode
+
+	answer func(ctx context.Context, req *csi.ListVolumesRequest) (*csi.ListVolumesResponse, error)
+}
+
+func (d deaf) ListVolumes(ctx context.Context, req *csi.ListVolumesRequest) (*csi.ListVolumesResponse, error) {
+	return d.answer(ctx, req)
+}
+
+// A node that never answers is waited for no longer than orphanTime, and whoever asks
+// meanwhile no longer than it wants to.
+func TestOrphansOfADeafNode(t *testing.T) {
+	c := newCluster(t)
+	asked := make(chan context.Context, 1)
+	a := c.node("a", newDisk(t, "default", gib))
+	a.handler = deaf{a, func(ctx context.Context, _ *csi.ListVolumesRequest) (*csi.ListVolumesResponse, error) {
+		asked <- ctx
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}}
+	c.linked(a.up())
+	ctx, cancel := context.WithCancel(t.Context())
+	first := make(chan error, 1)
+	go func() {
+		_, err := c.router.Orphans(ctx)
+		first <- err
+	}()
+	deadline, bounded := (<-asked).Deadline()
+	if !bounded || time.Until(deadline) > orphanTime {
+		t.Errorf("waits until %s (%t)", deadline, bounded)
+	}
+	impatient, end := context.WithTimeout(t.Context(), time.Millisecond)
+	defer end()
+	second := make(chan error, 1)
+	go func() {
+		_, err := c.router.Orphans(impatient)
+		second <- err
+	}()
+	select {
+	case err := <-second:
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("waits for the other")
+	}
+	cancel()
+	if err := <-first; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
+
+// A node that has no end of volumes is not looked at, and not kept.
+func TestOrphansWithoutEnd(t *testing.T) {
+	c := newCluster(t)
+	a := c.node("a", newDisk(t, "default", gib))
+	pages := 0
+	a.handler = deaf{a, func(_ context.Context, req *csi.ListVolumesRequest) (*csi.ListVolumesResponse, error) {
+		pages++
+		resp := &csi.ListVolumesResponse{NextToken: req.GetStartingToken() + "x"}
+		for range pageMost {
+			resp.Entries = append(resp.Entries, &csi.ListVolumesResponse_Entry{Volume: &csi.Volume{VolumeId: a.pools[0].id + ".x"}})
+		}
+		return resp, nil
+	}}
+	c.linked(a.up())
+	report, err := c.router.Orphans(t.Context())
+	must(t, err)
+	if len(report.Unseen) != 1 || len(report.Orphans) != 0 || pages > link.MaxVolumes/pageMost+1 {
+		t.Errorf("%d orphans after %d pages, not looked at: %q", len(report.Orphans), pages, report.Unseen)
+	}
 }

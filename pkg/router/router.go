@@ -99,7 +99,7 @@ func New(cfg Config) *Router {
 	}
 	return &Router{
 		cfg: cfg, table: newTable(cfg.Now), started: cfg.Now(), transfers: newTransfers(cfg.Now, cfg.TransferRate),
-		reports: newReports(), replicas: []string{cfg.Self}, sessions: map[*session]struct{}{}, refused: map[string]uint64{},
+		reports: newReports(), orphans: newOrphans(), replicas: []string{cfg.Self}, sessions: map[*session]struct{}{}, refused: map[string]uint64{},
 	}
 }
 
