@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"sync"
+	"time"
 )
 
 // overhead is kept back for what a volume takes beside its image (directory,
@@ -60,6 +61,8 @@ type account struct {
 	// lag is asked before a refusal whether statfs may say more soon; it waits
 	// for that.
 	lag func(ctx context.Context, attempt int) bool
+	// patience bounds how long take waits for other calls.
+	patience time.Duration
 
 	// All below is guarded by ledger.mu.
 	charges       map[string]charge // by directory
@@ -71,8 +74,12 @@ type account struct {
 	shared        int64
 }
 
+// takePatience is how long a call waits for space that others may give up. They may
+// take hours, and whoever waits keeps others from its volume.
+const takePatience = 30 * time.Second
+
 func newAccount(l *ledger, statfs func() (space, error), r Reserve, overcommit float64) *account {
-	return &account{ledger: l, statfs: statfs, reserve: r, overcommit: overcommit, charges: map[string]charge{}}
+	return &account{ledger: l, statfs: statfs, reserve: r, overcommit: overcommit, patience: takePatience, charges: map[string]charge{}}
 }
 
 // promise is what must stay free for the pool's own volumes.
@@ -116,12 +123,15 @@ func (a *account) need(alloc Allocation, size int64) int64 {
 
 // take reserves space for size more bytes, or returns ErrNoSpace. While other
 // calls allocate, their space counts twice (as reserved, and as used); a refusal
-// that might be due to this waits for them, so that it is never wrong.
-func (a *account) take(ctx context.Context, alloc Allocation, size int64) (*reservation, error) {
+// that might be due to this waits for them, so that it is not wrong, but no longer
+// than for patience. held is what the same call has reserved before, if anything:
+// that is not waited for.
+func (a *account) take(ctx context.Context, alloc Allocation, size int64, held ...*reservation) (*reservation, error) {
 	need := a.need(alloc, size)
-	attempt := 0
-	for {
-		r, wait, err := a.tryTake(need)
+	patience := time.NewTimer(a.patience)
+	defer patience.Stop()
+	for attempt := 0; ; {
+		r, wait, err := a.tryTake(need, held)
 		if errors.Is(err, ErrNoSpace) && a.lag != nil && a.lag(ctx, attempt) {
 			attempt++
 			continue
@@ -131,6 +141,8 @@ func (a *account) take(ctx context.Context, alloc Allocation, size int64) (*rese
 		}
 		select {
 		case <-wait:
+		case <-patience.C:
+			return nil, fmt.Errorf("%w: %d bytes needed, which other calls have reserved", ErrNoSpace, need)
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
@@ -139,17 +151,25 @@ func (a *account) take(ctx context.Context, alloc Allocation, size int64) (*rese
 
 // takeNow is take for those who need less if there is not so much: nil then.
 func (a *account) takeNow(alloc Allocation, size int64) *reservation {
-	r, _, err := a.tryTake(a.need(alloc, size))
+	r, _, err := a.tryTake(a.need(alloc, size), nil)
 	if err != nil {
 		return nil
 	}
 	return r
 }
 
-func (a *account) tryTake(need int64) (*reservation, <-chan struct{}, error) {
+// tryTake takes the space if it is there. If it may be there when others settle, it
+// returns what to wait for.
+func (a *account) tryTake(need int64, held []*reservation) (*reservation, <-chan struct{}, error) {
 	l := a.ledger
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	others := l.pending
+	for _, r := range held {
+		if r != nil && r.account.ledger == l {
+			others -= r.bytes
+		}
+	}
 	free, err := a.free()
 	switch {
 	case err != nil:
@@ -157,7 +177,7 @@ func (a *account) tryTake(need int64) (*reservation, <-chan struct{}, error) {
 	case need <= free:
 		l.pending += need
 		return &reservation{account: a, bytes: need}, nil, nil
-	case l.pending > 0 && need <= free+l.pending:
+	case others > 0 && need <= free+others:
 		return nil, l.settled, nil
 	}
 	return nil, nil, fmt.Errorf("%w: %d bytes needed, %d free", ErrNoSpace, need, max(0, free))

@@ -111,6 +111,29 @@ func TestRefusalWaitsForSpaceCountedTwice(t *testing.T) {
 	wantError(t, err, context.DeadlineExceeded)
 }
 
+// What others have reserved may be given up hours later: then it is a refusal. What the
+// call itself has reserved is not waited for at all.
+func TestRefusalDoesNotWaitForEver(t *testing.T) {
+	for _, own := range []bool{false, true} {
+		d := &fakeDisk{size: 10 * MiB, free: 10*MiB + overhead}
+		a := newAccount(newLedger(), d.statfs, Reserve{}, 1)
+		first, err := a.take(ctx, Thick, 8*MiB)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var mine []*reservation
+		words := "which other calls have reserved"
+		if own {
+			mine, words = []*reservation{nil, first}, "free"
+		} else {
+			a.patience = time.Millisecond
+		}
+		_, err = a.take(ctx, Thick, 8*MiB, mine...)
+		wantError(t, err, ErrNoSpace, words)
+		first.release()
+	}
+}
+
 func TestCapacityIsNeverRefused(t *testing.T) {
 	for _, overcommit := range []float64{1, 1.1, 1.5, 3, 999.9} {
 		for range 200 {

@@ -91,6 +91,9 @@ func (p *Pool) create(ctx context.Context, dir string, s Spec, b building) (reco
 	}
 	defer space.release()
 	b.space = space
+	if b.origin != nil {
+		b.origin.held = space
+	}
 	c, err := p.build(ctx, dir, b)
 	if err != nil {
 		return record{}, err

@@ -44,8 +44,12 @@ func (s *Store) cutAll(ctx context.Context, specs []SnapshotSpec, group *cutGrou
 		if err != nil {
 			return nil, err
 		}
+		var held []*reservation
+		for _, other := range cuts {
+			held = append(held, other.space)
+		}
 		cuts = append(cuts, c)
-		if err := c.prepare(ctx, group.id()); err != nil {
+		if err := c.prepare(ctx, group.id(), held); err != nil {
 			return nil, s.undoCuts(cuts, err)
 		}
 	}
@@ -125,8 +129,9 @@ func (s *Store) newCutting(spec SnapshotSpec) (*cutting, error) {
 	return &cutting{p: p, spec: spec, dir: DirName(spec.Name), volume: volume}, nil
 }
 
-// prepare does all that can be done before the writers hold still.
-func (c *cutting) prepare(ctx context.Context, group string) error {
+// prepare does all that can be done before the writers hold still. held is what the
+// other snapshots of the group have reserved.
+func (c *cutting) prepare(ctx context.Context, group string, held []*reservation) error {
 	for _, key := range []string{snapshotLock(c.dir), c.volume} {
 		leave, err := c.p.enter(ctx, key)
 		if err != nil {
@@ -155,7 +160,7 @@ func (c *cutting) prepare(ctx context.Context, group string) error {
 	defer d.Close()
 	c.from, c.reflink = from, c.p.CanReflink()
 	c.record = newSnapshotRecord(c.spec, c.source, group, c.reflink, c.p.store.now())
-	if err := c.reserve(ctx); err != nil {
+	if err := c.reserve(ctx, held); err != nil {
 		return err
 	}
 	return c.make()
@@ -163,14 +168,14 @@ func (c *cutting) prepare(ctx context.Context, group string) error {
 
 // reserve takes the space that the snapshot will need: of a copy the data, of a
 // reflink what the volume needs to write anew all that it shares by then.
-func (c *cutting) reserve(ctx context.Context) (err error) {
+func (c *cutting) reserve(ctx context.Context, held []*reservation) (err error) {
 	if !c.reflink {
 		n, err := dataBytes(c.from, c.source.Size)
 		if err != nil {
 			return err
 		}
 		c.data = n
-		c.space, err = c.p.account.take(ctx, Thick, n)
+		c.space, err = c.p.account.take(ctx, Thick, n, held...)
 		return err
 	}
 	// It shares some already, or has not written all; as long as there is space for the
@@ -187,7 +192,7 @@ func (c *cutting) reserve(ctx context.Context) (err error) {
 	if err != nil {
 		return opError("look at the extents of", imageFile, err)
 	}
-	c.space, err = c.p.account.take(ctx, c.source.Allocation, s.alone)
+	c.space, err = c.p.account.take(ctx, c.source.Allocation, s.alone, held...)
 	return err
 }
 

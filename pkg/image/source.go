@@ -61,8 +61,9 @@ type origin struct {
 	spec   Spec
 	volume string // directory of a volume, "" for what does not change
 	f      *os.File
-	leave  func() // nil when the volume's lock was given back, or none was taken
-	used   bool   // its account was made that of a volume which shares
+	leave  func()       // nil when the volume's lock was given back, or none was taken
+	used   bool         // its account was made that of a volume which shares
+	held   *reservation // for the copy; nil if that takes nothing yet
 }
 
 // origin opens what a volume shall be a copy of. A snapshot does not change and stays
@@ -233,7 +234,7 @@ func (o *origin) share(ctx context.Context, to *os.File, link func() error) erro
 	if err != nil {
 		return opError("look at the extents of", imageFile, err)
 	}
-	space, err := o.p.account.take(ctx, o.spec.Allocation, s.alone)
+	space, err := o.p.account.take(ctx, o.spec.Allocation, s.alone, o.held)
 	if err != nil {
 		return err
 	}
