@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -34,7 +35,16 @@ func TestScrapes(t *testing.T) {
 	roottest.Require(t)
 	p := newPlace(t)
 	address := freeAddress(t)
-	s := spawn(t, nil, append(p.args(), "--pool=gone="+p.dir+"/nowhere", "--default-pool=default", "--http-endpoint="+address)...)
+	args := append(p.args(), "--pool=gone="+p.dir+"/nowhere", "--default-pool=default", "--http-endpoint="+address, "--loop-devices-max=1", "--loop-devices-warm=0")
+	s := spawn(t, nil, args...)
+	s.waitFor("Serving")
+	s.stop()
+	spoilt := filepath.Join(p.pool, "volumes", "spoilt")
+	if err := errors.Join(os.Mkdir(spoilt, 0o700), os.WriteFile(filepath.Join(spoilt, "volume.json"), []byte("{"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(spoilt)
+	s = spawn(t, nil, args...)
 	s.waitFor("Serving")
 	v, hurt := p.create(t, "pvc-files", false), p.create(t, "pvc-hurt", true)
 	p.up(t, v)
@@ -91,6 +101,8 @@ func TestScrapes(t *testing.T) {
 		`csi_loop_volume_problem{kind="DataLoss",name="pvc-hurt",pool="default",reason="ImageTruncated",volume="` + hurt.id + `"} 1`,
 		`csi_loop_volume_staged{name="pvc-files",pool="default",volume="` + v.id + `"} 1`,
 		`csi_loop_pool_absent{pool="gone"} 1`,
+		`csi_loop_pool_problem{kind="Degraded",pool="default",reason="VolumeRefused"} 1`,
+		`csi_loop_node_problem{kind="Degraded",reason="LoopDeviceLimit"} 1`,
 		`csi_loop_template_size_bytes{pool="default",template="golden"} 2.097152e+06`,
 	} {
 		if !strings.Contains(after, want) {

@@ -29,11 +29,12 @@ const (
 
 // reports makes one report at a time.
 type reports struct {
+	most int            // bytes of one node's; maxReport but in tests
 	busy chan struct{}  // capacity 1; full while somebody makes one
 	last report.Cluster // guarded by busy
 }
 
-func newReports() reports { return reports{busy: make(chan struct{}, 1)} }
+func newReports() reports { return reports{most: maxReport, busy: make(chan struct{}, 1)} }
 
 // Report asks all linked nodes what is on them. It is at most 3 s old. A node that
 // does not answer is in it with the reason; the error is ctx's. The lists are shared,
@@ -105,8 +106,8 @@ func (r *Router) reportOf(ctx context.Context, s *session) (m report.Machine, er
 		if err != nil {
 			return m, err
 		}
-		if total > maxReport {
-			return m, fmt.Errorf("it says more than %d bytes", maxReport)
+		if total > r.reports.most {
+			return m, fmt.Errorf("it says more than %d bytes", r.reports.most)
 		}
 		p.Pools = slices.DeleteFunc(p.Pools, func(p report.Pool) bool { return p.ID != "" && !r.table.owns(s, p.ID) })
 		p.Volumes = slices.DeleteFunc(p.Volumes, func(v report.Volume) bool { return r.foreign(s, v.ID) })
