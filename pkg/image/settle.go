@@ -180,6 +180,10 @@ func (p *Pool) dropCut(ctx context.Context, dir string, r snapshotRecord) {
 		p.leftBehind(snapshotsDir+"/"+dir, err)
 		return
 	}
+	// A repeated removal of the group is answered without another look.
+	if err := p.snapshots.Sync(); err != nil {
+		p.leftBehind(snapshotsDir+"/"+dir, err)
+	}
 	await(ctx, p.eraseAll(gone))
 	p.endClaim(ctx, r)
 	p.mu.Lock()

@@ -35,7 +35,8 @@ type ledger struct {
 
 // debt is a file or directory that is not synced.
 type debt struct {
-	since int // the last change
+	since int    // the last change
+	by    string // its name
 	dir   bool
 	lost  bool // a sync failed
 }
@@ -49,7 +50,7 @@ func (l *ledger) note(c gate.Call, v gate.Verdict) {
 	case v.Errno == unix.EINTR: // nothing happened
 	case v.Errno != 0:
 		if syncs && c.Own && l.within(c.Path) && !isDir(c.Path) {
-			l.debts[c.Path] = debt{since: l.now, lost: true}
+			l.debts[c.Path] = debt{since: l.now, by: c.Name, lost: true}
 		}
 	case syncs:
 		l.synced(c.Path)
@@ -65,34 +66,40 @@ func (l *ledger) changed(c gate.Call) {
 	switch c.Name {
 	case "open", "openat", "openat2", "creat", "mkdir", "mkdirat", "mknod", "mknodat", "symlink", "symlinkat":
 		if !there(c.Path) {
-			l.named(c.Path)
+			l.named(c, c.Path)
 		}
 	case "unlink", "unlinkat", "rmdir":
 		if there(c.Path) {
-			l.named(c.Path)
+			l.named(c, c.Path)
 			l.forget(c.Path)
 		}
 	case "rename", "renameat", "renameat2":
 		if there(c.Path) && !isDir(c.To) { // else it fails
-			l.named(c.Path)
-			l.named(c.To)
+			l.named(c, c.Path)
+			l.named(c, c.To)
 			l.moved(c.Path, c.To)
 		}
 	case "link", "linkat":
-		l.named(c.To)
-	case "write", "pwrite", "writev", "pwritev", "pwritev2", "sendfile", "copy_file_range",
-		"truncate", "ftruncate", "fallocate", "ioctl FICLONE", "ioctl FICLONERANGE":
+		l.named(c, c.To)
+	case "truncate", "ftruncate":
+		// To the length that a file has, it gives back blocks past the end, which no
+		// answer tells of.
+		if l.within(c.Path) && lengthOf(c.Path) != c.Length {
+			l.debts[c.Path] = debt{since: l.now, by: c.Name}
+		}
+	case "write", "pwrite", "writev", "pwritev", "pwritev2", "sendfile", "copy_file_range", "fallocate",
+		"ioctl FICLONE", "ioctl FICLONERANGE":
 		if l.within(c.Path) {
-			l.debts[c.Path] = debt{since: l.now}
+			l.debts[c.Path] = debt{since: l.now, by: c.Name}
 		}
 	}
 }
 
 // named enters that a directory has a name more or less. One that begins with a dot is of
 // nothing that counts.
-func (l *ledger) named(path string) {
+func (l *ledger) named(c gate.Call, path string) {
 	if l.within(path) && !strings.HasPrefix(filepath.Base(path), ".") {
-		l.debts[filepath.Dir(path)] = debt{since: l.now, dir: true}
+		l.debts[filepath.Dir(path)] = debt{since: l.now, by: c.Name, dir: true}
 	}
 }
 
@@ -130,7 +137,7 @@ func (l *ledger) unsynced() []string {
 	var found []string
 	for _, path := range slices.Sorted(maps.Keys(l.debts)) {
 		if d := l.debts[path]; there(path) && !strings.Contains(strings.TrimPrefix(path, l.root), "/.") {
-			found = append(found, fmt.Sprintf("not synced (a sync failed: %v): %s", d.lost, path))
+			found = append(found, fmt.Sprintf("not synced since %s (a sync failed: %v): %s", d.by, d.lost, path))
 		}
 	}
 	return found
@@ -141,6 +148,15 @@ func below(path, dir string) bool { return strings.HasPrefix(path, dir+"/") }
 func there(path string) bool {
 	_, err := os.Lstat(path)
 	return err == nil
+}
+
+// lengthOf is a file's length in bytes, -1 of none.
+func lengthOf(path string) int64 {
+	st, err := os.Stat(path)
+	if err != nil {
+		return -1
+	}
+	return st.Size()
 }
 
 func isDir(path string) bool {

@@ -23,6 +23,9 @@ func TestLedger(t *testing.T) {
 		}
 		return c
 	}
+	truncate := func(length int64) gate.Call {
+		return gate.Call{Own: own, Name: "ftruncate", Path: "/volumes/v/image", Length: length}
+	}
 	failed := gate.Verdict{Errno: unix.EIO}
 	type entry struct {
 		call    gate.Call
@@ -34,7 +37,7 @@ func TestLedger(t *testing.T) {
 		run(call(own, "fsync", "/.new-v/image")), run(call(own, "renameat2", "/.new-v", "/volumes/v")), run(call(own, "fsync", "/volumes")),
 	}
 	grown := []entry{
-		run(call(own, "ftruncate", "/volumes/v/image")), run(call(own, "fsync", "/volumes/v/image")),
+		run(truncate(1)), run(call(own, "fsync", "/volumes/v/image")),
 		run(call(own, "openat", "/volumes/v/.new-record")), run(call(own, "write", "/volumes/v/.new-record")), run(call(own, "fsync", "/volumes/v/.new-record")),
 		run(call(own, "renameat2", "/volumes/v/.new-record", "/volumes/v/record")), run(call(own, "fsync", "/volumes/v")),
 	}
@@ -62,8 +65,10 @@ func TestLedger(t *testing.T) {
 		{"nor by one above it that did not change", slices.Concat(created, grown[:6], created[5:]), []string{"/volumes/v"}},
 		{"a directory's sync that is repeated", slices.Concat(created, but(grown, 6, failed), grown[6:]), nil},
 		{"a file's sync that is repeated", slices.Concat(created, but(grown, 1, failed), grown[1:]), []string{"/volumes/v/image"}},
-		{"written and synced again", slices.Concat(created, but(grown, 1, failed), grown), nil},
+		{"written and synced again", slices.Concat(created, but(grown, 1, failed), []entry{run(call(own, "pwrite", "/volumes/v/image"))}, grown), nil},
 		{"a child's sync that failed, and the driver's", slices.Concat(created, grown[:1], []entry{{call(child, "fsync", "/volumes/v/image"), failed}}, grown[1:]), nil},
+		{"blocks past the end given back", append(slices.Clone(created), run(truncate(0))), nil},
+		{"shorter", slices.Concat(created, grown, []entry{run(truncate(0))}), []string{"/volumes/v/image"}},
 		{"removed", slices.Concat(created, grown[:1], []entry{run(call(own, "renameat2", "/volumes/v", "/.gone-v")), run(call(own, "fsync", "/volumes"))}), nil},
 		{"removed, not synced", slices.Concat(created, []entry{run(call(own, "renameat2", "/volumes/v", "/.gone-v"))}), []string{"/volumes"}},
 	} {
@@ -102,6 +107,8 @@ func perform(c gate.Call) error {
 		return os.WriteFile(c.Path, nil, 0o600)
 	case "renameat2":
 		return os.Rename(c.Path, c.To)
+	case "ftruncate":
+		return os.Truncate(c.Path, c.Length)
 	}
 	return nil
 }

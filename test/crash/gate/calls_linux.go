@@ -29,6 +29,8 @@ type call struct {
 	// request is the argument that tells what an ioctl or fcntl does.
 	request int
 	wanted  map[uint32]string
+	// length is the argument with a file's length to be.
+	length int
 	// files: only calls on files count, not those on sockets, pipes and the like.
 	files bool
 }
@@ -45,8 +47,8 @@ var calls = merged(oldCalls, map[int]call{
 	unix.SYS_SYMLINKAT:       {name: "symlinkat", dir: 2, path: 3},
 	unix.SYS_FCHMODAT:        {name: "fchmodat", dir: 1, path: 2},
 	unix.SYS_FCHMOD:          {name: "fchmod", fd: 1},
-	unix.SYS_TRUNCATE:        {name: "truncate", path: 1},
-	unix.SYS_FTRUNCATE:       {name: "ftruncate", fd: 1},
+	unix.SYS_TRUNCATE:        {name: "truncate", path: 1, length: 2},
+	unix.SYS_FTRUNCATE:       {name: "ftruncate", fd: 1, length: 2},
 	unix.SYS_FALLOCATE:       {name: "fallocate", fd: 1},
 	unix.SYS_FSYNC:           {name: "fsync", fd: 1},
 	unix.SYS_FDATASYNC:       {name: "fdatasync", fd: 1},
@@ -140,6 +142,9 @@ func (c call) read(tid int, args [6]uint64) (Call, bool) {
 	found := Call{TID: tid, Name: c.name}
 	if c.request > 0 {
 		found.Name += " " + c.wanted[uint32(arg(c.request))]
+	}
+	if c.length > 0 {
+		found.Length = int64(arg(c.length))
 	}
 	if c.how > 0 {
 		var how [8]byte

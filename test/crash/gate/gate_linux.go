@@ -26,6 +26,8 @@ type Call struct {
 	Name string // "fallocate", "ioctl LOOP_CONFIGURE"
 	Path string // of the file, as far as it can be told
 	To   string // of a rename and a link: the new name
+
+	Length int64 // of a truncate: the file's length to be, in bytes
 }
 
 func (c Call) String() string { return c.Name + " " + c.Path }

@@ -107,6 +107,20 @@ func TestErrnoAndLie(t *testing.T) {
 	}
 }
 
+func TestLengthIsRead(t *testing.T) {
+	dir := t.TempDir()
+	var lengths []int64
+	_, code := sh(t, dir, "truncate -s 5000000000 a", func(_ int, c Call) Verdict {
+		if c.Name == "ftruncate" {
+			lengths = append(lengths, c.Length)
+		}
+		return Verdict{}
+	})
+	if code != 0 || !slices.Equal(lengths, []int64{5000000000}) {
+		t.Errorf("exit code %d, lengths %d, want 5000000000 once", code, lengths)
+	}
+}
+
 func TestProgramThatCannotStart(t *testing.T) {
 	roottest.Require(t)
 	p, err := Start(exec.Command("/does/not/exist"), func(Call) Verdict { return Verdict{} })
