@@ -61,6 +61,7 @@ type cutTest struct {
 	entries  []plan.Entry // guarded by mu
 	problems []string     // guarded by mu
 	checked  int          // guarded by mu
+	said     bool         // in this boot; guarded by mu
 
 	recovery recoveries // guarded by mu
 }
@@ -140,15 +141,29 @@ func (t *cutTest) run(ctx context.Context) error {
 
 // boot boots the machine and, unless the plan is to check only, cuts its power. lie
 // is called when the checks are over.
-func (t *cutTest) boot(ctx context.Context, lie ...func()) error {
+func (t *cutTest) boot(ctx context.Context, lie ...func()) (err error) {
+	t.plan.Entries, t.plan.Seed = t.entries, t.random.Uint64()
+	t.cutRecoveries()
+	for n := range boots {
+		if n > 0 {
+			fmt.Println("vm:", againWords)
+		}
+		t.said = false
+		if err = t.bootOnce(ctx, lie...); err == nil || t.said || !misled(t.machine.console()) {
+			break
+		}
+	}
+	return err
+}
+
+// bootOnce is boot, once.
+func (t *cutTest) bootOnce(ctx context.Context, lie ...func()) error {
 	ctx, cancel := context.WithTimeout(ctx, t.machine.timeout)
 	defer cancel()
 	work := filepath.Dir(t.machine.disk)
 	if err := makeDisk(t.machine.disk, 1<<30); err != nil {
 		return err
 	}
-	t.plan.Entries, t.plan.Seed = t.entries, t.random.Uint64()
-	t.cutRecoveries()
 	ledger, err := ledgerDisk(t.plan)
 	if err != nil {
 		return err
@@ -160,7 +175,7 @@ func (t *cutTest) boot(ctx context.Context, lie ...func()) error {
 	defer served.close()
 	m := t.machine
 	m.sockets, m.physical = served.sockets, t.pool.atom
-	console := filepath.Join(work, "console.log")
+	console := m.console()
 	cmd := m.command(ctx, console)
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
@@ -298,6 +313,9 @@ func (t *cutTest) follow(r io.Reader, churning chan<- struct{}) {
 		if err != nil {
 			return // a line that was cut off was not said
 		}
+		t.mu.Lock()
+		t.said = true
+		t.mu.Unlock()
 		before, report, ok := plan.Parse(t.token, strings.TrimRight(line, "\r\n"))
 		if before != "" {
 			fmt.Println(before)
