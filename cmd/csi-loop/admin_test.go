@@ -80,7 +80,7 @@ func TestOperator(t *testing.T) {
 		t.Error(out, err, e)
 	}
 	out, errOut, err := run(t, "", "orphans")
-	if err != nil || !strings.Contains(out, "No orphans") || !strings.Contains(errOut, "n1") {
+	if err != nil || !strings.Contains(out, "No orphans on the nodes that were looked at") || !strings.Contains(errOut, "n1") {
 		t.Error(out, errOut, err)
 	}
 	out, _, err = run(t, "", "orphans", "-o=json")
@@ -107,7 +107,7 @@ func TestOperator(t *testing.T) {
 
 func TestTables(t *testing.T) {
 	var b bytes.Buffer
-	orphanTable(&b, []router.Orphan{{ID: "p.v", Node: "n", Size: 1 << 30, Reason: router.OrphanElsewhere, PV: "pvc-1", Since: time.Now().Add(-time.Hour)}})
+	orphanTable(&b, router.OrphanReport{Orphans: []router.Orphan{{ID: "p.v", Node: "n", Size: 1 << 30, Reason: router.OrphanElsewhere, PV: "pvc-1", Since: time.Now().Add(-time.Hour)}}})
 	nodeTable(&b, []router.Node{{
 		Name: "n", State: router.NodeLinked, Since: time.Now(), Version: "v1",
 		Pools: []router.NodePool{{ID: "p", Name: "default", Volumes: 3, Free: 1 << 20}, {ID: "q", Name: "fast", ServedBy: "m"}},

@@ -36,7 +36,7 @@ until somebody removes them.
 			if err != nil {
 				return err
 			}
-			err = o.show(c.OutOrStdout(), report, func(w io.Writer) { orphanTable(w, report.Orphans) })
+			err = o.show(c.OutOrStdout(), report, func(w io.Writer) { orphanTable(w, report) })
 			if len(report.Unseen) > 0 {
 				fmt.Fprintln(c.ErrOrStderr(), "Not looked at, because they are not linked or did not answer: "+strings.Join(report.Unseen, ", "))
 			}
@@ -47,13 +47,18 @@ until somebody removes them.
 	return c
 }
 
-func orphanTable(w io.Writer, orphans []router.Orphan) {
-	if len(orphans) == 0 {
+func orphanTable(w io.Writer, report router.OrphanReport) {
+	switch {
+	case len(report.Orphans) > 0:
+	case len(report.Unseen) > 0:
+		fmt.Fprintln(w, "No orphans on the nodes that were looked at.")
+		return
+	default:
 		fmt.Fprintln(w, "No orphans.")
 		return
 	}
 	fmt.Fprintln(w, "NODE\tVOLUME\tSIZE\tKNOWN FOR\tREASON")
-	for _, v := range orphans {
+	for _, v := range report.Orphans {
 		reason := v.Reason
 		if v.PV != "" {
 			reason += ": its claim has " + v.PV
@@ -85,7 +90,7 @@ It asks before it removes anything; --yes says yes.`,
 		if err != nil {
 			return err
 		}
-		if err := (&operator{}).show(c.OutOrStdout(), nil, func(w io.Writer) { orphanTable(w, chosen) }); err != nil {
+		if err := (&operator{}).show(c.OutOrStdout(), nil, func(w io.Writer) { orphanTable(w, router.OrphanReport{Orphans: chosen}) }); err != nil {
 			return failed(err)
 		}
 		if !yes {
