@@ -1,6 +1,8 @@
 package driver
 
 import (
+	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -202,10 +204,9 @@ func (s *nodeState) list() []stageRecord {
 // put writes the record, replacing what was there in one step.
 // Precondition: the caller holds the volume's lock.
 func (s *nodeState) put(r stageRecord) error {
-	r.Version, r.BootID = recordVersion, s.bootID
-	data, err := json.Marshal(r) //nolint:musttag // the fields of loop.Ref and loop.FileID keep their names
+	data, err := s.encode(r)
 	if err != nil {
-		return fmt.Errorf("stage record of %q: %w", r.VolumeID, err)
+		return err
 	}
 	path := s.path(r.VolumeID)
 	tmp := filepath.Join(s.dir, ".new-"+filepath.Base(path))
@@ -215,10 +216,60 @@ func (s *nodeState) put(r stageRecord) error {
 	if err := os.Rename(tmp, path); err != nil {
 		return errors.Join(fmt.Errorf("stage record of %q: %w", r.VolumeID, err), removeFile(tmp))
 	}
+	s.remember(r)
+	return nil
+}
+
+// note is put for a record that the kernel bears out by itself: of what has ended, or was
+// found. What ends must not wait for room in the directory, so that this cannot fail:
+// a record that is no longer than the one before is written over it, and another one is
+// known to this process only. The next one finds it anew, as after a crash.
+// Precondition: the caller holds the volume's lock.
+func (s *nodeState) note(ctx context.Context, r stageRecord) {
+	err := s.put(r)
+	if err == nil {
+		return
+	}
+	data, encodeErr := s.encode(r)
+	if encodeErr == nil && overwrite(s.path(r.VolumeID), data) == nil {
+		err = nil
+	}
+	if err != nil {
+		klog.FromContext(ctx).Error(err, "Cannot write a stage record; it is kept in memory", "volume", r.VolumeID)
+	}
+	s.remember(r)
+}
+
+func (s *nodeState) encode(r stageRecord) ([]byte, error) {
+	r.Version, r.BootID = recordVersion, s.bootID
+	data, err := json.Marshal(r) //nolint:musttag // the fields of loop.Ref and loop.FileID keep their names
+	if err != nil {
+		return nil, fmt.Errorf("stage record of %q: %w", r.VolumeID, err)
+	}
+	return data, nil
+}
+
+func (s *nodeState) remember(r stageRecord) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.records[r.VolumeID] = r.clone()
-	return nil
+}
+
+// overwrite replaces a file's content in place, by one that is not longer and is filled up
+// with blanks: that needs no room. Half of it is no record, and removed at the next start.
+func overwrite(path string, data []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	st, err := f.Stat()
+	if err == nil && int64(len(data)) > st.Size() {
+		err = fmt.Errorf("%d bytes do not fit into %d", len(data), st.Size())
+	}
+	if err == nil {
+		_, err = f.WriteAt(append(data, bytes.Repeat([]byte(" "), int(st.Size())-len(data))...), 0)
+	}
+	return errors.Join(err, f.Close())
 }
 
 // keep returns a function that makes the record of a volume again what it is now.

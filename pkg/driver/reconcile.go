@@ -126,9 +126,7 @@ func (d *Driver) reconcileBlock(ctx context.Context, r *stageRecord, all []loop.
 		}
 	}
 	if before.Device != r.Device || before.ReadDevice != r.ReadDevice || before.ReadPending != r.ReadPending {
-		if err := d.state.put(*r); err != nil {
-			return err
-		}
+		d.state.note(ctx, *r)
 	}
 	for _, b := range r.devices() {
 		// One that was cleared goes by itself, and must not be held.
@@ -166,7 +164,8 @@ func (d *Driver) forget(ctx context.Context, r stageRecord) error {
 	}
 	if bound {
 		klog.FromContext(ctx).Info("The device of a volume that is not mounted any more is still in use", "volume", r.VolumeID, "device", r.Device.Number)
-		return d.state.put(r)
+		d.state.note(ctx, r)
+		return nil
 	}
 	klog.FromContext(ctx).Info("Forgetting a staging that is gone", "volume", r.VolumeID, "path", r.StagingPath)
 	return d.state.drop(r.VolumeID)

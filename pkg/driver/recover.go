@@ -32,7 +32,8 @@ func (d *Driver) stagingRecord(ctx context.Context, id, staging string) (stageRe
 			return r, err
 		}
 	}
-	return r, d.state.put(r)
+	d.state.note(ctx, r)
+	return r, nil
 }
 
 // recoverStaging completes r from the devices that were bound for its volume. It

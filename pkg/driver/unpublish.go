@@ -54,9 +54,7 @@ func (d *Driver) unpublish(ctx context.Context, id, target string) error {
 	delete(r.Targets, target)
 	delete(r.Targets, shown) // as recovered
 	if len(r.Targets) != len(before.Targets) {
-		if err := d.state.put(r); err != nil {
-			return err
-		}
+		d.state.note(ctx, r)
 	}
 	d.unlimit(ctx, before, target) // now that nobody sets the limits again
 	return d.releaseReadDevice(ctx, r)
@@ -92,5 +90,6 @@ func (d *Driver) releaseReadDevice(ctx context.Context, r stageRecord) error {
 	if err := d.dropReadDevice(ctx, &r); err != nil {
 		return err
 	}
-	return d.state.put(r)
+	d.state.note(ctx, r)
+	return nil
 }

@@ -92,7 +92,8 @@ func TestFullPool(t *testing.T) {
 	}
 }
 
-// TestFullStateDir: a stage record that cannot be written fails the call, which leaves nothing.
+// TestFullStateDir: a stage record that cannot be written fails the call, which leaves nothing; what is staged is taken
+// down all the same.
 func TestFullStateDir(t *testing.T) {
 	s := newSite(t, siteConfig{noStart: true})
 	must(t, os.Mkdir(s.state, 0o700))
@@ -138,6 +139,10 @@ func TestFullStateDir(t *testing.T) {
 			empty()
 			v.step("unpublish", v.unpublish(1))
 		}
+		empty = fill(t, s.state)
+		v.step("unpublish", asCO(v, func() error { return v.unpublish(0) }))
+		v.step("unstage", asCO(v, v.unstage))
+		empty()
 		v.down()
 	}
 }
