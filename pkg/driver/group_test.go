@@ -92,6 +92,14 @@ func TestDamagedGroupSnapshotIsDeleted(t *testing.T) {
 	groups := csi.NewGroupControllerClient(n.conn)
 	_, err = groups.GetVolumeGroupSnapshot(t.Context(), &csi.GetVolumeGroupSnapshotRequest{GroupSnapshotId: g.GetGroupSnapshotId()})
 	code(t, err, codes.DataLoss)
+	for _, member := range g.GetSnapshots() { // a CO forgets what is said to be gone
+		_, err = n.ctrl.GetSnapshot(t.Context(), &csi.GetSnapshotRequest{SnapshotId: member.GetSnapshotId()})
+		code(t, err, codes.DataLoss)
+		_, err = n.ctrl.ListSnapshots(t.Context(), &csi.ListSnapshotsRequest{SnapshotId: member.GetSnapshotId()})
+		code(t, err, codes.DataLoss)
+		_, err = n.ctrl.DeleteSnapshot(t.Context(), &csi.DeleteSnapshotRequest{SnapshotId: member.GetSnapshotId()})
+		code(t, err, codes.DataLoss)
+	}
 	for range 2 {
 		_, err = groups.DeleteVolumeGroupSnapshot(t.Context(), &csi.DeleteVolumeGroupSnapshotRequest{
 			GroupSnapshotId: g.GetGroupSnapshotId(), SnapshotIds: []string{g.GetSnapshots()[0].GetSnapshotId()},

@@ -215,3 +215,74 @@ func TestGroupOfNothing(t *testing.T) {
 	s = poolPair(t, dirs)
 	wantNoGroup(t, s, s.Pools()[record], "g")
 }
+
+// Of a snapshot whose group's record cannot be asked nobody says that it is gone: not
+// while the record is damaged, nor while its pool is not open.
+func TestSnapshotOfAGroupThatCannotBeAsked(t *testing.T) {
+	dirs := []string{poolDir(t), poolDir(t)}
+	s := poolPair(t, dirs)
+	pools := s.Pools()
+	v, w := create(t, pools[0], Spec{Name: "v", Size: MiB}), create(t, pools[1], Spec{Name: "w", Size: MiB})
+	g, err := s.SnapshotGroup(ctx, GroupSpec{Name: "g", Sources: []string{v.ID, w.ID}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	poolID, dir, _ := ParseID(g.ID)
+	with, without := 0, 1
+	if poolID == pools[1].ID() {
+		with, without = 1, 0
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	refused := func(s *Store, p *Pool, want error) {
+		t.Helper()
+		for _, m := range g.Snapshots {
+			if q, _, ok := s.Lookup(m.ID); !ok || q != p {
+				continue
+			}
+			_, err := s.GetSnapshot(m.ID)
+			wantError(t, err, want)
+			wantError(t, p.RemoveSnapshot(ctx, m.ID), want)
+			_, err = p.OpenSnapshot(ctx, m.ID)
+			wantError(t, err, want)
+		}
+		if left := s.ListSnapshots(); len(left) != 0 {
+			t.Errorf("listed: %+v", left)
+		}
+	}
+	alone, p := openPool(t, dirs[without])
+	refused(alone, p, ErrPool)
+	if err := alone.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	record := filepath.Join(dirs[with], groupsDir, dir, groupFile)
+	sound, err := os.ReadFile(record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(record, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s = poolPair(t, dirs)
+	for _, p := range s.Pools() {
+		refused(s, p, ErrDamaged)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	if err := os.WriteFile(record, sound, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s = poolPair(t, dirs)
+	if left := s.ListSnapshots(); len(left) != 2 {
+		t.Errorf("with a sound record: %+v", left)
+	}
+	if err := s.RemoveGroup(ctx, g.ID); err != nil {
+		t.Fatal(err)
+	}
+	wantNoGroup(t, s, s.Pools()[0], "g")
+	wantAccount(t, s, s.Pools()[0])
+}

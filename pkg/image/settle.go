@@ -11,7 +11,8 @@ import (
 )
 
 // The snapshots of a group exist if the group's record names them. Those of which it is
-// not known yet, or that are to go, are "unsettled": nobody finds them.
+// not known yet, or that are to go, are "unsettled": nobody finds them, and only of the
+// latter it is said that they do not exist.
 
 // settleGroups decides which of the found snapshots of groups exist: those that
 // their group's record names. Those of a group that has no record are removed, as
@@ -28,7 +29,7 @@ func (s *Store) settleGroups(ctx context.Context) {
 			}
 			record, err := q.getGroup(group)
 			switch {
-			case err == nil && slices.ContainsFunc(record.Members, func(m groupMember) bool { return m.Snapshot == VolumeID(p.ID(), dir) }):
+			case err == nil && record.names(VolumeID(p.ID(), dir)):
 				p.settleCut(dir, r)
 			case err == nil, errors.Is(err, ErrNotFound):
 				p.dropCut(ctx, dir, r)
@@ -40,6 +41,28 @@ func (s *Store) settleGroups(ctx context.Context) {
 			p.dropEmptyGroup(ctx, dir, r)
 		}
 	}
+}
+
+// whyUnsettled says why a snapshot is not found that is of a group: because the group is
+// gone, or because nobody can tell yet, which must not be taken for gone.
+func (s *Store) whyUnsettled(id, group string) error {
+	q, dir, ok := s.Lookup(group)
+	if !ok {
+		return fmt.Errorf("%w: the record of its group %s, which says whether there is a snapshot %s, is in a pool that is not open", ErrPool, group, id)
+	}
+	r, err := q.getGroup(dir)
+	switch {
+	case err == nil && r.names(id):
+		return fmt.Errorf("%w: it was opened a moment ago, and snapshot %s of group %s is looked at", ErrPool, id, group)
+	case err == nil, errors.Is(err, ErrNotFound):
+		return fmt.Errorf("%w: snapshot %s", ErrNotFound, id)
+	}
+	return fmt.Errorf("snapshot %s of group %s: %w", id, group, err)
+}
+
+// names says whether the group has that snapshot.
+func (r groupRecord) names(id string) bool {
+	return slices.ContainsFunc(r.Members, func(m groupMember) bool { return m.Snapshot == id })
 }
 
 // refuseMembers refuses the snapshots that a group's record names and that say that they

@@ -161,12 +161,17 @@ func snapshotLock(dir string) string { return snapshotsDir + "/" + dir }
 // getSnapshot is get for snapshots.
 func (p *Pool) getSnapshot(dir string) (snapshotRecord, error) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if r, ok := p.cuts[dir]; ok {
+	r, found := p.cuts[dir]
+	err, damaged := p.damagedCut[snapshotLock(dir)]
+	left, unsettled := p.unsettled[dir]
+	p.mu.Unlock()
+	switch {
+	case found:
 		return r, nil
-	}
-	if err, ok := p.damagedCut[snapshotLock(dir)]; ok {
+	case damaged:
 		return snapshotRecord{}, err
+	case unsettled:
+		return snapshotRecord{}, p.store.whyUnsettled(VolumeID(p.ID(), dir), left.Group)
 	}
 	return snapshotRecord{}, fmt.Errorf("%w: snapshot %s", ErrNotFound, VolumeID(p.ID(), dir))
 }
