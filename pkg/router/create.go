@@ -222,7 +222,11 @@ func (c *creation) offer(ctx context.Context, to *session) (context.Context, err
 	if err != nil {
 		return ctx, err
 	}
-	return link.WithOffer(ctx, link.Offer{Source: source, Ticket: ticket, Address: c.r.cfg.Self})
+	with, err := link.WithOffer(ctx, link.Offer{Source: source, Ticket: ticket, Address: c.r.cfg.Self})
+	if err != nil {
+		return ctx, unavailablef("what node %q says of %v: %v", from.id.Node, request, err)
+	}
+	return with, nil
 }
 
 // fromSource goes to the node that has the source, unless the request points elsewhere

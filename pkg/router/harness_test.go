@@ -100,6 +100,7 @@ type fakeAuth struct {
 	mu     sync.Mutex
 	tokens map[string]Identity
 	down   bool
+	hangs  bool // no answer comes
 	looked int
 }
 
@@ -117,10 +118,16 @@ func (a *fakeAuth) issue(node, pod string, ttl time.Duration) string {
 	return token
 }
 
-func (a *fakeAuth) Authenticate(_ context.Context, token string) (Identity, error) {
+func (a *fakeAuth) Authenticate(ctx context.Context, token string) (Identity, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.looked++
+	if a.hangs {
+		a.mu.Unlock()
+		<-ctx.Done()
+		a.mu.Lock()
+		return Identity{}, ctx.Err()
+	}
 	if a.down {
 		return Identity{}, errors.New("the API server is away")
 	}

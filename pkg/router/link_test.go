@@ -485,6 +485,22 @@ func TestReviewDown(t *testing.T) {
 	c.linked(a, b)
 }
 
+// A review of the fresh token that never ends does not keep the link beyond its time.
+func TestReviewHangs(t *testing.T) {
+	c := newCluster(t)
+	a := c.node("a", newDisk(t, "default", gib))
+	a.token = c.auth.issue("a", "pod-a", time.Second)
+	a.up()
+	c.linked(a)
+	c.auth.mu.Lock()
+	c.auth.hangs = true
+	c.auth.mu.Unlock()
+	asked := c.auth.asked()
+	a.setToken(c.auth.issue("a", "pod-a", time.Hour))
+	eventually(t, "the fresh token is looked at", func() bool { return c.auth.asked() > asked })
+	c.linked()
+}
+
 // The node says nothing to a controller that cannot prove who it is.
 func TestBadCertificate(t *testing.T) {
 	c := newCluster(t)

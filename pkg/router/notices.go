@@ -250,7 +250,7 @@ func fit(p report.Problem, node, volume string) report.Problem {
 	if !noticeWord.MatchString(p.Reason) {
 		p.Reason = noticeOther
 	}
-	where := fmt.Sprintf(" (node %s, volume %s)", node, volume)
+	where := fmt.Sprintf(" (node %.200s, volume %.200s)", node, volume) // the ID of a mapped volume may be anything
 	if most := maxNotice - len(where); len(p.Message) > most {
 		p.Message = p.Message[:most-3] + "..."
 	}

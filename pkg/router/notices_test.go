@@ -185,6 +185,14 @@ func TestNoticesAreFit(t *testing.T) {
 	}
 }
 
+// The ID of a mapped volume may be longer than an event: it leaves room for the words.
+func TestNoticeOfALongID(t *testing.T) {
+	p := fit(report.Problem{Reason: "ImageMissing", Message: "its image does not exist"}, strings.Repeat("n", 1000), strings.Repeat("v", 2000))
+	if !strings.HasPrefix(p.Message, "its image does not exist (node n") || len(p.Message) > maxNotice {
+		t.Errorf("%d bytes: %s", len(p.Message), p.Message)
+	}
+}
+
 // Of replicas one tells; and one that cannot read Kubernetes' volumes tries again.
 func TestOneReplicaTells(t *testing.T) {
 	c := newCluster(t)

@@ -370,10 +370,13 @@ func (s *session) renew(ctx context.Context) {
 }
 
 // prolong looks at a fresh token, and returns when the link expires. Without ok the
-// token has to be looked at again.
+// token has to be looked at again. An API server that does not answer keeps no link
+// beyond its time.
 func (s *session) prolong(ctx context.Context, token string, expires time.Time) (_ time.Time, ok bool) {
 	logger := klog.FromContext(ctx)
-	id, err := s.router.authenticate(s.ended, token) //nolint:contextcheck // ended follows ctx
+	looking, cancel := context.WithTimeout(s.ended, min(link.HelloTime, expires.Sub(s.router.cfg.Now()))) //nolint:contextcheck // ended follows ctx
+	defer cancel()
+	id, err := s.router.authenticate(looking, token) //nolint:contextcheck // as above
 	switch {
 	case errors.Is(err, ErrToken):
 		logger.Error(err, "A node sent a fresh token that is no good")

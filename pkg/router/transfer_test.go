@@ -38,6 +38,8 @@ type copier struct {
 	sending func(ctx context.Context, n int) error
 	// spoil changes what is sent.
 	spoil func(w io.Writer) io.Writer
+	// boasts is more to describe than there is.
+	boasts []string
 }
 
 func (c *cluster) copier(name string, pools ...*fakePool) *copier {
@@ -58,7 +60,7 @@ func (k *copier) Describe(_ context.Context, r transfer.Request) (transfer.Descr
 	if !ok {
 		return transfer.Description{}, status.Error(codes.NotFound, "no such source")
 	}
-	return transfer.Description{Size: int64(len(b)), BlockSize: 4096}, nil
+	return transfer.Description{Size: int64(len(b)), BlockSize: 4096, MkfsOptions: k.boasts}, nil
 }
 
 func (k *copier) Send(ctx context.Context, r transfer.Request, w io.Writer) error {
@@ -241,6 +243,18 @@ func TestCopyToAnotherNode(t *testing.T) {
 	a.stop()
 	c.linked(b.fakeNode)
 	_, err = c.csi.CreateVolume(t.Context(), restore("y", id, b.fakeNode))
+	code(t, err, codes.Unavailable, `"a"`)
+}
+
+// What a node says of a source without end is its own fault, and nobody else's.
+func TestEndlessDescription(t *testing.T) {
+	c := newCluster(t)
+	a, b, id, _ := twoNodes(t, c)
+	a.boasts = []string{strings.Repeat("x", 64<<10)}
+	a.up()
+	b.up()
+	c.linked(a.fakeNode, b.fakeNode)
+	_, err := c.csi.CreateVolume(t.Context(), restore("v", id, b.fakeNode))
 	code(t, err, codes.Unavailable, `"a"`)
 }
 
