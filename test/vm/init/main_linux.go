@@ -153,17 +153,33 @@ func run(out *os.File, p plan.Plan, j plan.Job) int {
 		"HOME=/root",
 		"TMPDIR=" + plan.Scratch,
 	}, p.Env...)
-	err := cmd.Run()
-	if err == nil {
-		return 0
-	}
-	var exit *exec.ExitError
-	if !errors.As(err, &exit) {
+	status, err := reap(cmd)
+	switch {
+	case err != nil:
 		fmt.Fprintf(out, "init: run %s: %v\n", j.Name, err)
 		return 127
-	}
-	if status, ok := exit.Sys().(unix.WaitStatus); ok && status.Signaled() {
+	case status.Signaled():
 		return 128 + int(status.Signal())
 	}
-	return exit.ExitCode()
+	return status.ExitStatus()
+}
+
+// reap runs cmd and returns how it ended. Meanwhile it does what process 1 is for: it
+// reaps the orphans. Before Linux 6.11 a process keeps its seccomp filter until then, and
+// whoever waits for the end of all that are under one would wait forever.
+func reap(cmd *exec.Cmd) (unix.WaitStatus, error) {
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	for {
+		var status unix.WaitStatus
+		pid, err := unix.Wait4(-1, &status, 0, nil)
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return 0, fmt.Errorf("wait: %w", err)
+		case pid == cmd.Process.Pid:
+			return status, cmd.Process.Release()
+		}
+	}
 }
