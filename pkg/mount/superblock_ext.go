@@ -1,6 +1,10 @@
 package mount
 
-import "encoding/binary"
+import (
+	"bytes"
+	"encoding/binary"
+	"strings"
+)
 
 // Feature bits of ext2, ext3 and ext4 superblocks, under their kernel names.
 const (
@@ -87,6 +91,10 @@ func parseExt(b []byte) (Superblock, error) {
 	if device := u32(0xE4); compat&compatHasJournal != 0 && device != 0 {
 		return Superblock{}, nonsense("ext", "its journal on another device, 0x%x", device)
 	}
+	panics, err := carriedOptions(b[0x200:0x240])
+	if err != nil {
+		return Superblock{}, err
+	}
 	shift := u32(0x18)
 	if shift > maxExtBlockShift {
 		return Superblock{}, nonsense("ext", "a block size of 2^%d KiB", shift)
@@ -120,7 +128,7 @@ func parseExt(b []byte) (Superblock, error) {
 		Size: int64(blocks * block), BlockSize: int(block), SectorSize: int(block),
 		NeedsCheck:    state&stateValid == 0 || state&stateError != 0,
 		NeedsRecovery: incompat&incompatRecover != 0,
-		Panics:        u16(0x3C) == errorsPanic,
+		Panics:        panics || u16(0x3C) == errorsPanic,
 		ext: extGeometry{
 			firstBlock: int64(u32(0x14)), blocksPerGroup: int64(perGroup),
 			tableBlocks: int64(2 + (u32(0x28)*inode+block-1)/block),
@@ -128,6 +136,25 @@ func parseExt(b []byte) (Superblock, error) {
 			sparse:      roCompat&roCompatSparse != 0, sparse2: compat&compatSparse2 != 0,
 		},
 	}, nil
+}
+
+// carriedOptions judges the mount options that a superblock carries (tune2fs -E mount_opts),
+// which the kernel takes before those that it is given: a journal's device may be among
+// them. What could not be given is refused, but for the panic, which a given option
+// overrules. They are split as the kernel does it, which knows no quotes.
+func carriedOptions(b []byte) (panics bool, err error) {
+	b, _, _ = bytes.Cut(b, []byte{0})
+	for option := range strings.SplitSeq(string(b), ",") {
+		key, value, has := strings.Cut(option, "=")
+		r, known := filesystemOptions["ext4"][key]
+		switch {
+		case option == "errors=panic":
+			panics = true
+		case option != "" && (!known || r.refused != "" || r.check(value, has) != ""):
+			return false, nonsense("ext", "the mount option %q, which is not allowed; tune2fs -E mount_opts= takes it out", option)
+		}
+	}
+	return panics, nil
 }
 
 // extType tells the three apart the way blkid and the kernel do: by what an ext3

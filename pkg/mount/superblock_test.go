@@ -91,6 +91,8 @@ func TestReadSuperblockByHand(t *testing.T) {
 		{"ext4", ext(nil), base},
 		{"ext4 with an error", ext(func(b []byte) { b[0x3A] |= stateError }), with(base, func(s *Superblock) { s.NeedsCheck = true })},
 		{"ext4 that stops the machine", ext(func(b []byte) { b[0x3C] = errorsPanic }), with(base, func(s *Superblock) { s.Panics = true })},
+		{"ext4 that carries an option that stops the machine", ext(func(b []byte) { copy(b[0x200:], "noload,errors=panic") }), with(base, func(s *Superblock) { s.Panics = true })},
+		{"ext4 that carries options of no harm", ext(func(b []byte) { copy(b[0x200:], "barrier=1,,data=journal,"+strings.Repeat("acl,", 10)) }), base},
 		{"ext4 with a journal to replay", ext(func(b []byte) { b[0x60] |= incompatRecover }), with(base, func(s *Superblock) { s.NeedsRecovery = true })},
 		{"ext2 that was not unmounted", ext(func(b []byte) {
 			b[0x5C], b[0x60], b[0x3A] = 0, 2, 0
@@ -115,23 +117,27 @@ func TestReadSuperblockByHand(t *testing.T) {
 		})
 	}
 	for name, b := range map[string][]byte{
-		"an empty file":                  nil,
-		"zeros":                          make([]byte, 1<<20),
-		"a file shorter than superblock": ext(nil)[:1500],
-		"ext with no blocks":             ext(func(b []byte) { le.PutUint32(b[4:], 0) }),
-		"ext with huge blocks":           ext(func(b []byte) { le.PutUint32(b[0x18:], 60) }),
-		"ext with empty groups":          ext(func(b []byte) { le.PutUint32(b[0x20:], 0) }),
-		"ext with inodes of 0 bytes":     ext(func(b []byte) { le.PutUint16(b[0x58:], 0) }),
-		"ext that is only a journal":     ext(func(b []byte) { b[0x60] = incompatJournal }),
-		"ext with a journal elsewhere":   ext(func(b []byte) { le.PutUint32(b[0xE4:], 8<<8|1) }),
-		"ext bigger than anything":       ext(func(b []byte) { le.PutUint32(b[0x150:], 1<<31) }),
-		"xfs with blocks of 3 bytes":     xfs(func(b []byte) { be.PutUint32(b[4:], 3) }),
-		"xfs with too many blocks":       xfs(func(b []byte) { be.PutUint64(b[8:], 1<<63) }),
-		"xfs with sectors of 100 bytes":  xfs(func(b []byte) { be.PutUint16(b[102:], 100) }),
-		"xfs with no groups":             xfs(func(b []byte) { be.PutUint32(b[88:], 0) }),
-		"btrfs with sectors of 0":        btrfs(func(b []byte) { le.PutUint32(b[144:], 0) }),
-		"btrfs of two devices":           btrfs(func(b []byte) { b[136] = 2 }),
-		"btrfs bigger than anything":     btrfs(func(b []byte) { le.PutUint64(b[209:], 1<<63) }),
+		"an empty file":                       nil,
+		"zeros":                               make([]byte, 1<<20),
+		"a file shorter than superblock":      ext(nil)[:1500],
+		"ext with no blocks":                  ext(func(b []byte) { le.PutUint32(b[4:], 0) }),
+		"ext with huge blocks":                ext(func(b []byte) { le.PutUint32(b[0x18:], 60) }),
+		"ext with empty groups":               ext(func(b []byte) { le.PutUint32(b[0x20:], 0) }),
+		"ext with inodes of 0 bytes":          ext(func(b []byte) { le.PutUint16(b[0x58:], 0) }),
+		"ext that is only a journal":          ext(func(b []byte) { b[0x60] = incompatJournal }),
+		"ext with a journal elsewhere":        ext(func(b []byte) { le.PutUint32(b[0xE4:], 8<<8|1) }),
+		"ext that carries a journal's device": ext(func(b []byte) { copy(b[0x200:], "acl,journal_dev=0x801") }),
+		"ext that carries a journal's path":   ext(func(b []byte) { copy(b[0x200:], "journal_path=/dev/sda1") }),
+		"ext that carries a hidden option":    ext(func(b []byte) { copy(b[0x200:], `x-a="1,journal_dev=0x801,x-b="`) }),
+		"ext that carries options to the end": ext(func(b []byte) { copy(b[0x200:], strings.Repeat("acl,", 12)+"journal_dev=0x80") }),
+		"ext bigger than anything":            ext(func(b []byte) { le.PutUint32(b[0x150:], 1<<31) }),
+		"xfs with blocks of 3 bytes":          xfs(func(b []byte) { be.PutUint32(b[4:], 3) }),
+		"xfs with too many blocks":            xfs(func(b []byte) { be.PutUint64(b[8:], 1<<63) }),
+		"xfs with sectors of 100 bytes":       xfs(func(b []byte) { be.PutUint16(b[102:], 100) }),
+		"xfs with no groups":                  xfs(func(b []byte) { be.PutUint32(b[88:], 0) }),
+		"btrfs with sectors of 0":             btrfs(func(b []byte) { le.PutUint32(b[144:], 0) }),
+		"btrfs of two devices":                btrfs(func(b []byte) { b[136] = 2 }),
+		"btrfs bigger than anything":          btrfs(func(b []byte) { le.PutUint64(b[209:], 1<<63) }),
 	} {
 		t.Run(name, func(t *testing.T) {
 			if sb, err := ReadSuperblock(bytes.NewReader(b)); !errors.Is(err, ErrUnknownFilesystem) {

@@ -374,9 +374,9 @@ func (s *session) renew(ctx context.Context) {
 // beyond its time.
 func (s *session) prolong(ctx context.Context, token string, expires time.Time) (_ time.Time, ok bool) {
 	logger := klog.FromContext(ctx)
-	looking, cancel := context.WithTimeout(s.ended, min(link.HelloTime, expires.Sub(s.router.cfg.Now()))) //nolint:contextcheck // ended follows ctx
+	looking, cancel := context.WithTimeout(s.ended, min(link.HelloTime, expires.Sub(s.router.cfg.Now())))
 	defer cancel()
-	id, err := s.router.authenticate(looking, token) //nolint:contextcheck // as above
+	id, err := s.router.authenticate(looking, token) //nolint:contextcheck // ended follows ctx
 	switch {
 	case errors.Is(err, ErrToken):
 		logger.Error(err, "A node sent a fresh token that is no good")
