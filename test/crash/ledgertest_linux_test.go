@@ -112,3 +112,28 @@ func perform(c gate.Call) error {
 	}
 	return nil
 }
+
+// TestMayBeMissed shows which moments a life may lack that an earlier one had.
+func TestMayBeMissed(t *testing.T) {
+	t.Parallel()
+	calls := func(name string, n int) []gate.Call {
+		return slices.Repeat([]gate.Call{{Own: true, Name: name, Path: "/pool/image"}}, n)
+	}
+	for _, c := range []struct {
+		x     target
+		calls []gate.Call
+		want  bool
+	}{
+		{target{"copy_file_range", 3}, calls("copy_file_range", 2), true},
+		{target{"copy_file_range", 3}, calls("copy_file_range", 1), true},
+		{target{"copy_file_range", 1}, calls("fsync", 1), false},
+		{target{"fsync", 2}, calls("fsync", 1), false},
+		{target{"ioctl BTRFS_IOC_START_SYNC", 2}, nil, true},
+		{target{ofChild, 4}, slices.Repeat([]gate.Call{{Name: "write", Path: "/pool/image"}}, 3), true},
+		{target{ofChild, 5}, slices.Repeat([]gate.Call{{Name: "write", Path: "/pool/image"}}, 3), false},
+	} {
+		if got := c.x.mayBeMissed(c.calls); got != c.want {
+			t.Errorf("%s after %d calls: %v", c.x, len(c.calls), got)
+		}
+	}
+}
