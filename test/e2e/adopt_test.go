@@ -191,7 +191,7 @@ func (d *disk) isAdopted(r *reader, pool string, before *corev1.PersistentVolume
 	})
 	const lists = "csi-loop adopt --pool-id=ID --node=NEW"
 	out := r.run(lists, "=ID", "="+pool, "NEW", d.to)
-	if strings.Count(out, before.Name) != 2 || !strings.Contains(out, "1 PersistentVolumes would be replaced") || !strings.Contains(out, "1 PersistentVolumes replaced") {
+	if strings.Count(out, before.Spec.CSI.VolumeHandle) != 2 || !strings.Contains(out, "1 PersistentVolumes would be replaced") || !strings.Contains(out, "1 PersistentVolumes replaced") {
 		d.Errorf("it says %s", out)
 	}
 	after := d.volumeOf("data-user-0")

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -25,6 +26,7 @@ type step struct {
 
 // TestTutorials runs every command of the tutorials, as a reader does who takes them
 // from the page one block after the other, and compares what is printed. Nothing may be left.
+// PODS is how many pods get a copy of the data set.
 func TestTutorials(t *testing.T) {
 	pages, err := filepath.Glob(tutorials + "/*.md")
 	if err != nil {
@@ -68,7 +70,7 @@ func (e *env) follow(page string, steps []step) {
 	ctx, cancel := context.WithTimeout(e.Context(), 4*patience)
 	defer cancel()
 	shell := exec.CommandContext(ctx, "bash", "-c", script.String())
-	shell.Env = append(os.Environ(), "PODS=6")
+	shell.Env = append(os.Environ(), "PODS="+cmp.Or(os.Getenv("PODS"), "6"))
 	var errors strings.Builder
 	shell.Stderr = &errors
 	out, err := shell.Output()

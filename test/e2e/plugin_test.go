@@ -143,11 +143,7 @@ func (e *env) pluginShowsTheRest(plugin func(args ...string) string, node string
 		name = name[:63]
 	}
 	e.csiLoop(node, "template", "add", name, e.imageOn(node, "shown.img"))
-	e.Cleanup(func() {
-		if _, err := e.exec(context.Background(), installed, e.driverOn(node), "csi-loop", "template", "rm", name); err != nil {
-			e.Error(err)
-		}
-	})
+	defer e.csiLoop(node, "template", "rm", name) // while the test's context lives
 	e.eventually("the template is shown", patience, func(context.Context) error {
 		if out := plugin("templates", "--node="+node); !strings.Contains(out, name) {
 			return errors.New(out)
