@@ -126,6 +126,34 @@ func TestNoSnapshotOfAGroupThatIsGone(t *testing.T) {
 	wantAccount(t, s, p)
 }
 
+// What was found to be a leftover may be a snapshot again when it is to be removed: the
+// group was removed and made anew in between.
+func TestLeftoverThatIsASnapshotAgain(t *testing.T) {
+	dir := poolDir(t)
+	s, p, spec := pair(t, dir)
+	g, err := s.SnapshotGroup(ctx, spec, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, member, _ := ParseID(g.Snapshots[0].ID)
+	r, err := p.getSnapshot(member)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.dropCut(ctx, member, r) // as settleGroups does, which looked before
+	f, err := p.OpenSnapshot(ctx, g.Snapshots[0].ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := s.RemoveGroup(ctx, g.ID); err != nil {
+		t.Fatal(err)
+	}
+	wantNoGroup(t, s, p, spec.Name)
+}
+
 // A damaged group is refused, and can be removed with all that there is of it.
 func TestDamagedGroupCanBeRemoved(t *testing.T) {
 	for name, damage := range map[string]func(dir, member string) error{

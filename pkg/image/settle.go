@@ -195,8 +195,20 @@ func (p *Pool) removeStray(ctx context.Context, dir string, r snapshotRecord) er
 	return p.removeSnapshot(ctx, dir, r)
 }
 
-// dropCut removes a snapshot that never came to be.
+// dropCut removes a snapshot that never came to be, unless a call works on it, or has
+// removed it: there may be another one by now.
 func (p *Pool) dropCut(ctx context.Context, dir string, r snapshotRecord) {
+	unlock, ok := p.locks.tryLock(snapshotLock(dir))
+	if !ok {
+		return
+	}
+	defer unlock()
+	p.mu.Lock()
+	_, left := p.unsettled[dir]
+	p.mu.Unlock()
+	if !left {
+		return
+	}
 	p.log(ctx).Info("Removing a snapshot that an interrupted call left", "snapshot", VolumeID(p.ID(), dir), "group", r.Group)
 	gone := gonePrefix + dir + "-" + rand.Text()[:8]
 	if err := renameNew(p.snapshots, dir, p.root, gone); err != nil && !errors.Is(err, fs.ErrNotExist) {
