@@ -88,12 +88,15 @@ const stopTime = 30 * time.Second
 // for at most grace (0: 30 s) before it cancels them, and waits for those to
 // undo what they did. It returns nil after an orderly stop.
 func (d *Driver) Serve(ctx context.Context, l net.Listener, grace time.Duration) error {
-	return d.serve(ctx, l, grace, func(r grpc.ServiceRegistrar) {
-		csi.RegisterIdentityServer(r, &identityServer{d: d, plugin: PluginCapabilities()})
-		registerAdmin(r, d)
-		d.RegisterController(r)
-		csi.RegisterNodeServer(r, &nodeServer{d: d})
-	})
+	return d.serve(ctx, l, grace, d.register)
+}
+
+// register adds all services.
+func (d *Driver) register(r grpc.ServiceRegistrar) {
+	csi.RegisterIdentityServer(r, &identityServer{d: d, plugin: PluginCapabilities()})
+	registerAdmin(r, d)
+	d.RegisterController(r)
+	csi.RegisterNodeServer(r, &nodeServer{d: d})
 }
 
 // ServeNode is Serve for a node whose Controller service is reached by another way:
