@@ -12,8 +12,8 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/validation"
-	"sigs.k8s.io/yaml"
 
+	"github.com/csi-loop/csi-loop/internal/yamltext"
 	"github.com/csi-loop/csi-loop/pkg/driver"
 )
 
@@ -154,7 +154,7 @@ var unfilled = regexp.MustCompile(`(?m)^(status: \{\}|  creationTimestamp: null)
 // printManifests writes objects for kubectl apply.
 func printManifests(out io.Writer, objects ...any) error {
 	for i, o := range objects {
-		b, err := yaml.Marshal(o)
+		b, err := yamltext.Marshal(o)
 		if err != nil {
 			return err
 		}

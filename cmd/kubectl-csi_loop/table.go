@@ -9,7 +9,8 @@ import (
 	"unicode/utf8"
 
 	"k8s.io/apimachinery/pkg/api/resource"
-	"sigs.k8s.io/yaml"
+
+	"github.com/csi-loop/csi-loop/internal/yamltext"
 )
 
 // colour is how a cell is shown on a terminal.
@@ -102,7 +103,7 @@ func (o *options) show(w io.Writer, v any, rows [][]cell) error {
 		e.SetIndent("", "  ")
 		return e.Encode(v)
 	case "yaml":
-		b, err := yaml.Marshal(v)
+		b, err := yamltext.Marshal(v)
 		if err == nil {
 			_, err = w.Write(b)
 		}
