@@ -109,10 +109,7 @@ func (r *Router) reportOf(ctx context.Context, s *session) (m report.Machine, er
 		if total > r.reports.most {
 			return m, fmt.Errorf("it says more than %d bytes", r.reports.most)
 		}
-		p.Pools = slices.DeleteFunc(p.Pools, func(p report.Pool) bool { return p.ID != "" && !r.table.owns(s, p.ID) })
-		p.Volumes = slices.DeleteFunc(p.Volumes, func(v report.Volume) bool { return r.foreign(s, v.ID) })
-		p.Snapshots = slices.DeleteFunc(p.Snapshots, func(v report.Snapshot) bool { return r.foreign(s, v.ID) })
-		p.Templates = slices.DeleteFunc(p.Templates, func(v report.Template) bool { return r.foreign(s, v.ID) })
+		p = r.ownPage(s, p)
 		m.Add(p)
 		switch {
 		case p.Next == "":
@@ -123,6 +120,15 @@ func (r *Router) reportOf(ctx context.Context, s *session) (m report.Machine, er
 		}
 		next = p.Next
 	}
+}
+
+// ownPage is what a node says, without what it says of others' pools.
+func (r *Router) ownPage(s *session, p report.Page) report.Page {
+	p.Pools = slices.DeleteFunc(p.Pools, func(p report.Pool) bool { return p.ID != "" && !r.table.owns(s, p.ID) })
+	p.Volumes = slices.DeleteFunc(p.Volumes, func(v report.Volume) bool { return r.foreign(s, v.ID) })
+	p.Snapshots = slices.DeleteFunc(p.Snapshots, func(v report.Snapshot) bool { return r.foreign(s, v.ID) })
+	p.Templates = slices.DeleteFunc(p.Templates, func(v report.Template) bool { return r.foreign(s, v.ID) })
+	return p
 }
 
 // foreign says whether an ID is of a pool that another node has. IDs of mapped volumes

@@ -11,8 +11,8 @@ import (
 // MaxHello bounds a frame, in bytes.
 const MaxHello = 64 << 10
 
-// maxHelloItems bounds the items of a frame's lists and objects: many more than those
-// of MaxPools pools and of all methods.
+// maxHelloItems bounds the items of the lists and objects of a frame, and of an order:
+// many more than those of MaxPools pools, of all methods and of all replicas.
 const maxHelloItems = 2048
 
 // decode reads JSON that a peer sent, of at most so many items. An empty object is two

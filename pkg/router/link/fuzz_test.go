@@ -6,11 +6,15 @@ import (
 	"crypto/ed25519"
 	"crypto/x509"
 	"encoding/json"
+	"fmt"
 	"io"
+	"maps"
 	"net"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -18,6 +22,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 	"k8s.io/klog/v2"
 
@@ -158,6 +163,95 @@ type recorder struct{ methods []grpc.MethodDesc }
 
 func (r *recorder) RegisterService(d *grpc.ServiceDesc, _ any) {
 	r.methods = append(r.methods, d.Methods...)
+}
+
+// told is a stream on which a controller has said everything it will. It counts what
+// the node answers.
+type told struct {
+	grpc.ServerStream
+
+	ctx     context.Context //nolint:containedctx // a stream has one
+	words   [][]byte
+	answers []Update
+}
+
+func (s *told) Context() context.Context { return s.ctx }
+
+func (s *told) RecvMsg(m any) error {
+	if len(s.words) == 0 {
+		return io.EOF
+	}
+	to, ok := m.(*wrapperspb.BytesValue)
+	if !ok {
+		return fmt.Errorf("%T", m)
+	}
+	proto.Merge(to, wrapperspb.Bytes(s.words[0]))
+	s.words = s.words[1:]
+	return nil
+}
+
+func (s *told) SendMsg(m any) error {
+	b, ok := m.(*wrapperspb.BytesValue)
+	if !ok {
+		return fmt.Errorf("%T", m)
+	}
+	var u Update
+	err := json.Unmarshal(b.GetValue(), &u)
+	s.answers = append(s.answers, u)
+	return err
+}
+
+// FuzzSync: whatever a controller says on the stream, line by line, the node does what is
+// an order, up to the first that is none: it answers each ping, and keeps links to the
+// replicas that it was told of last, and to no others.
+func FuzzSync(f *testing.F) {
+	for _, lines := range []string{
+		`{"ping":true}` + "\n" + `{"ping":true}`, `{"replicas":["a:1","b:1"]}` + "\n" + `{"replicas":["b:1","c:1","b:1",""],"ping":true}`, `{"replicas":[]}`,
+		`{"notice":"x","new":1}`, "null\n{}", "[]", `{"replicas":[""]}` + "\n" + `{"ping":1}` + "\n" + `{"ping":true}`, `{"replicas":[` + strings.Repeat(`"",`, 3000) + `""]}`,
+	} {
+		f.Add(lines)
+	}
+	f.Fuzz(func(t *testing.T, lines string) {
+		ctx, cancel := context.WithCancel(klog.NewContext(t.Context(), klog.Logger{}))
+		a := NewAgent(Config{
+			NodeID: "n", CA: func() (*x509.CertPool, error) { return nil, net.ErrClosed }, Token: func() (string, error) { return "t", nil },
+			Register: func(grpc.ServiceRegistrar) {}, Pools: func() []Pool { return nil }, RetryMin: time.Hour, RetryMax: time.Hour,
+		})
+		a.inventory, _ = openInventory(a.cfg.Pools, nil)
+		stream := &told{ctx: ctx, words: bytes.Split([]byte(lines), []byte("\n"))}
+		want, pings := []string(nil), 0
+		for _, word := range stream.words {
+			var o Order
+			if json.Unmarshal(word, &o) != nil || bytes.Count(word, []byte{','}) >= maxHelloItems {
+				break
+			}
+			if left := slices.DeleteFunc(o.Replicas, func(r string) bool { return r == "" }); len(left) > 0 {
+				want = left
+			}
+			if o.Ping {
+				pings++
+			}
+		}
+		s := &session{agent: a, ctx: ctx, proven: map[string]bool{}}
+		if err := s.sync(stream); err == nil {
+			t.Error("the stream ended without an error")
+		}
+		// Before the answers it told what it has: nothing, and that this is all.
+		if got := len(stream.answers) - 2; got != pings {
+			t.Errorf("%d answers to %d pings", got, pings)
+		}
+		a.mu.Lock()
+		kept := slices.Sorted(maps.Keys(a.keepers))
+		a.mu.Unlock()
+		if want = slices.Compact(slices.Sorted(slices.Values(want))); !slices.Equal(kept, want) {
+			t.Errorf("links are kept to %q, not %q", kept, want)
+		}
+		if len(a.inventory.subs) > 0 {
+			t.Error("the stream is still told of changes")
+		}
+		cancel()
+		a.wg.Wait()
+	})
 }
 
 // FuzzHello: no hello is let in with a pool whose key it does not have. The one

@@ -2,7 +2,6 @@ package link
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 
 	"google.golang.org/grpc"
@@ -68,7 +67,7 @@ func (s *session) receive(stream grpc.ServerStream, orders chan<- Order) error {
 			return err
 		}
 		var o Order
-		if err := json.Unmarshal(m.GetValue(), &o); err != nil {
+		if err := decode(m.GetValue(), &o, maxHelloItems); err != nil {
 			return fmt.Errorf("not an order: %w", err)
 		}
 		select {
