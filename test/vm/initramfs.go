@@ -22,7 +22,7 @@ const (
 		mkfs.btrfs btrfs btrfstune
 		cryptsetup
 		losetup mount umount blkid blockdev fallocate fstrim fsfreeze unshare nsenter dmsetup sfdisk
-		sh cp ln mv rm sleep bash cat grep tar`
+		sh cp dd ln ls mv rm sha256sum sleep stat truncate bash cat grep mkswap tar`
 	optionalTools = "debugfs findmnt setpriv lsattr chattr strace"
 )
 
