@@ -93,7 +93,7 @@ func TestFullPool(t *testing.T) {
 }
 
 // TestFullStateDir: a stage record that cannot be written fails the call, which leaves nothing; what is staged is taken
-// down all the same.
+// down all the same, also after a start.
 func TestFullStateDir(t *testing.T) {
 	s := newSite(t, siteConfig{noStart: true})
 	must(t, os.Mkdir(s.state, 0o700))
@@ -140,6 +140,8 @@ func TestFullStateDir(t *testing.T) {
 			v.step("unpublish", v.unpublish(1))
 		}
 		empty = fill(t, s.state)
+		s.kill()
+		s.start()
 		v.step("unpublish", asCO(v, func() error { return v.unpublish(0) }))
 		v.step("unstage", asCO(v, v.unstage))
 		empty()
