@@ -62,6 +62,9 @@ func (v *volume) unhealthy() error {
 			return fmt.Errorf("a thick image of %d bytes has %d bytes of blocks", v.size, blocks)
 		}
 	}
+	if last := waitFor(patience, v.untuned); last != "" {
+		return errors.New(last)
+	}
 	for n, there := range v.published {
 		if there && v.written {
 			if err := within(patience, func() error { return v.read(n) }); err != nil {

@@ -118,7 +118,8 @@ func label(c gate.Call) string {
 // for each volume whose extents it is time to look at, is one of the last calls of a
 // child, of which programs make a few more or fewer from one run to the next, or is not
 // the first of those that copy data: there is one for each range that the filesystem says
-// has data, which depends on what it has written back by then.
+// has data, which depends on what it has written back by then. What is busy for a moment is
+// unmounted once more.
 func (x target) mayBeMissed(calls []gate.Call) bool {
 	made := 0
 	for _, c := range calls {
@@ -127,7 +128,8 @@ func (x target) mayBeMissed(calls []gate.Call) bool {
 		}
 	}
 	return strings.HasSuffix(x.name, " in /sys") || strings.HasSuffix(x.name, " in /dev") || isCommit(x.name) ||
-		x.name == ofChild && 4*made >= 3*x.n || x.name == "copy_file_range" && made > 0
+		x.name == ofChild && 4*made >= 3*x.n || x.name == "copy_file_range" && made > 0 ||
+		x.name == "umount2" && made > 0 && made == x.n-1
 }
 
 // isCommit says whether a call is part of a commit of btrfs.

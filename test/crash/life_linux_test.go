@@ -45,7 +45,7 @@ func (k kind) life() []step {
 		free("write", (*volume).write),
 		rpc("publish read-only", func(v *volume) error { return v.publish(1) }))
 	if k.grown > 0 {
-		life = append(life, rpc("expand image", (*volume).expandImage), rpc("expand", (*volume).expand))
+		life = append(life, rpc("modify", (*volume).modify), rpc("expand image", (*volume).expandImage), rpc("expand", (*volume).expand))
 	}
 	life = append(life,
 		end("unpublish read-only", func(v *volume) error { return v.unpublish(1) }),

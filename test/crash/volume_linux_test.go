@@ -70,6 +70,7 @@ type volume struct {
 	staged    bool
 	published [2]bool // read-write, read-only
 	size      int64
+	tuned     bool // it has its read-ahead
 	written   bool
 
 	hasSnapshot, hasGroup bool
@@ -230,6 +231,40 @@ func (v *volume) expandImage() error {
 		return fmt.Errorf("ControllerExpandVolume = %v, want %d bytes and the node's part", r, v.size)
 	}
 	return nil
+}
+
+// readAhead is that of the volume once it is modified, in bytes. A number whose device could
+// not be set back keeps that of another volume, so that no two have the same.
+func (v *volume) readAhead() int64 { return int64(1<<20 + v.seed%15000*4096) }
+
+func (v *volume) modify() error {
+	ctx, cancel := call()
+	defer cancel()
+	_, err := v.controller().ControllerModifyVolume(ctx, &csi.ControllerModifyVolumeRequest{
+		VolumeId: v.id, MutableParameters: map[string]string{"readAhead": strconv.FormatInt(v.readAhead(), 10)},
+	})
+	v.tuned = v.tuned || err == nil
+	return err
+}
+
+// untuned says which device of a modified volume is not as it was asked for. One that could
+// not be set fails no call and is tried again.
+func (v *volume) untuned() string {
+	if !v.tuned || !v.staged {
+		return ""
+	}
+	for _, line := range v.loops() {
+		device, path, _ := strings.Cut(line, " over ")
+		if path != v.image() {
+			continue
+		}
+		file := "/sys/block/" + device + "/queue/read_ahead_kb"
+		b, err := os.ReadFile(file)
+		if got, want := strings.TrimSpace(string(b)), strconv.FormatInt(v.readAhead()>>10, 10); err != nil || got != want {
+			return fmt.Sprintf("%s is %q, want %s: %v", file, got, want, err)
+		}
+	}
+	return ""
 }
 
 // expand is the node's part. Where the kernel does not let a mounted ext4 grow,
