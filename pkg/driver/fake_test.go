@@ -29,6 +29,7 @@ type fakeKernel struct {
 	seq     uint64
 	devices map[int]*fakeDevice // guarded by mu
 	mounts  []mount.Mount       // guarded by mu; later ones cover earlier ones
+	mounted int                 // how often; guarded by mu
 	// fail makes the named step ("attach", "mount", "bind", "unmount", ...) fail
 	// once with the error.
 	fail          map[string]error      // guarded by mu
@@ -481,8 +482,9 @@ func (k *fakeKernel) Mount(_ context.Context, s mount.Spec) error {
 	if err := os.MkdirAll(s.Target, 0o750); err != nil {
 		return err
 	}
+	k.mounted++
 	k.mounts = append(k.mounts, mount.Mount{
-		Path: filepath.Clean(s.Target), Root: "/", FSType: s.FSType, Source: s.Source, Major: fakeMajor, Minor: nodeMinor(s.Source),
+		ID: k.mounted, Path: filepath.Clean(s.Target), Root: "/", FSType: s.FSType, Source: s.Source, Major: fakeMajor, Minor: nodeMinor(s.Source),
 		ReadOnly: s.ReadOnly || slices.Contains(s.Options, "ro"), SuperOptions: slices.Clone(s.Options),
 	})
 	return nil
@@ -498,6 +500,9 @@ func (k *fakeKernel) Bind(_ context.Context, s mount.BindSpec) error {
 	// mount.IsOf looks at the node. Here there is none to look at.
 	m := mount.Mount{Path: filepath.Clean(s.Target), Root: s.Source, FSType: "devtmpfs", Source: "devtmpfs", Major: fakeMajor, Minor: nodeMinor(s.Source)}
 	if from, ok := k.top(s.Source); ok {
+		if s.Mount != from.ID {
+			return &mount.OpError{Op: "bind from", Path: s.Source, Err: mount.ErrBusy}
+		}
 		m = from
 		m.Path = filepath.Clean(s.Target)
 	}

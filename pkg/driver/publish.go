@@ -198,7 +198,16 @@ func (d *Driver) publishFilesystem(ctx context.Context, r stageRecord, p publica
 	if err != nil {
 		return err
 	}
-	err = d.mounts.Bind(ctx, mount.BindSpec{Source: r.StagingPath, Target: p.path, ReadOnly: p.target.ReadOnly, Flags: options.Flags})
+	// The very mount that shows the volume: without it the path would lead to a directory
+	// of the node.
+	staged, mounted, err := d.mtab.At(r.StagingPath)
+	switch {
+	case err != nil:
+		return err
+	case !mounted || !r.Device.shownBy(staged):
+		return preconditionf("the volume is no longer staged at %q: its mount is gone", r.StagingPath)
+	}
+	err = d.mounts.Bind(ctx, mount.BindSpec{Source: r.StagingPath, Target: p.path, ReadOnly: p.target.ReadOnly, Flags: options.Flags, Mount: staged.ID})
 	if err != nil {
 		return err
 	}

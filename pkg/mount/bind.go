@@ -13,6 +13,9 @@ type BindSpec struct {
 	Target   string // an absolute path; its parent directory exists
 	ReadOnly bool   // this mount of it
 	Flags    Flags  // in addition to those of the mount that Source lies in
+	// Mount is the kernel's number (Mount.ID) of the mount that Source must lie in; 0 is
+	// whichever is there.
+	Mount int
 }
 
 // Bind shows Source at Target. On success it is there, and with ReadOnly nothing
@@ -25,6 +28,7 @@ type BindSpec struct {
 //
 // The same already there with the same flags is success; anything else is a
 // *ForeignError. A Source or Target that is a symbolic link is refused (ELOOP).
+// ErrBusy: Source lies in another mount than the one that is meant.
 //
 // For a device node, ReadOnly protects the node (its owner, mode and times) and
 // not the device: writing to it goes on. Use a read-only device.
@@ -55,6 +59,9 @@ func (m *Mounter) Bind(ctx context.Context, spec BindSpec) error {
 	if err := checkSource(source, shown); err != nil {
 		return err
 	}
+	if err := checkMount(from, source, spec.Mount); err != nil {
+		return err
+	}
 	inherited, err := isReadOnly(from)
 	if err != nil {
 		return &OpError{Op: "bind from", Path: source, Err: err}
@@ -79,6 +86,22 @@ func checkSource(source string, p place) error {
 		return nil
 	}
 	return &OpError{Op: "bind from", Path: source, Err: syscall.EINVAL, Words: "the source is " + typeName(p.mode)}
+}
+
+// checkMount refuses what is open at from if it does not lie in the mount of that number:
+// that one was unmounted, or covered, since its path was looked up.
+func checkMount(from int, source string, want int) error {
+	if want == 0 {
+		return nil
+	}
+	number, err := mountNumberFD(from)
+	if err == nil && number != uint64(want) {
+		err = ErrBusy
+	}
+	if err != nil {
+		return &OpError{Op: "bind from", Path: source, Err: err, Words: "another mount is there than a moment ago"}
+	}
+	return nil
 }
 
 func bindAt(from, at int, source, target string, spec BindSpec) error {

@@ -28,7 +28,7 @@ func TestBindDirectory(t *testing.T) {
 			write(t, staging+"/file", "content")
 			fds := openFDs(t)
 
-			spec := BindSpec{Source: staging, Target: publish, Flags: NoSuid | NoExec}
+			spec := BindSpec{Source: staging, Target: publish, Flags: NoSuid | NoExec, Mount: mustAt(t, m, staging).ID}
 			mustBind(t, m, spec)
 			write(t, publish+"/through", "written through")
 			if got := mustAt(t, m, publish); got.ReadOnly || got.Root != "/" || !slices.Equal(got.Options, []string{"rw", "nosuid", "noexec", "noatime"}) {
@@ -227,6 +227,7 @@ func TestBindFailuresSayWhy(t *testing.T) {
 		{"directory on a file", BindSpec{Source: source, Target: file}, syscall.ENOTDIR, "is a regular file and has to be a directory"},
 		{"file on a directory", BindSpec{Source: file, Target: existing}, syscall.EISDIR, "is a directory and has to be a file"},
 		{"file on a link", BindSpec{Source: file, Target: link}, syscall.ELOOP, "symbolic link"},
+		{"source in another mount", BindSpec{Source: source, Target: target, Mount: 1 << 30}, ErrBusy, "another mount is there"},
 		{"no parent", BindSpec{Source: file, Target: dir + "/a/b"}, syscall.ENOENT, "parent directory"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

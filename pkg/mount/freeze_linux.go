@@ -42,11 +42,8 @@ func syncFilesystem(dir *os.File) error {
 
 // mountNumberOf is mountNumber for what is open.
 func mountNumberOf(f *os.File) (uint64, error) {
-	var st unix.Statx_t
-	const flags = unix.AT_EMPTY_PATH | unix.AT_NO_AUTOMOUNT | unix.AT_STATX_DONT_SYNC
-	err := unix.Statx(int(f.Fd()), "", flags, unix.STATX_MNT_ID, &st)
-	runtime.KeepAlive(f)
-	return st.Mnt_id, err
+	defer runtime.KeepAlive(f)
+	return mountNumberFD(int(f.Fd()))
 }
 
 // socketPair makes two ends of a connection that keeps messages apart; the second is

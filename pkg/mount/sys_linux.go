@@ -41,6 +41,14 @@ func mountNumber(path string) (uint64, error) {
 	return st.Mnt_id, err
 }
 
+// mountNumberFD is mountNumber of what is open.
+func mountNumberFD(fd int) (uint64, error) {
+	var st unix.Statx_t
+	const flags = unix.AT_EMPTY_PATH | unix.AT_NO_AUTOMOUNT | unix.AT_STATX_DONT_SYNC
+	err := unix.Statx(fd, "", flags, unix.STATX_MNT_ID, &st)
+	return st.Mnt_id, err
+}
+
 func statx(fd int, path string, flags int) (place, error) {
 	var st unix.Statx_t
 	const mask = unix.STATX_TYPE | unix.STATX_MODE | unix.STATX_INO | unix.STATX_MNT_ID | unix.STATX_MNT_ID_UNIQUE

@@ -23,6 +23,7 @@ func lookFD(int) (place, error)                        { return place{}, errors.
 func look(string) (place, error)                       { return place{}, errors.ErrUnsupported }
 func lookThrough(string) (place, error)                { return place{}, errors.ErrUnsupported }
 func mountNumber(string) (uint64, error)               { return 0, errors.ErrUnsupported }
+func mountNumberFD(int) (uint64, error)                { return 0, errors.ErrUnsupported }
 func mountNumberOf(*os.File) (uint64, error)           { return 0, errors.ErrUnsupported }
 func devNumbers(uint64) (major, minor uint32)          { return 0, 0 }
 func newMount(string, string, Options) (int, error)    { return -1, errors.ErrUnsupported }
