@@ -40,27 +40,31 @@ type pair struct {
 	place   place
 	address string
 	ca      string
+	metrics *metrics // of the controller
+	options []image.Option
 }
 
 type pairNode struct {
 	p                *pair
 	name, pool, work string
 	node             csi.NodeClient
+	metrics          *metrics
 	stop             func()
 }
 
 func newPair(t *testing.T, pools [2]string) *pair { t.Helper(); return newPairAt(t, pools, 1<<30) }
 
-// newPairAt is newPair with a bound for transfers, in bytes a second.
-func newPairAt(t *testing.T, pools [2]string, rate int64) *pair {
+// newPairAt is newPair with a bound for transfers, in bytes a second, and options for the
+// pools.
+func newPairAt(t *testing.T, pools [2]string, rate int64, options ...image.Option) *pair {
 	t.Helper()
-	p := &pair{t: t, place: newPlace(t)}
+	p := &pair{t: t, place: newPlace(t), metrics: newMetrics(build{}), options: append([]image.Option{image.WithRefresh(0)}, options...)}
 	certificates, ca := linkCertificates(t, fake.NewClientset(), p.place.dir)
 	p.ca, p.address = ca, freeAddress(t)
 	control(t, plan{
 		mode: modeController, endpoint: "unix://" + p.place.socket, stopTimeout: time.Second, driver: driver.Config{Name: driver.DefaultName, Version: "v1"},
 		link: linkConfig{LinkListen: p.address, LinkAdvertise: p.address}, transferRate: rate,
-	}, newMetrics(build{}), router.Config{Auth: podTokens{}, Roster: noRoster{}, Claims: noClaims{}, Certificate: certificates.Get})
+	}, p.metrics, router.Config{Auth: podTokens{}, Roster: noRoster{}, Claims: noClaims{}, Certificate: certificates.Get})
 	for i, fsType := range pools {
 		n := &pairNode{p: p, name: fmt.Sprintf("n%d", i+1)}
 		n.work = filepath.Join(p.place.dir, n.name)
@@ -91,12 +95,14 @@ func (n *pairNode) start() {
 		link:   linkConfig{ControllerAddress: []string{p.address}, ControllerCA: p.ca, LinkTokenFile: n.work + "/token", ControllerName: link.DefaultName},
 	}
 	p.must(os.WriteFile(c.link.LinkTokenFile, []byte(n.name), 0o600))
-	m := openStack(t, []image.Config{{Name: "default", Path: n.pool}}, c.driver, image.WithRefresh(0))
+	m := openStack(t, []image.Config{{Name: "default", Path: n.pool}}, c.driver, p.options...)
+	n.metrics = newMetrics(build{})
+	n.metrics.node(m.images, m.loops)
 	ctx, cancel := context.WithCancel(context.Background())
 	l, err := driver.Listen(ctx, c.endpoint)
 	p.must(err)
 	done := make(chan error, 1)
-	go func() { done <- serveNode(ctx, m.d, m.images, c, l, newMetrics(build{})) }()
+	go func() { done <- serveNode(ctx, m.d, m.images, c, l, n.metrics) }()
 	stopped := false
 	n.stop = func() {
 		if stopped {
