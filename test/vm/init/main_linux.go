@@ -105,8 +105,12 @@ func openRaw(path string) (*os.File, error) {
 	return f, nil
 }
 
-// prepare loads the modules and mounts the scratch disk.
+// prepare loads the modules, mounts the scratch disk and gives the machine a name, which
+// csi-loop takes for its node's.
 func prepare(p plan.Plan) error {
+	if err := unix.Sethostname([]byte("guest")); err != nil {
+		return fmt.Errorf("set the name: %w", err)
+	}
 	for _, m := range p.Modules {
 		if err := load(m); err != nil {
 			return fmt.Errorf("load %s: %w", filepath.Base(m), err)
