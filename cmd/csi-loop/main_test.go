@@ -103,10 +103,14 @@ func spawnCommand(t *testing.T, cmd *exec.Cmd, env []string) *child {
 // wait returns the exit status, -1 when a signal ended it.
 func (c *child) wait() int {
 	c.t.Helper()
+	limit := 2 * time.Minute // a demo that fails may clean up for a minute
+	if os.Getenv("CSI_LOOP_VM") != "" {
+		limit = 20 * time.Minute // on an emulated processor (test/vm)
+	}
 	select {
 	case <-c.done:
 		return c.cmd.ProcessState.ExitCode()
-	case <-time.After(120 * time.Second): // a demo that fails may clean up for a minute
+	case <-time.After(limit):
 		c.t.Fatalf("still running; its errors: %s", c.errors())
 		return 0
 	}

@@ -64,8 +64,14 @@ func random(t *testing.T) *rand.Rand {
 	return rand.New(rand.NewPCG(seed, 0))
 }
 
-// patience bounds every wait for something that happens by itself.
-const patience = 20 * time.Second
+// patience bounds every wait for something that happens by itself. An emulated processor
+// (test/vm) takes ten to thirty times as long for everything.
+var patience = func() time.Duration {
+	if os.Getenv("CSI_LOOP_VM") != "" {
+		return 3 * time.Minute
+	}
+	return 20 * time.Second
+}()
 
 // eventually polls until ok returns "", and fails the test with what it returned
 // last when that does not happen in time.
