@@ -153,6 +153,7 @@ type Driver struct {
 	tuner   tuner
 	pods    podLimiter
 	tuning  *tuningState
+	sweeper sweeper
 	trimmer trimmer
 	trims   *trims
 	load    func(ctx context.Context, device int) string // why work in the background has to wait
@@ -229,7 +230,7 @@ func newDriver(cfg Config, images *image.Store, dirs *image.Dirs, loops loopDevi
 	return &Driver{
 		cfg: cfg, images: images, dirs: dirs, loops: loops, table: table, mounts: mounts, mtab: mtab, crypt: mappings,
 		freezer: freezer, jobs: newJobs(), trims: newTrims(), reports: newReporter(), state: state, stateLock: lock,
-		held: make(map[loop.Ref]attached), up: make(chan struct{}), tuning: newTuningState(),
+		held: make(map[loop.Ref]attached), up: make(chan struct{}), tuning: newTuningState(), sweeper: sweeper{every: sweepEvery},
 	}, nil
 }
 
@@ -248,6 +249,7 @@ func (c Config) HasRecords() bool {
 func (d *Driver) Close() error {
 	d.jobs.stop()
 	d.tuning.end()
+	d.sweeper.end()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	errs := []error{d.freezer.EndHelper()}

@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -223,40 +221,4 @@ func (d *Driver) dropEphemeral(id string) error {
 		return nil
 	}
 	return d.state.drop(id)
-}
-
-// sweepEphemeral removes at start-up the inline ephemeral volumes whose pod is
-// gone: nothing is mounted at the target and the pod's directory above it does
-// not exist. After a reboot the pod, and with it the directory, is still there,
-// and its volume is published again with its data.
-func (d *Driver) sweepEphemeral(ctx context.Context) error {
-	var errs []error
-	for _, v := range d.images.List() {
-		if v.Ephemeral == nil {
-			continue
-		}
-		if !podGone(v.Ephemeral.Target) {
-			continue
-		}
-		klog.FromContext(ctx).Info("Inline ephemeral volume is left over: its pod is gone", "volume", v.ID, "target", v.Ephemeral.Target)
-		errs = append(errs, d.removeEphemeral(ctx, v.Name, v.Ephemeral.Target, binding{}))
-	}
-	return errors.Join(errs...)
-}
-
-// podGone says whether the pod that a target belongs to is gone: its directory is,
-// while the directory of all pods is there. If that is missing too nothing is
-// known; it may be on a disk that is not mounted yet.
-func podGone(target string) bool {
-	pod := filepath.Dir(target)
-	if before, rest, ok := strings.Cut(target, "/pods/"); ok { // kubelet's
-		if uid, _, ok := strings.Cut(rest, "/"); ok {
-			pod = filepath.Join(before, "pods", uid)
-		}
-	}
-	if _, err := os.Stat(pod); !errors.Is(err, os.ErrNotExist) {
-		return false
-	}
-	_, err := os.Stat(filepath.Dir(pod))
-	return err == nil
 }

@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"flag"
 	"io"
@@ -8,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
@@ -40,7 +42,8 @@ type node struct {
 
 	fake     *fakeKernel
 	pods     *fakePods
-	mappings encrypter // dm-crypt is asked if nil
+	mappings encrypter     // dm-crypt is asked if nil
+	sweep    time.Duration // instead of the driver's own, unless 0
 
 	socket string
 	d      *Driver
@@ -93,6 +96,7 @@ func (n *node) start() {
 	if n.mappings != nil {
 		d.crypt = n.mappings
 	}
+	d.sweeper.every = cmp.Or(n.sweep, d.sweeper.every)
 	n.must(d.Reconcile(ctx))
 	n.socket = filepath.Join(socketDir(n.t), "csi.sock")
 	l, err := Listen(ctx, "unix://"+n.socket)

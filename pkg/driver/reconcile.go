@@ -52,6 +52,7 @@ func (d *Driver) Reconcile(ctx context.Context) error {
 	}
 	d.ready.Do(func() {
 		d.startTuning(ctx)
+		d.startSweeping(ctx)
 		close(d.up)
 	})
 	return nil
