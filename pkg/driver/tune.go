@@ -365,6 +365,15 @@ func (s *tuningState) note(ctx context.Context, id, part string, err error) {
 	}
 }
 
+// forget drops what is known of a volume that is staged no more.
+func (s *tuningState) forget(id string) {
+	s.applying.Lock() // so that nobody notes what was so before
+	defer s.applying.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.problems, id)
+}
+
 // problem is what is wrong with the tuning of a volume, or "".
 func (s *tuningState) problem(id string) string {
 	s.mu.Lock()

@@ -353,3 +353,19 @@ func TestMutableParametersAtCreation(t *testing.T) {
 	n.must(copied.delete())
 	n.must(v.delete())
 }
+
+// What is wrong with volumes that are not staged any more is not kept for ever.
+func TestTuningOfUnstagedVolumesIsForgotten(t *testing.T) {
+	n := newFake(t)
+	n.pods.set(fmt.Errorf("%w: version 1", cgroup.ErrUnsupported))
+	v := n.create("pvc-1", 16*mib, mountCap("ext4", manyWriters), map[string]string{"readIOPS": "1000"}).up("a")
+	if n.d.tuning.problem(v.id) == "" {
+		t.Fatal("nothing is wrong: the test shows nothing")
+	}
+	n.must(v.unpublish("a"))
+	n.must(v.unstage())
+	if text := n.d.tuning.problem(v.id); text != "" {
+		t.Error(text)
+	}
+	n.must(v.delete())
+}

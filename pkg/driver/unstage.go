@@ -60,7 +60,11 @@ func (d *Driver) unstage(ctx context.Context, r stageRecord) error {
 	if err != nil {
 		return err
 	}
-	return d.state.drop(r.VolumeID)
+	if err := d.state.drop(r.VolumeID); err != nil {
+		return err
+	}
+	d.tuning.forget(r.VolumeID)
+	return nil
 }
 
 // unmountStaging unmounts and waits until the device is free.
