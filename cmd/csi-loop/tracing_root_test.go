@@ -155,7 +155,6 @@ func TestTraceOverTheLink(t *testing.T) {
 	if _, err := client.CreateVolume(ctx, wrong); err == nil {
 		t.Error("a misspelt parameter was taken")
 	}
-	tr.stop(t.Context()) // sends what is left
 	const call = "csi.v1.Controller/CreateVolume csi.name=pvc-1"
 	about := " csi.volume.id=" + id
 	want := "server " + call + about + " rpc.response.status_code=OK\n" +
@@ -166,9 +165,18 @@ func TestTraceOverTheLink(t *testing.T) {
 		"server csi.v1.Controller/CreateVolume csi.name=pvc-2 rpc.response.status_code=INVALID_ARGUMENT\n" +
 		"  client csi.v1.Controller/CreateVolume csi.name=pvc-2 rpc.response.status_code=INVALID_ARGUMENT\n" +
 		"    server csi.v1.Controller/CreateVolume csi.name=pvc-2 rpc.response.status_code=INVALID_ARGUMENT\n"
-	if diff := cmp.Diff(want, c.tree(trace, parent)); diff != "" {
-		t.Errorf("%s\n%s", diff, c.text())
-	}
+	// A server's span ends a moment after its client has the answer; what ends after the
+	// stop is not sent.
+	eventually(t, "all spans are sent", func() error {
+		if err := tr.provider.ForceFlush(t.Context()); err != nil {
+			return err
+		}
+		if diff := cmp.Diff(want, c.tree(trace, parent)); diff != "" {
+			return fmt.Errorf("%s\n%s", diff, c.text())
+		}
+		return nil
+	})
+	tr.stop(t.Context())
 	text := c.text()
 	if strings.Contains(text, secret) {
 		t.Error("a secret was sent")
