@@ -248,17 +248,6 @@ func number(t *testing.T, scrape, series string) float64 {
 	return n
 }
 
-// freeAddress is where nobody listens.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
 // fetch gets a page.
 func fetch(t *testing.T, url string) string {
 	t.Helper()
