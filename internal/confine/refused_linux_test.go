@@ -57,10 +57,17 @@ func landlocked(t *testing.T, name string) func(func() error) error {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { f.Close() })
-	return func(start func() error) error {
+	var run func(start func() error) error
+	run = func(start func() error) error {
 		done := make(chan error)
 		go func() {
 			runtime.LockOSThread() // it ends with its limits
+			if unix.Gettid() == os.Getpid() {
+				// The first thread stays, and whoever has its limits may send it signals.
+				done <- run(start)
+				runtime.UnlockOSThread()
+				return
+			}
 			err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 			if err == nil {
 				err = restrictWrites([]*os.File{f})
@@ -72,6 +79,7 @@ func landlocked(t *testing.T, name string) func(func() error) error {
 		}()
 		return <-done
 	}
+	return run
 }
 
 // surroundings are what a program must leave alone.
