@@ -158,6 +158,20 @@ func (n *pairNode) create(name, fsType string, size int64, src *csi.VolumeConten
 	return v.GetVolumeId()
 }
 
+// snapshot makes the snapshot "s" of a volume. On a pool that cannot reflink it may outlast a call.
+func (p *pair) snapshot(id string, params map[string]string) *csi.CreateSnapshotResponse {
+	p.t.Helper()
+	var made *csi.CreateSnapshotResponse
+	eventually(p.t, "a snapshot", func() (err error) {
+		made, err = p.ctrl.CreateSnapshot(p.t.Context(), &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: id, Parameters: params})
+		if err != nil && status.Code(err) != codes.Aborted {
+			p.t.Fatal(err)
+		}
+		return err
+	})
+	return made
+}
+
 func (n *pairNode) try(name, fsType string, size int64, src *csi.VolumeContentSource, params map[string]string) (*csi.CreateVolumeResponse, error) {
 	return n.p.ctrl.CreateVolume(n.p.t.Context(), &csi.CreateVolumeRequest{
 		Name: name, CapacityRange: &csi.CapacityRange{RequiredBytes: size}, VolumeCapabilities: []*csi.VolumeCapability{capabilityOf(fsType)},
@@ -237,8 +251,7 @@ func TestCopiesOnAnotherNode(t *testing.T) {
 			data := make([]byte, 5<<20)
 			_, _ = rand.Read(data)
 			p.must(os.WriteFile(at+"/before", data, 0o600))
-			made, err := p.ctrl.CreateSnapshot(t.Context(), &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: id, Parameters: inUse})
-			p.must(err)
+			made := p.snapshot(id, inUse)
 			p.must(os.WriteFile(at+"/after", data[:1000], 0o600))
 			restore, clone := source(made.GetSnapshot().GetSnapshotId(), ""), source("", id)
 
