@@ -106,7 +106,7 @@ func (d *deltas) snap(name string) {
 		must(d.t, d.deleteSnapshot(d.taken[0].GetSnapshotId()))
 		d.taken = d.taken[1:]
 	}
-	base := d.taken[d.random.IntN(len(d.taken))]
+	base := d.taken[d.random.IntN(max(1, len(d.taken)-1))] // the first with itself
 	d.compare(base, one, 0, 0)
 	d.compare(base, one, d.random.Int64N(one.GetSizeBytes()), 1+d.random.Int32N(5))
 	d.allocated(one, d.random.Int32N(5))
