@@ -63,8 +63,8 @@ const againWords = "booting again: the emulator ran an instruction that the kern
 
 // misled says whether the guest's kernel died of a breakpoint of its own. While it
 // replaces an instruction it puts one in its place, and qemu's threads at times still
-// run that when it is gone. Seen on 6.12 in about one of 100 boots, when the scheduler's
-// clock is found to be stable, three seconds after the start.
+// run that when it is gone. Seen twice, on 6.12, when the scheduler's clock is found to be
+// stable, three seconds after the start.
 func misled(console string) bool { return strings.Contains(tail(console, 100), "Oops: int3") }
 
 func (m machine) console() string { return filepath.Join(filepath.Dir(m.disk), "console.log") }
