@@ -263,8 +263,8 @@ func (d *Driver) setReadAhead(ctx context.Context, id string, want *int64) error
 }
 
 // resetReadAhead sets a device that is about to go back to what it read ahead before:
-// on older kernels the value stays with its number (fact 96). That it fails costs the
-// number's next user some speed, and nothing else.
+// the value stays with its number, on newer kernels if it is large (fact 96). That it
+// fails costs the number's next user some speed, and nothing else.
 func (d *Driver) resetReadAhead(ctx context.Context, r stageRecord, b binding) {
 	before, ok := r.ReadAhead[b.Number]
 	if !ok || b.none() {

@@ -22,7 +22,7 @@ func (m *Manager) ReadAhead(ctx context.Context, ref Ref) (int64, error) {
 }
 
 // SetReadAhead sets it, to a multiple of the page size. That it is so already is
-// success. Some kernels keep the value for the number's next binding (fact 96), so who sets
+// success. Kernels keep the value for the number's next binding (fact 96), so who sets
 // it sets it back before the device goes. ErrNotBound if the binding does not exist
 // any more.
 func (m *Manager) SetReadAhead(ctx context.Context, ref Ref, bytes int64) error {
