@@ -194,19 +194,39 @@ func (m *Manager) undo(ctx context.Context, dev *Device) error {
 	return m.unbind(ctx, dev.Ref(), h)
 }
 
+// clearTries is how often a device that nobody else knows of is cleared. What is left
+// bound then, no later call would find: another attempt takes another device.
+const clearTries = 8
+
 // unbind clears a device that we bound, by a handle that has been open since, closes
 // the handle, and waits for the end also when ctx has ended. DiskSeq 0 means that it
 // is not known.
 func (m *Manager) unbind(ctx context.Context, ref Ref, h handle) error {
+	ctx = context.WithoutCancel(ctx)
 	if ref.DiskSeq == 0 {
 		ref.DiskSeq, _ = h.DiskSeq()
 	}
-	err := h.Clear()
+	var err error
+	for try := range clearTries {
+		if err = h.Clear(); err == nil {
+			break
+		}
+		gone := errors.Is(err, syscall.ENXIO)
+		if ref.DiskSeq != 0 {
+			bound, serr := isBinding(h, ref)
+			gone = serr == nil && !bound
+		}
+		if gone {
+			err = nil
+			break
+		}
+		_ = m.retry.pause(ctx, try)
+	}
 	_ = h.Close()
-	if err != nil && !errors.Is(err, syscall.ENXIO) {
+	if err != nil {
 		return opError("clear", ref.Number, err)
 	}
-	return m.WaitUnbound(context.WithoutCancel(ctx), ref)
+	return m.WaitUnbound(ctx, ref)
 }
 
 // Grow makes a device follow its image, which has grown, and returns its size in

@@ -225,9 +225,9 @@ func TestEveryCallFailsOnce(t *testing.T) {
 		for _, errno := range []syscall.Errno{syscall.EIO, syscall.ENXIO, syscall.ENOENT, syscall.EBUSY} {
 			t.Run(s.name+"/"+errno.Error(), func(t *testing.T) {
 				onEveryMachineFake(t, func(t *testing.T, m *machine) {
-					s.prepare(t, m)
 					failures := 0
 					for n := 1; ; n++ {
+						s.prepare(t, m)
 						fired := m.faultyCycle(t, s.mapping, n, errno, &failures)
 						if !fired {
 							break
