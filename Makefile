@@ -118,15 +118,17 @@ test-growth: VM_TIMEOUT = 25m
 test-growth: test-vm ## run what needs CAP_SYS_RESOURCE (growing a mounted ext4) in a virtual machine, needs no root
 
 test-encryption: VM_KERNELS = 6.1
-test-encryption: VM_PKGS = ./pkg/crypt ./pkg/driver
+test-encryption: VM_PKGS = $(ENCRYPTION_PKGS)
 test-encryption: VM_TIMEOUT = 2h
 test-encryption: ## run the tests of encrypted volumes in a virtual machine, needs no root
 	@hack/deps vm
 	$(GO) run ./test/vm -kernels $(VM_KERNELS) -timeout $(VM_TIMEOUT) $(VM_ARGS) $(VM_PKGS) -- -test.v \
 	  -test.run '$(ENCRYPTION)'
 ENCRYPTION ?= Encrypt|Mapping|LastUser|Argon2|Header|ProgramEnds|Passphrase|ContentOf
+ENCRYPTION_PKGS ?= ./pkg/crypt ./pkg/driver ./test/crash
 
 test-encryption-short: ENCRYPTION = LifeOfAMapping|ReadHeader|EncryptedFilesystem/ext4_thin|EncryptedBlock|EncryptedDamage|EncryptedKill/ext4
+test-encryption-short: ENCRYPTION_PKGS = ./pkg/crypt ./pkg/driver
 test-encryption-short: test-encryption ## some of them: what CI runs
 
 bench: ## measure each CSI call beside floors of bare kernel calls (root)

@@ -22,7 +22,7 @@ import (
 
 // settle is how long what ends by itself may take: a device after its last close,
 // a child of a driver that was killed, an unlink in the background.
-const settle = 5 * time.Second
+var settle = patience / 12
 
 // wrong lists everything that is not as it should be by what was acknowledged.
 // Before it speaks it waits for what ends by itself.
@@ -55,8 +55,8 @@ func (v *volume) unhealthy() error {
 		if err != nil {
 			return err
 		}
-		if st.Size() != v.size {
-			return fmt.Errorf("the image has %d bytes, want %d", st.Size(), v.size)
+		if want := v.size + v.header(); st.Size() != want {
+			return fmt.Errorf("the image has %d bytes, want %d", st.Size(), want)
 		}
 		if blocks := st.Sys().(*syscall.Stat_t).Blocks * 512; !v.thin && blocks < v.size {
 			return fmt.Errorf("a thick image of %d bytes has %d bytes of blocks", v.size, blocks)
@@ -116,7 +116,7 @@ func difference(what string, have, want []string) []string {
 // be: directories of volumes, work in progress, loop devices, mounts, paths,
 // records and processes.
 func (s *site) leftovers() []string {
-	var dirs, loops, mounts, paths []string
+	var dirs, loops, mappings, mounts, paths []string
 	records, ephemerals := 0, 0
 	for _, v := range s.volumes {
 		if v.exists {
@@ -126,6 +126,9 @@ func (s *site) leftovers() []string {
 			records++
 			if !v.ephemeral {
 				loops = append(loops, v.image())
+			}
+			if v.encrypted {
+				mappings = append(mappings, v.image())
 			}
 		}
 		if v.stagingPath {
@@ -160,6 +163,7 @@ func (s *site) leftovers() []string {
 		difference("group's directory", base(s.pool+"/groups/*"), names(groups)),
 		difference("file of the pool", base(s.pool+"/.*"), nil),
 		difference("loop device over", bound, loops),
+		difference("mapping over", s.mappings(), mappings),
 		difference("mount", mountsBelow(s.dir), mounts),
 		difference("path", glob(s.dir+"/stage/*", s.dir+"/pods/*"), paths),
 	)
@@ -224,6 +228,18 @@ func (s *site) bound() []string {
 	for _, line := range s.loops() {
 		_, path, _ := strings.Cut(line, " over ")
 		files = append(files, path)
+	}
+	return files
+}
+
+// mappings lists the files whose loop devices have a device of the device mapper over them.
+func (s *site) mappings() []string {
+	var files []string
+	for _, line := range s.loops() {
+		device, path, _ := strings.Cut(line, " over ")
+		for range glob("/sys/block/" + device + "/holders/dm-*") {
+			files = append(files, path)
+		}
 	}
 	return files
 }

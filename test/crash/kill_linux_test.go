@@ -17,7 +17,7 @@ func kinds(t *testing.T, test func(t *testing.T, s *site, k kind)) {
 	roottest.Require(t)
 	shortenLeases(t)
 	pools := []string{"ext4"}
-	all := []kind{ext4, xfs, btrfs, block, thinExt4, mapped, mappedRaw, ephemeral}
+	all := []kind{ext4, xfs, btrfs, block, thinExt4, mapped, mappedRaw, partition, ephemeral}
 	switch {
 	case testing.Short():
 		all = []kind{ext4, block}

@@ -42,13 +42,18 @@ func (k kind) life() []step {
 	life = append(life,
 		rpc("stage", (*volume).stage),
 		rpc("publish", publish),
-		free("write", (*volume).write),
-		rpc("publish read-only", func(v *volume) error { return v.publish(1) }))
+		free("write", (*volume).write))
+	readOnly := !k.encrypted || k.fs != "" // a second device would need the passphrase again
+	if readOnly {
+		life = append(life, rpc("publish read-only", func(v *volume) error { return v.publish(1) }))
+	}
 	if k.grown > 0 {
 		life = append(life, rpc("modify", (*volume).modify), rpc("expand image", (*volume).expandImage), rpc("expand", (*volume).expand))
 	}
+	if readOnly {
+		life = append(life, end("unpublish read-only", func(v *volume) error { return v.unpublish(1) }))
+	}
 	life = append(life,
-		end("unpublish read-only", func(v *volume) error { return v.unpublish(1) }),
 		end("unpublish", unpublish),
 		end("unstage", (*volume).unstage),
 		free("prove", prove))

@@ -67,6 +67,7 @@ func newSite(t testing.TB, poolFS string) *site {
 	s.args = []string{
 		"serve", "--endpoint=unix://" + s.socket, "--node-id=" + filepath.Base(dir), "--pool=default=" + s.pool, "--state-dir=" + s.state,
 		"--image-dir=" + s.images, "--ephemeral-max-size=1Gi", "--loop-devices-max=400", "--v=2",
+		"--luks-pbkdf=pbkdf2", "--luks-pbkdf-time=1ms",
 		mkfsAlways, // what a call does must not depend on the calls before it
 	}
 	t.Cleanup(s.close)
@@ -246,9 +247,18 @@ func (a *trap) disarm() (hit *gate.Call, calls []gate.Call) {
 func (a *trap) judge(c gate.Call) gate.Verdict {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if a.isLook(c) {
+		return gate.Verdict{}
+	}
 	v := a.decide(c)
 	a.ledger.note(c, v)
 	return v
+}
+
+// isLook says whether a call is of the look at the pool's health every half minute, which
+// asks for a block of a file without a name: on a slow machine it can come in any step.
+func (a *trap) isLook(c gate.Call) bool {
+	return c.Name == "fallocate" && strings.HasPrefix(c.Path, a.ledger.root+"/#") && strings.HasSuffix(c.Path, " (deleted)")
 }
 
 // unsynced is the ledger's list.

@@ -18,6 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/csi-loop/csi-loop/pkg/image"
 )
 
 // kind is one way to use a volume.
@@ -27,9 +29,11 @@ type kind struct {
 	size      int64
 	thin      bool
 	mapped    bool // the whole of a file in the site's images directory
+	partition bool // of a mapped one: the first partition of the file, not the whole
 	ephemeral bool
 	grown     int64 // 0: it cannot be expanded
 	copied    bool  // its life is that of its copies
+	encrypted bool
 }
 
 var (
@@ -43,9 +47,21 @@ var (
 	thinBlock = kind{name: "thin-block", size: 4 * mib, grown: 8 * mib, thin: true}
 	mapped    = kind{name: "mapped", fs: "ext4", size: 16 * mib, mapped: true}
 	mappedRaw = kind{name: "mapped-block", size: 4 * mib, mapped: true}
+	partition = kind{name: "partition", fs: "ext4", size: 16 * mib, mapped: true, partition: true}
 	ephemeral = kind{name: "ephemeral", fs: "ext4", size: 16 * mib, ephemeral: true}
 	copied    = kind{name: "copied", fs: "ext4", size: 16 * mib, copied: true}
+
+	encryptedExt4  = kind{name: "encrypted-ext4", fs: "ext4", size: 16 * mib, grown: 24 * mib, encrypted: true}
+	encryptedBlock = kind{name: "encrypted-block", size: 4 * mib, grown: 8 * mib, encrypted: true}
 )
+
+// header is what the image of a volume has in front of its content, in bytes.
+func (k kind) header() int64 {
+	if k.encrypted {
+		return image.HeaderSize
+	}
+	return 0
+}
 
 // volume is one volume, and what should be true of it.
 type volume struct {
@@ -128,6 +144,9 @@ func (v *volume) create() error {
 	if v.thin {
 		parameters["allocation"] = "thin"
 	}
+	if v.encrypted {
+		parameters["encrypted"] = "true"
+	}
 	r, err := v.controller().CreateVolume(ctx, &csi.CreateVolumeRequest{
 		Name: v.name, CapacityRange: &csi.CapacityRange{RequiredBytes: v.size},
 		VolumeCapabilities: []*csi.VolumeCapability{v.capability()}, Parameters: parameters, VolumeContentSource: v.source,
@@ -145,14 +164,32 @@ func (v *volume) create() error {
 // makeImage makes the file that a mapped volume shows.
 func (v *volume) makeImage() error {
 	v.context = map[string]string{"image": v.image()}
+	start, size := int64(0), v.size
+	if v.partition {
+		v.context["partition"] = "1"
+		start, size = mib, v.size+2*mib
+	}
 	err := os.WriteFile(v.image(), nil, 0o600)
 	if err == nil {
-		err = os.Truncate(v.image(), v.size)
+		err = os.Truncate(v.image(), size)
+	}
+	if err == nil && v.partition {
+		table := exec.Command("sfdisk", "-q", v.image())
+		table.Stdin = strings.NewReader(fmt.Sprintf("label: gpt\nstart=%d, size=%d\n", start/512, v.size/512))
+		err = run(table)
 	}
 	if err == nil && v.fs != "" {
-		_, err = exec.Command("mkfs."+v.fs, "-q", v.image()).CombinedOutput()
+		err = run(exec.Command("mkfs."+v.fs, "-q", "-E", fmt.Sprint("offset=", start), v.image(), fmt.Sprint(v.size>>10, "k")))
 	}
 	return err
+}
+
+func run(cmd *exec.Cmd) error {
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s: %w: %s", cmd, err, out)
+	}
+	return nil
 }
 
 func (v *volume) stage() error {
@@ -162,9 +199,11 @@ func (v *volume) stage() error {
 	v.stagingPath = true
 	ctx, cancel := call()
 	defer cancel()
-	_, err := v.node().NodeStageVolume(ctx, &csi.NodeStageVolumeRequest{
-		VolumeId: v.id, StagingTargetPath: v.staging(), VolumeCapability: v.capability(), VolumeContext: v.context,
-	})
+	r := &csi.NodeStageVolumeRequest{VolumeId: v.id, StagingTargetPath: v.staging(), VolumeCapability: v.capability(), VolumeContext: v.context}
+	if v.encrypted {
+		r.Secrets = map[string]string{"passphrase": "correct horse battery"}
+	}
+	_, err := v.node().NodeStageVolume(ctx, r)
 	v.staged = v.staged || err == nil
 	return err
 }
@@ -259,6 +298,11 @@ func (v *volume) untuned() string {
 			continue
 		}
 		file := "/sys/block/" + device + "/queue/read_ahead_kb"
+		if v.encrypted { // it is the mapping that reads
+			for _, holder := range glob("/sys/block/" + device + "/holders/*") {
+				file = holder + "/queue/read_ahead_kb"
+			}
+		}
 		b, err := os.ReadFile(file)
 		if got, want := strings.TrimSpace(string(b)), strconv.FormatInt(v.readAhead()>>10, 10); err != nil || got != want {
 			return fmt.Sprintf("%s is %q, want %s: %v", file, got, want, err)
