@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"sync"
 	"time"
 )
@@ -48,9 +49,60 @@ type ledger struct {
 	pending  int64         // guarded by mu: reservations not yet visible in statfs
 	promised int64         // guarded by mu: sum of all accounts' promises
 	settled  chan struct{} // guarded by mu: closed when pending shrinks
+
+	// What a thin volume discards is free to see and still promised to that volume, but
+	// the account takes it for allocated until it looks again. So of free space and the
+	// blocks of thin volumes together no more counts than was there when they were looked
+	// at, and at each time since.
+	blocks   int64      // guarded by mu: what thin volumes have, as last seen
+	together int64      // guarded by mu
+	accounts []*account // guarded by mu
+	looking  sync.Mutex // held for a whole look, and taken before mu
 }
 
-func newLedger() *ledger { return &ledger{settled: make(chan struct{})} }
+func newLedger() *ledger { return &ledger{settled: make(chan struct{}), together: math.MaxInt64} }
+
+// look brings what thin volumes have up to date, of all accounts.
+func (l *ledger) look(ctx context.Context, statfs func() (space, error)) {
+	l.looking.Lock()
+	defer l.looking.Unlock()
+	before, err := statfs()
+	if err != nil {
+		return
+	}
+	l.mu.Lock()
+	accounts := slices.Clone(l.accounts)
+	l.mu.Unlock()
+	for _, a := range accounts {
+		for _, dir := range a.thinDirs() {
+			if ctx.Err() != nil {
+				return
+			}
+			if a.look != nil {
+				a.look(dir)
+			}
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if after, err := statfs(); err == nil {
+		l.together = min(before.Free, after.Free) + l.blocks
+	}
+}
+
+// lookAgain is look, if there is more free than the account lets count. It tells whether
+// there was.
+func (a *account) lookAgain() bool {
+	l := a.ledger
+	l.mu.Lock()
+	s, err := a.statfs()
+	more := err == nil && l.blocks > 0 && s.Free > l.together-l.blocks
+	l.mu.Unlock()
+	if more {
+		l.look(context.Background(), a.statfs)
+	}
+	return more
+}
 
 // account is the share of one pool. Every change is O(1).
 type account struct {
@@ -61,6 +113,8 @@ type account struct {
 	// lag is asked before a refusal whether statfs may say more soon; it waits
 	// for that.
 	lag func(ctx context.Context, attempt int) bool
+	// look brings up to date what a thin volume has.
+	look func(dir string)
 	// patience bounds how long take waits for other calls.
 	patience time.Duration
 
@@ -79,7 +133,11 @@ type account struct {
 const takePatience = 30 * time.Second
 
 func newAccount(l *ledger, statfs func() (space, error), r Reserve, overcommit float64) *account {
-	return &account{ledger: l, statfs: statfs, reserve: r, overcommit: overcommit, patience: takePatience, charges: map[string]charge{}}
+	a := &account{ledger: l, statfs: statfs, reserve: r, overcommit: overcommit, patience: takePatience, charges: map[string]charge{}}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.accounts = append(l.accounts, a)
+	return a
 }
 
 // promise is what must stay free for the pool's own volumes.
@@ -103,8 +161,13 @@ func (a *account) free() (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	free := s.Free - a.reserve.of(s.Size) - a.ledger.promised - a.ledger.pending
-	return free - overhead, nil
+	l := a.ledger
+	if l.blocks == 0 { // nobody has anything to give back
+		l.together = s.Free
+	}
+	l.together = min(l.together, s.Free+l.blocks)
+	free := min(s.Free, l.together-l.blocks)
+	return free - a.reserve.of(s.Size) - l.promised - l.pending - overhead, nil
 }
 
 // reservation is space that is spoken for and not yet to be seen in statfs.
@@ -130,8 +193,12 @@ func (a *account) take(ctx context.Context, alloc Allocation, size int64, held .
 	need := a.need(alloc, size)
 	patience := time.NewTimer(a.patience)
 	defer patience.Stop()
-	for attempt := 0; ; {
+	for attempt, looks := 0, 0; ; {
 		r, wait, err := a.tryTake(need, held)
+		if errors.Is(err, ErrNoSpace) && looks < mostLooks && a.lookAgain() {
+			looks++
+			continue
+		}
 		if errors.Is(err, ErrNoSpace) && a.lag != nil && a.lag(ctx, attempt) {
 			attempt++
 			continue
@@ -149,8 +216,13 @@ func (a *account) take(ctx context.Context, alloc Allocation, size int64, held .
 	}
 }
 
+// mostLooks bounds how often one call looks at all thin volumes, should one of them give
+// blocks back all the time.
+const mostLooks = 3
+
 // takeNow is take for those who need less if there is not so much: nil then.
 func (a *account) takeNow(alloc Allocation, size int64) *reservation {
+	a.lookAgain()
 	r, _, err := a.tryTake(a.need(alloc, size), nil)
 	if err != nil {
 		return nil
@@ -186,6 +258,7 @@ func (a *account) tryTake(need int64, held []*reservation) (*reservation, <-chan
 // enlarge makes a reservation one of at least so many bytes, or returns ErrNoSpace and
 // leaves it as it is. It does not wait, as take does.
 func (r *reservation) enlarge(bytes int64) error {
+	r.account.lookAgain()
 	l := r.account.ledger
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -236,11 +309,15 @@ func (a *account) put(dir string, c charge, r *reservation) {
 	defer a.ledger.mu.Unlock()
 	a.set(dir, &c)
 	r.settle()
+	if a.ledger.blocks > 0 {
+		_, _ = a.free() // what was used has to be known before somebody gives back as much
+	}
 }
 
 // swap is put for a charge that may turn out larger than r, which is not nil, holds;
 // ErrNoSpace, and nothing is changed, when there is not enough for it.
 func (a *account) swap(dir string, c charge, r *reservation) error {
+	a.lookAgain()
 	a.ledger.mu.Lock()
 	defer a.ledger.mu.Unlock()
 	old := a.charges[dir]
@@ -294,11 +371,21 @@ func (a *account) drop(dir string) {
 	a.set(dir, nil)
 }
 
-// seen records how many bytes of blocks a volume was found to have.
-func (a *account) seen(dir string, allocated int64) {
+// of is what the account knows of a volume.
+func (a *account) of(dir string) (c charge, ok bool) {
 	a.ledger.mu.Lock()
 	defer a.ledger.mu.Unlock()
-	if c, ok := a.charges[dir]; ok {
+	c, ok = a.charges[dir]
+	return c, ok
+}
+
+// seen records how many bytes of blocks a volume was found to have, unless the account
+// knows something else of it by now than it did before somebody looked: it may be another
+// volume of that name.
+func (a *account) seen(dir string, before charge, allocated int64) {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	if c, ok := a.charges[dir]; ok && c == before {
 		c.allocated = allocated
 		a.set(dir, &c)
 	}
@@ -331,12 +418,14 @@ func (a *account) add(c charge, sign int64) {
 	}
 	a.thin += sign * c.size
 	a.thinAllocated += sign * c.allocated
+	a.ledger.blocks += sign * c.allocated
 	a.thinUnwritten += sign * c.unwritten()
 }
 
 // capacity is the largest volume that take would accept now, whole MiB, never
 // negative; 0 when the filesystem does not answer.
 func (a *account) capacity(alloc Allocation) int64 {
+	a.lookAgain()
 	a.ledger.mu.Lock()
 	defer a.ledger.mu.Unlock()
 	free, err := a.free()
@@ -376,6 +465,8 @@ func (a *account) leave() {
 	a.ledger.mu.Lock()
 	defer a.ledger.mu.Unlock()
 	a.ledger.promised -= a.promise()
+	a.ledger.blocks -= a.thinAllocated
+	a.ledger.accounts = slices.DeleteFunc(a.ledger.accounts, func(o *account) bool { return o == a })
 	a.charges = map[string]charge{}
 	a.thick, a.thin, a.thinAllocated, a.thinUnwritten, a.thickMissing, a.shared = 0, 0, 0, 0, 0, 0
 }

@@ -113,6 +113,7 @@ type building struct {
 	inflow  Inflow       // nil unless it is a copy from elsewhere
 	of      Spec         // what the source of a copy is
 	content *FileContent // of an import
+	before  fileStat     // of what is to be moved
 }
 
 // admit refuses what cannot work before anything is touched.
@@ -143,6 +144,7 @@ func (p *Pool) build(ctx context.Context, dir string, b building) (c charge, err
 	// Not run when a crash test panics: a crash does not clean up.
 	defer func() {
 		if err != nil {
+			err = errors.Join(err, b.restore())
 			p.discard(work)
 		}
 	}()
@@ -167,6 +169,7 @@ func (p *Pool) build(ctx context.Context, dir string, b building) (c charge, err
 		// next Open can tell whether it exists.
 		if back := renameNew(p.volumes, dir, p.root, work); back != nil {
 			err = errors.Join(err, back)
+			b.content = nil // it may be the volume's image by now
 			p.refuse(dir, fmt.Errorf("%w: its creation was not synced; restart csi-loop: %w", ErrDamaged, err))
 		}
 		return c, opError("sync", volumesDir, err)

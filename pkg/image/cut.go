@@ -259,11 +259,12 @@ func (c *cutting) cut(ctx context.Context) error {
 // recount takes the space for what was written since reserve looked, too. It is refused
 // if there is not enough: writers wait, so nothing else is waited for.
 func (c *cutting) recount() error {
+	before, _ := c.p.account.of(c.volume)
 	st, err := statFile(c.from)
 	if err != nil {
 		return opError("look at", imageFile, err)
 	}
-	c.p.account.seen(c.volume, st.Allocated)
+	c.p.account.seen(c.volume, before, st.Allocated)
 	if c.data, err = dataBytes(c.from, c.source.Size); err != nil {
 		return err
 	}

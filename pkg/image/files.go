@@ -12,7 +12,7 @@ import (
 type fileStat struct {
 	Dev, Ino  uint64
 	Mode      fs.FileMode // permissions and kind: regular, directory or irregular
-	UID       uint32
+	UID, GID  uint32
 	Links     uint64
 	Size      int64
 	Allocated int64 // bytes of blocks, those past the end included

@@ -89,23 +89,29 @@ func (p *Pool) Import(ctx context.Context, spec Spec, c FileContent) (Volume, er
 }
 
 // importNew is create for an import.
-func (p *Pool) importNew(ctx context.Context, dir string, s Spec, c FileContent) (record, error) {
+func (p *Pool) importNew(ctx context.Context, dir string, s Spec, c FileContent) (r record, err error) {
 	if s.Allocation == Thick && !promisesSpace(p.fsType) {
 		return record{}, fmt.Errorf("%w: no thick volumes on %s, which cannot promise space", ErrUnsupported, p.fsType)
 	}
 	if err := p.present(); err != nil {
 		return record{}, err
 	}
+	b := building{r: newRecord(s, p.store.now()), content: &c}
 	need := s.Size
-	if st, err := statFile(c.File); err == nil && c.Method == Move {
-		need -= min(need, st.Allocated)
+	if c.Method == Move {
+		if b.before, err = statFile(c.File); err != nil {
+			return record{}, opError("look at", c.Path, err)
+		}
+		if need, err = p.needOfMove(s, c, b.before); err != nil {
+			return record{}, err
+		}
 	}
 	space, err := p.account.take(ctx, s.Allocation, need)
 	if err != nil {
 		return record{}, err
 	}
 	defer space.release()
-	b := building{r: newRecord(s, p.store.now()), space: space, content: &c}
+	b.space = space
 	charge, err := p.build(ctx, dir, b)
 	if err != nil {
 		return record{}, err
@@ -116,13 +122,35 @@ func (p *Pool) importNew(ctx context.Context, dir string, s Spec, c FileContent)
 	return b.r, nil
 }
 
+// needOfMove is what a file that is moved in takes of the pool yet: what it has no blocks
+// for, and what it shares with other files.
+func (p *Pool) needOfMove(s Spec, c FileContent, st fileStat) (int64, error) {
+	if root, err := statFile(p.root); err != nil || root.Dev != st.Dev {
+		return s.Size, opError("look at", p.Path(), err) // it cannot be moved
+	}
+	shared, err := p.sharesOf(c.File, st.Size)
+	if err == nil && shared > 0 && p.noCow && s.Allocation == Thick {
+		err = fmt.Errorf("%w: %s shares blocks with other files: copy it", ErrContent, c.Path)
+	}
+	return s.Size - max(0, min(s.Size, st.Allocated)-shared), err
+}
+
+// sharesOf is how many bytes a file shares with others, where files can.
+func (p *Pool) sharesOf(f *os.File, size int64) (int64, error) {
+	if !p.mayReflink() {
+		return 0, nil
+	}
+	s, err := sharingOf(f, size, p.noCow)
+	return s.shared, opError("look at the extents of", f.Name(), err)
+}
+
 // fillContent is fill for an import.
 func (p *Pool) fillContent(ctx context.Context, d *os.File, b building) (c charge, err error) {
 	in, err := p.takeIn(ctx, d, *b.content, b.r.Name, b.r.Size, b.r.Allocation)
 	if err != nil {
 		return c, err
 	}
-	defer func() { err = errors.Join(err, in.close(err)) }()
+	defer in.f.Close()
 	p.store.kill("import: content taken in")
 	if b.r.Allocation == Thick && p.fsType != "btrfs" {
 		b.space.release()
@@ -169,21 +197,33 @@ func (p *Pool) finishMove(dir string, c FileContent) error {
 	return opError("sync", parent.Name(), parent.Sync())
 }
 
+// restore gives a file that was to be moved back what it had before.
+func (b building) restore() error {
+	if b.content == nil || b.content.Method != Move {
+		return nil
+	}
+	f := b.content.File
+	now, err := statFile(f)
+	if err != nil {
+		return opError("look at", b.content.Path, err)
+	}
+	if now.Size != b.before.Size {
+		err = f.Truncate(b.before.Size)
+	}
+	if now.UID != b.before.UID || now.GID != b.before.GID {
+		err = errors.Join(err, f.Chown(int(b.before.UID), int(b.before.GID)))
+	}
+	if now.Mode != b.before.Mode {
+		err = errors.Join(err, f.Chmod(b.before.Mode.Perm()))
+	}
+	return opError("restore", b.content.Path, err)
+}
+
 // takenIn is a new file with the content of another one.
 type takenIn struct {
 	f      *os.File
-	shared bool  // its blocks are those of the other file too
-	moved  bool  // it is the other file
-	length int64 // of which it had so many bytes
-}
-
-// close lets go of the file; after a failure one that was to be moved is as it was.
-func (t *takenIn) close(failure error) (err error) {
-	if t.moved && failure != nil {
-		err = t.f.Truncate(t.length)
-	}
-	_ = t.f.Close()
-	return err
+	shared bool // its blocks are those of the other file too
+	moved  bool // it is the other file
 }
 
 // takeIn makes the file in d, with size bytes, synced and, if it is thick, with all its
@@ -204,7 +244,7 @@ func (p *Pool) takeIn(ctx context.Context, d *os.File, c FileContent, name strin
 			return nil, errors.Join(fmt.Errorf("%w: images on btrfs are NOCOW, which %s is not: copy it", ErrUnsupported, c.Path), err)
 		}
 	}
-	t := &takenIn{length: c.Length}
+	t := &takenIn{}
 	if c.Method == Move {
 		err = p.linkIn(d, c, t)
 	} else {
@@ -215,14 +255,14 @@ func (p *Pool) takeIn(ctx context.Context, d *os.File, c FileContent, name strin
 	}
 	p.store.kill("import: content is there")
 	if err := p.completeIn(ctx, t, name, size, alloc); err != nil {
-		return nil, errors.Join(err, t.close(err))
+		return nil, errors.Join(err, t.f.Close())
 	}
 	after, err := c.File.Stat()
 	if err == nil && !t.moved && (!after.ModTime().Equal(before.ModTime()) || after.Size() != before.Size()) {
 		err = fmt.Errorf("%w: %s was written to meanwhile", ErrContent, c.Path)
 	}
 	if err != nil {
-		return nil, errors.Join(err, t.close(err))
+		return nil, errors.Join(err, t.f.Close())
 	}
 	return t, nil
 }
@@ -261,7 +301,11 @@ func (p *Pool) linkIn(d *os.File, c FileContent, t *takenIn) error {
 	if err := errors.Join(f.Chmod(0o600), f.Chown(os.Geteuid(), os.Getegid())); err != nil {
 		return errors.Join(opError("make private", imageFile, err), f.Close())
 	}
-	t.f, t.moved = f, true
+	shared, err := p.sharesOf(f, c.Length)
+	if err != nil {
+		return errors.Join(err, f.Close())
+	}
+	t.f, t.moved, t.shared = f, true, shared > 0
 	return nil
 }
 

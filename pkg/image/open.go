@@ -57,7 +57,7 @@ func (p *Pool) openContent(ctx context.Context, uuid string) error {
 	}
 	p.fsType, p.noCow = s.Type, s.Type == "btrfs"
 	p.startAccount(uuid)
-	p.account.lag = p.lag
+	p.account.lag, p.account.look = p.lag, p.refreshOne
 	if p.volumes, err = p.ensureDir(volumesDir); err != nil {
 		return poolError(p.config, "%s: %w", volumesDir, err)
 	}
@@ -216,7 +216,7 @@ func (p *Pool) sweep(ctx context.Context) error {
 		p.once("remove "+n).Info("Removing what an interrupted call left", "path", p.Path()+"/"+n)
 		left = append(left, n)
 	}
-	if len(left) > 0 {
+	if p.leftovers = len(left) > 0; p.leftovers {
 		await(ctx, p.eraseAll(left...))
 	}
 	return nil

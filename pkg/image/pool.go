@@ -32,9 +32,10 @@ type Pool struct {
 	logger    klog.Logger
 	erasers   *erasers // nil in one that is only looked at
 
-	settled bool            // its independent snapshots are being separated
-	late    bool            // opened while others are served
-	said    map[string]bool // what earlier attempts to open it logged; nil once it is open
+	leftovers bool            // what an interrupted call left is being erased, and may share blocks
+	settled   bool            // its independent snapshots are being separated
+	late      bool            // opened while others are served
+	said      map[string]bool // what earlier attempts to open it logged; nil once it is open
 
 	locks keyedLock    // by directory
 	freed atomic.Int64 // when a removed volume was last unlinked, Unix ns

@@ -258,5 +258,9 @@ func (p *Pool) loadGroup(dir string) (groupRecord, error) {
 		return groupRecord{}, openError(dir, err)
 	}
 	defer d.Close()
-	return readRecord(d, groupFile, dir, parseGroup)
+	r, err := readRecord(d, groupFile, dir, parseGroup)
+	if err == nil && !p.made(r.Members[0].Source) { // whose pool has the record
+		return groupRecord{}, fmt.Errorf("%w: %s: it is of volume %s, from before the pool got the ID %s", ErrDamaged, groupFile, r.Members[0].Source, p.ID())
+	}
+	return r, err
 }

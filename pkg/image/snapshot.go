@@ -283,7 +283,18 @@ func (p *Pool) loadSnapshot(dir string) (snapshotRecord, error) {
 		return snapshotRecord{}, openError(dir, err)
 	}
 	defer d.Close()
-	return readRecord(d, snapshotFile, dir, parseSnapshot)
+	r, err := readRecord(d, snapshotFile, dir, parseSnapshot)
+	if err == nil && r.Group != "" && !p.made(r.Source) {
+		return snapshotRecord{}, fmt.Errorf("%w: %s: it is of volume %s and group %s, from before the pool got the ID %s", ErrDamaged, snapshotFile, r.Source, r.Group, p.ID())
+	}
+	return r, err
+}
+
+// made tells whether an ID is one of this pool's. After Reinit the pool's records name
+// volumes, snapshots and groups of another pool: the one that it was a copy of.
+func (p *Pool) made(id string) bool {
+	_, ours := p.dirOf(id)
+	return ours
 }
 
 // loadSharing counts what each volume shares. Where nothing was ever copied nothing
@@ -305,7 +316,7 @@ func (p *Pool) loadSharing(ctx context.Context) error {
 
 // copied tells whether the pool has snapshots, or volumes that began as copies.
 func (p *Pool) copied() bool {
-	if len(p.cuts)+len(p.unsettled)+len(p.damagedCut) > 0 {
+	if p.leftovers || len(p.cuts)+len(p.unsettled)+len(p.damagedCut) > 0 {
 		return true
 	}
 	for _, r := range p.records {

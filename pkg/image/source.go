@@ -174,6 +174,13 @@ func (o *origin) release() {
 func (p *Pool) copyTo(ctx context.Context, f *os.File, r record, o *origin, quiesce Quiesce) (shared bool, err error) {
 	thick := r.Allocation == Thick
 	reflinked := p == o.p && p.CanReflink() && (!thick || !p.noCow)
+	defer func() {
+		if err != nil && thick && reflinked && o.volume != "" {
+			// The source shares with what is left until that is erased, which may take long.
+			o.p.account.share(o.volume, o.spec.Size)
+			o.used = true
+		}
+	}()
 	switch {
 	case reflinked && o.volume == "":
 		err = opError("reflink", imageFile, reflink(f, o.f))

@@ -165,7 +165,7 @@ func fileStatOf(st *unix.Stat_t) fileStat {
 		mode |= fs.ModeIrregular
 	}
 	return fileStat{
-		Dev: uint64(st.Dev), Ino: st.Ino, Mode: mode, UID: st.Uid, Links: uint64(st.Nlink),
+		Dev: uint64(st.Dev), Ino: st.Ino, Mode: mode, UID: st.Uid, GID: st.Gid, Links: uint64(st.Nlink),
 		Size: st.Size, Allocated: st.Blocks * 512,
 	}
 }

@@ -180,7 +180,7 @@ func (p *Pool) buildTemplate(ctx context.Context, r templateRecord, c FileConten
 	if err != nil {
 		return err
 	}
-	_ = in.close(nil)
+	_ = in.f.Close()
 	p.store.kill("template: content synced")
 	b, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
