@@ -67,7 +67,7 @@ func (d *Driver) loopStatus(ctx context.Context, b binding, image loop.FileID) (
 	if errors.Is(err, loop.ErrNotBound) || errors.Is(err, loop.ErrNotExist) {
 		return info, false, nil
 	}
-	return info, err == nil && info.Image == image, err
+	return info, err == nil && (info.Image == image || info.Image == (loop.FileID{})), err
 }
 
 // ensureHeld makes sure that a device of a raw block volume that is bound is held

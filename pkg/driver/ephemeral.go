@@ -170,6 +170,10 @@ func (d *Driver) discardEphemeral(ctx context.Context, v image.Volume, target st
 	if err := d.unattached(ctx, pool, v.ID); err != nil {
 		return err
 	}
+	// Nothing of the volume is mounted, or it would be attached: what is there is somebody else's.
+	if _, mounted, err := d.mtab.At(target); err != nil || mounted {
+		return errors.Join(err, pool.Remove(ctx, v.ID))
+	}
 	return errors.Join(d.mounts.Remove(ctx, target), pool.Remove(ctx, v.ID))
 }
 

@@ -75,7 +75,7 @@ func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest,
 		return preconditionf("the volume is staged as %s, the request asks for %s", r.describe(), a.mode)
 	}
 	p := publication{path: path, flags: a.flags, target: targetRecord{
-		ReadOnly: req.GetReadonly() || a.readOnly() || r.ReadOnly, Mode: a.mode.String(),
+		ReadOnly: req.GetReadonly() || a.readOnly() || r.ReadOnly || readOnlyFlag(a.flags), Mode: a.mode.String(),
 		PodUID: podUIDOf(req.GetVolumeContext(), path),
 	}}
 	done, err := d.admit(ctx, &r, &p, a)

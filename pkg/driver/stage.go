@@ -104,7 +104,7 @@ func (d *Driver) alreadyStaged(ctx context.Context, want *stageRecord) (bool, er
 		if err := d.releaseCleared(have); err != nil {
 			return false, err
 		}
-		want.Targets, want.ReadDevice, want.ReadPending = have.Targets, have.ReadDevice, have.ReadPending
+		want.Targets, want.ReadDevice, want.ReadPending, want.ReadAhead = have.Targets, have.ReadDevice, have.ReadPending, have.ReadAhead
 		return false, nil
 	}
 	switch {

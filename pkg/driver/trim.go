@@ -26,6 +26,9 @@ const (
 	// trimPart is the first part of a filesystem that is trimmed, and the smallest: ext4
 	// rounds to groups of that size.
 	trimPart = 128 << 20
+	// mostTrimPart is the largest: what comes after a long stretch that takes no time may
+	// take much.
+	mostTrimPart = 4 << 30
 	// trimTime is about what the trimming of one part may take, which is how long the end
 	// of a staging waits for it.
 	trimTime = 50 * time.Millisecond
@@ -267,9 +270,9 @@ func (d *Driver) trimParts(ctx context.Context, r stageRecord, due *trimDue) (lo
 func nextPart(length int64, took time.Duration) int64 {
 	switch {
 	case took < trimTime/4:
-		return min(2*length, 1<<50)
+		return min(2*length, mostTrimPart)
 	case took > trimTime:
-		return max(trimPart, length/2)
+		return max(trimPart, int64(float64(length)*float64(trimTime)/float64(took)))
 	}
 	return length
 }

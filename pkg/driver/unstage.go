@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"k8s.io/klog/v2"
 )
 
 // NodeUnstageVolume unmounts the staging path and returns when the device is
@@ -75,6 +76,12 @@ func (d *Driver) unmountStaging(ctx context.Context, r stageRecord) error {
 		return err
 	case mounted && r.Device.shownBy(m):
 		d.resetReadAhead(ctx, r, r.Device)
+		// Frozen by its pod (fsfreeze), it would keep its device, and only a mount can thaw it
+		// (fact 67). No snapshot has it frozen: that holds the volume's lock. One that is
+		// dead cannot be opened, and need not be thawed.
+		if err := d.freezer.Thaw(r.StagingPath); err != nil {
+			klog.FromContext(ctx).V(2).Info("Cannot thaw", "path", r.StagingPath, "err", err.Error())
+		}
 		if err := d.mounts.Unmount(ctx, r.StagingPath); err != nil {
 			return err
 		}

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // ProblemKind grades a problem, worst last.
@@ -45,15 +46,74 @@ func (p Problem) String() string { return p.Reason + ": " + p.Message + "; " + p
 
 // Check looks at the pool now, in constant time, and returns ErrPool when it
 // cannot be used. What it finds is what Health returns until the next look.
+//
+// One look is under way at a time: a filesystem that hangs keeps it, and its thread, for as
+// long as it hangs. After checkPatience such a pool does not answer, and from then on
+// that is said at once.
 func (p *Pool) Check(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	// What began before this call is not the look that it asks for.
+	began := time.Now()
+	for {
+		c, err := p.checkOnce()
+		if err != nil {
+			return err
+		}
+		if err := c.wait(ctx, p); err != nil || !c.began.Before(began) {
+			return err
+		}
+	}
+}
+
+// checkPatience is how long a pool may take to be looked at.
+const checkPatience = 3 * time.Second
+
+// checking is a look that is under way.
+type checking struct {
+	began time.Time
+	done  chan struct{}
+	err   error // once it is done
+}
+
+// checkOnce returns the look that is under way, or begins one.
+func (p *Pool) checkOnce() (*checking, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.checking != nil {
+		return p.checking, nil
+	}
 	if err := p.store.enter(); err != nil {
+		return nil, err
+	}
+	c := &checking{began: time.Now(), done: make(chan struct{})}
+	p.checking = c
+	go func() {
+		defer p.store.leave()
+		c.err = p.check()
+		p.mu.Lock()
+		p.checking = nil
+		p.mu.Unlock()
+		close(c.done)
+	}()
+	return c, nil
+}
+
+// wait waits for the end of a look, or until it has taken too long.
+func (c *checking) wait(ctx context.Context, p *Pool) error {
+	t := time.NewTimer(time.Until(c.began.Add(checkPatience)))
+	defer t.Stop()
+	select {
+	case <-c.done:
+		return c.err
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.C:
+		err := poolError(p.config, "its filesystem has not answered for %v", time.Since(c.began).Round(time.Second))
+		p.notef(true, reasonPoolFilesystem, Inaccessible, "%v", err)
 		return err
 	}
-	defer p.store.leave()
-	return p.check()
 }
 
 // fullBelow is how much a full filesystem may still show as free, in bytes.

@@ -67,12 +67,13 @@ func TestParseReserve(t *testing.T) {
 	for s, want := range map[string]Reserve{
 		"": {}, "0": {}, "10%": {Percent: 10}, "2.5%": {Percent: 2.5}, "100%": {Percent: 100},
 		"5Gi": {Bytes: 5 << 30}, "5G": {Bytes: 5e9}, "1k": {Bytes: 1000}, "7": {Bytes: 7}, "3Pi": {Bytes: 3 << 50},
+		"1.5Gi": {Bytes: 3 << 29}, "0.1k": {Bytes: 100}, "1.0001k": {Bytes: 1001}, "2E": {Bytes: 2e18},
 	} {
 		if got, err := ParseReserve(s); err != nil || got != want {
 			t.Errorf("ParseReserve(%q) = %v, %v", s, got, err)
 		}
 	}
-	for _, s := range []string{"-1", "101%", "-1%", "NaN%", "1e1%", "%", "Gi", "1GiB", "1iG", "9999999Pi", "1 Gi", "1.5Gi", "0x1%"} {
+	for _, s := range []string{"-1", "101%", "-1%", "NaN%", "1e1%", "%", "Gi", "1GiB", "1iG", "9999999Pi", "1 Gi", "1.Gi", ".5Gi", "1e3", "-1.5Gi", "0x1%"} {
 		if got, err := ParseReserve(s); err == nil {
 			t.Errorf("ParseReserve(%q) = %v", s, got)
 		}

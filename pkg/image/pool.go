@@ -55,6 +55,7 @@ type Pool struct {
 	recounts        map[string]time.Time      // guarded by mu; when a volume's sharing may be looked at again
 	looks           map[string]look           // guarded by mu; how fragmented images are, by their lock's key
 	reflinks        *bool                     // guarded by mu; nil until it is known
+	checking        *checking                 // guarded by mu; nil when nobody looks at the pool
 }
 
 func (p *Pool) close() error {

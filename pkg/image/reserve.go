@@ -3,7 +3,8 @@ package image
 import (
 	"fmt"
 	"math"
-	"math/bits"
+	"math/big"
+	"regexp"
 	"strconv"
 	"strings"
 )
@@ -16,11 +17,14 @@ type Reserve struct {
 }
 
 var units = map[string]int64{
-	"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15,
-	"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40, "Pi": 1 << 50,
+	"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18,
+	"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40, "Pi": 1 << 50, "Ei": 1 << 60,
 }
 
-// ParseReserve reads "10%", "5Gi", "500M" or plain bytes. Empty is no reserve.
+// sizeForm is a size with a unit of units.
+var sizeForm = regexp.MustCompile(`^([0-9]{1,20}(?:\.[0-9]{1,20})?)(|[kMGTPE]|[KMGTPE]i)$`)
+
+// ParseReserve reads "10%", "5Gi", "1.5Gi", "500M" or plain bytes. Empty is no reserve.
 func ParseReserve(s string) (Reserve, error) {
 	if s == "" {
 		return Reserve{}, nil
@@ -32,17 +36,23 @@ func ParseReserve(s string) (Reserve, error) {
 		}
 		return Reserve{Percent: percent}, nil
 	}
-	digits := strings.TrimRight(s, "kKMGTPi")
-	unit, ok := units[s[len(digits):]]
-	n, err := strconv.ParseUint(digits, 10, 63)
-	if err != nil || !ok {
+	parts := sizeForm.FindStringSubmatch(s)
+	if parts == nil {
 		return Reserve{}, fmt.Errorf("reserve %q is neither a percentage (10%%) nor a size (5Gi)", s)
 	}
-	hi, lo := bits.Mul64(n, uint64(unit))
-	if hi != 0 || lo > math.MaxInt64 {
+	n, ok := new(big.Rat).SetString(parts[1])
+	if !ok {
+		return Reserve{}, fmt.Errorf("reserve %q is neither a percentage (10%%) nor a size (5Gi)", s)
+	}
+	n.Mul(n, new(big.Rat).SetInt64(units[parts[2]]))
+	bytes := new(big.Int).Quo(n.Num(), n.Denom())
+	if !n.IsInt() {
+		bytes.Add(bytes, big.NewInt(1)) // rather more
+	}
+	if !bytes.IsInt64() {
 		return Reserve{}, fmt.Errorf("reserve %q is too large", s)
 	}
-	return Reserve{Bytes: int64(lo)}, nil
+	return Reserve{Bytes: bytes.Int64()}, nil
 }
 
 // of is the reserve in bytes on a filesystem of the given size.

@@ -110,11 +110,13 @@ func (s *Store) start(ctx context.Context) {
 	ctx, s.stop = context.WithCancel(context.WithoutCancel(ctx))
 	s.every(ctx, func() {
 		for _, p := range s.Pools() {
+			// What is wrong is kept for Health. The rest could hang where this did.
+			if p.Check(ctx) != nil {
+				continue
+			}
 			p.refresh(ctx)
 			p.recount(ctx)
 			p.countFragments(ctx)
-			// What is wrong is kept for Health.
-			_ = p.check()
 		}
 	})
 	// Apart from the above: a disk that hangs is no reason not to look at others.

@@ -72,11 +72,10 @@ func isBinding(h handle, ref Ref) (bool, error) {
 	if err != nil {
 		return false, opError("get diskseq", ref.Number, err)
 	}
+	// LOOP_GET_STATUS64 asks the image's file system for the inode, and answers its error
+	// where that is dead (EIO of an XFS that shut down). Only ENXIO says "unbound".
 	_, err = h.Status()
-	if err != nil && !errors.Is(err, syscall.ENXIO) {
-		return false, opError("get status", ref.Number, err)
-	}
-	return err == nil && seq == ref.DiskSeq, nil
+	return !errors.Is(err, syscall.ENXIO) && seq == ref.DiskSeq, nil
 }
 
 // Status describes a binding, or returns ErrNotBound if it does not exist any more.

@@ -255,6 +255,13 @@ func (k *fake) Attr(number int, name string) (string, error) {
 			return "", syscall.ENOENT
 		}
 		return l.file.Name(), nil
+	case attrReadOnly, attrAutoclear, attrDirectIO:
+		flag := map[string]uint32{attrReadOnly: flagReadOnly, attrAutoclear: flagAutoclear, attrDirectIO: flagDirectIO}[name]
+		return strconv.Itoa(min(1, int(l.status.Flags&flag))), nil
+	case attrOffset:
+		return strconv.FormatUint(l.status.Offset, 10), nil
+	case attrSizeLimit:
+		return strconv.FormatUint(l.status.SizeLimit, 10), nil
 	case attrDiscard:
 		if l.masked || k.noDiscard {
 			return "0", nil

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strconv"
 	"syscall"
 )
 
@@ -76,10 +77,12 @@ func (m *Manager) scan(ctx context.Context, image FileID) ([]Info, error) {
 		defer h.Close()
 		// The rest costs more than this one call, and is wanted of few devices.
 		st, err := h.Status()
-		if err != nil {
+		if errors.Is(err, syscall.ENXIO) {
 			return Info{}, opError("get status", n, err)
 		}
-		if st.Image != image {
+		// The kernel asks the file's filesystem, which may be dead. That of this image
+		// answered a moment ago.
+		if err != nil || st.Image != image {
 			return Info{}, ErrNotBound
 		}
 		return m.describe(n, path, h)
@@ -144,7 +147,7 @@ func (m *Manager) describe(number int, path string, h handle) (Info, error) {
 	if errors.Is(err, syscall.ENXIO) {
 		return info, opError("get status", number, ErrNotBound)
 	} else if err != nil {
-		return info, opError("get status", number, err)
+		return m.describeDead(info, h)
 	}
 	info.Image, info.Tag = st.Image, st.Tag
 	info.Offset, info.SizeLimit = int64(st.Offset), int64(st.SizeLimit)
@@ -161,6 +164,28 @@ func (m *Manager) describe(number int, path string, h handle) (Info, error) {
 	info.Discard = discard != "0"
 	// For people; a device that is unbound right now has none.
 	info.BackingPath, _ = m.kernel.Attr(number, attrBackingFile)
+	return info, nil
+}
+
+// describeDead completes info, from sysfs, for a device whose file's filesystem fails to be
+// asked, so that LOOP_GET_STATUS64 fails (fact 103): Image is zero, and Tag empty.
+func (m *Manager) describeDead(info Info, h handle) (Info, error) {
+	var err error
+	if info.Size, info.BlockSize, err = h.Geometry(); err != nil {
+		return info, opError("get size", info.Number, err)
+	}
+	flag := func(name string) bool {
+		v, err := m.kernel.Attr(info.Number, name)
+		return err == nil && v == "1"
+	}
+	number := func(name string) int64 {
+		v, _ := m.kernel.Attr(info.Number, name)
+		n, _ := strconv.ParseInt(v, 10, 64)
+		return n
+	}
+	info.ReadOnly, info.Autoclear, info.DirectIO = flag(attrReadOnly), flag(attrAutoclear), flag(attrDirectIO)
+	info.Offset, info.SizeLimit = number(attrOffset), number(attrSizeLimit)
+	info.BackingPath, _ = m.kernel.Attr(info.Number, attrBackingFile)
 	return info, nil
 }
 

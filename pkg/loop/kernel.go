@@ -147,6 +147,11 @@ const (
 	attrDiskSeq      = "diskseq"                    // decimal
 	attrStat         = "stat"                       // counters, one line
 	attrBackingFile  = "loop/backing_file"          // exists only while bound (fact 23)
+	attrReadOnly     = "ro"                         // "1" or "0", and so are the next two
+	attrAutoclear    = "loop/autoclear"             //
+	attrDirectIO     = "loop/dio"                   //
+	attrOffset       = "loop/offset"                // bytes
+	attrSizeLimit    = "loop/sizelimit"             // bytes
 	attrDiscard      = "queue/discard_max_bytes"    // writing 0 masks discard (fact 63)
 	attrDiscardLimit = "queue/discard_max_hw_bytes" // what the file below can do
 	attrReadAhead    = "queue/read_ahead_kb"        // KiB; may stick to the number (fact 96)

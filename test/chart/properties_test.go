@@ -158,7 +158,7 @@ func TestGroups(t *testing.T) {
 	if cmp.Equal(nvme.Spec.Selector, plain.Spec.Selector) {
 		t.Error("the groups select each other's pods")
 	}
-	if c := find[*core.ConfigMap](t, all, "csi-loop-node-nvme"); !strings.Contains(c.Data["config.yaml"], "defaultPool: slow") || !strings.Contains(c.Data["config.yaml"], "path: /hdd") {
+	if c := find[*core.ConfigMap](t, all, "csi-loop-node-nvme"); !strings.Contains(c.Data["config.yaml"], `defaultPool: "slow"`) || !strings.Contains(c.Data["config.yaml"], "path: /hdd") {
 		t.Error(c.Data)
 	}
 	if c := find[*core.ConfigMap](t, all, "csi-loop-node-plain"); strings.Contains(c.Data["config.yaml"], "defaultPool") || !strings.Contains(c.Data["config.yaml"], "path: /var/lib/csi-loop") {

@@ -101,7 +101,7 @@ registrationDir: {{ $v.kubeletDir }}/plugins_registry
 pools:
   {{- toYaml .group.pools | nindent 2 }}
 {{- with .group.defaultPool }}
-defaultPool: {{ . }}
+defaultPool: {{ . | quote }}
 {{- end }}
 {{- with .group.imageDirs }}
 imageDirs:

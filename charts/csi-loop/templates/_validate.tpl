@@ -22,7 +22,7 @@
 {{- end }}
 
 {{- define "csi-loop.checkDuration" -}}
-{{- if not (regexMatch "^([0-9]+(\\.[0-9]+)?(ms|s|m|h))+$" .value) -}}
+{{- if not (regexMatch (ternary "^(0|([0-9]+(\\.[0-9]+)?(ms|s|m|h))+)$" "^([0-9]+(\\.[0-9]+)?(ms|s|m|h))+$" (.zero | default false)) .value) -}}
 {{- fail (printf "%s: %q is not a time such as 30s" .at .value) -}}
 {{- end -}}
 {{- end }}
@@ -30,6 +30,16 @@
 {{- define "csi-loop.checkSize" -}}
 {{- if not (regexMatch "^[0-9]+(\\.[0-9]+)?([KMGTPE]i|[kMGTPE])?$" (toString .value)) -}}
 {{- fail (printf "%s: %q is not a size such as 10Gi" .at (toString .value)) -}}
+{{- end -}}
+{{- end }}
+
+{{- /* Labels that the selectors of the chart's own objects need. */}}
+{{- define "csi-loop.checkLabels" -}}
+{{- $at := .at -}}
+{{- range $key, $_ := .labels -}}
+{{- if has $key (list "app.kubernetes.io/name" "app.kubernetes.io/instance" "app.kubernetes.io/component" "app.kubernetes.io/part-of" "app.kubernetes.io/managed-by" "app.kubernetes.io/version" "helm.sh/chart") -}}
+{{- fail (printf "%s: %s is set by the chart, which finds its pods by such labels" $at $key) -}}
+{{- end -}}
 {{- end -}}
 {{- end }}
 
@@ -130,6 +140,14 @@
 {{- if gt (int $v.loopDevices.warm) (int $v.loopDevices.max) -}}
 {{- fail (printf "loopDevices.warm: %v is more than loopDevices.max, %v" $v.loopDevices.warm $v.loopDevices.max) -}}
 {{- end -}}
+{{- range $at, $labels := dict "commonLabels" $v.commonLabels "node.podLabels" $v.node.podLabels "controller.podLabels" $v.controller.podLabels -}}
+{{- include "csi-loop.checkLabels" (dict "at" $at "labels" $labels) -}}
+{{- end -}}
+{{- range $at, $value := dict "trim.interval" $v.trim.interval "trim.jitter" $v.trim.jitter "controller.eventInterval" $v.controller.eventInterval -}}
+{{- include "csi-loop.checkDuration" (dict "at" $at "value" (toString $value) "zero" true) -}}
+{{- end -}}
+{{- include "csi-loop.checkDuration" (dict "at" "encryption.time" "value" (toString $v.encryption.time)) -}}
+{{- include "csi-loop.checkSize" (dict "at" "encryption.memory" "value" $v.encryption.memory) -}}
 {{- include "csi-loop.checkSize" (dict "at" "ephemeral.maxSize" "value" $v.ephemeral.maxSize) -}}
 {{- include "csi-loop.checkSize" (dict "at" "transfer.nodeRate" "value" $v.transfer.nodeRate) -}}
 {{- include "csi-loop.checkSize" (dict "at" "transfer.controllerRate" "value" $v.transfer.controllerRate) -}}
