@@ -68,8 +68,18 @@ func (d *Driver) reconcileRecord(ctx context.Context, r stageRecord, all []loop.
 	} else if r.Device.none() {
 		// A crash came between the mount and the record of it, or before the mount.
 		var err error
+		forReading := r.ReadOnly
 		if r, err = d.stagingRecord(ctx, r.VolumeID, r.StagingPath); err != nil {
 			return err
+		}
+		if forReading && !r.ReadOnly && !r.Device.none() && len(r.Targets) == 0 {
+			// It was mounted for writing in order to grow (growOnce), by a call that nobody
+			// has an answer of: what is to be read only must not stay so.
+			klog.FromContext(ctx).Info("Unmounting what was mounted in order to grow", "volume", r.VolumeID, "path", r.StagingPath)
+			if err := d.unmountStaging(ctx, r); err != nil {
+				return err
+			}
+			return d.state.drop(r.VolumeID)
 		}
 	}
 	for _, b := range r.devices() {

@@ -110,6 +110,11 @@ func (c *checking) wait(ctx context.Context, p *Pool) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-t.C:
+		select {
+		case <-c.done: // at the same moment
+			return c.err
+		default:
+		}
 		err := poolError(p.config, "its filesystem has not answered for %v", time.Since(c.began).Round(time.Second))
 		p.notef(true, reasonPoolFilesystem, Inaccessible, "%v", err)
 		return err
