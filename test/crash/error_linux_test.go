@@ -78,7 +78,7 @@ func (v *volume) failing(st step, x target, errno syscall.Errno, y *tally) {
 		}
 		return gate.Verdict{}
 	})
-	err := st.do(v)
+	err := v.untilHit(st)
 	hit, calls := v.trap.disarm()
 	when := fmt.Sprintf("%s of %s, %s at %s, %s", st.name, v.name, unix.ErrnoName(errno), x, hit)
 	y.add(st.name, x, hit, calls)

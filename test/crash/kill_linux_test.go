@@ -266,7 +266,7 @@ func (v *volume) killed(st step, x target, y *tally) {
 	t := v.t
 	t.Helper()
 	v.trap.arm(func(c gate.Call, n int) gate.Verdict { return gate.Verdict{Kill: label(c) == x.name && n == x.n} })
-	err := st.do(v)
+	err := v.untilHit(st)
 	hit, calls := v.trap.disarm()
 	when := fmt.Sprintf("%s of %s, killed at %s, %s", st.name, v.name, x, hit)
 	if hit == nil && err != nil {

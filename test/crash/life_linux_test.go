@@ -79,6 +79,19 @@ func prove(v *volume) error {
 // uncertain are the codes after which a CO repeats a call as it is (fact 57).
 var uncertain = []codes.Code{codes.Unavailable, codes.Aborted, codes.Canceled, codes.DeadlineExceeded, codes.ResourceExhausted}
 
+// untilHit does a step. On a slow machine it can be answered before it is over ("repeat
+// the call"), and goes on: it is repeated then, unless the trap has sprung.
+func (v *volume) untilHit(st step) error {
+	end := time.Now().Add(patience)
+	for {
+		err := st.do(v)
+		if err == nil || !slices.Contains(uncertain, status.Code(err)) || !v.trap.waits() || time.Now().After(end) {
+			return err
+		}
+		time.Sleep(3 * time.Millisecond)
+	}
+}
+
 // insist repeats a step as a CO does, until it succeeds; codes that are final are
 // returned.
 func insist(do func() error) error {

@@ -236,6 +236,13 @@ func (a *trap) arm(f spring) {
 	a.armed, a.spring, a.calls, a.seen, a.hit = true, f, nil, map[string]int{}, nil
 }
 
+// waits tells whether all calls since arm were simply run.
+func (a *trap) waits() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.armed && a.hit == nil
+}
+
 // disarm returns what happened since arm.
 func (a *trap) disarm() (hit *gate.Call, calls []gate.Call) {
 	a.mu.Lock()
