@@ -60,13 +60,25 @@ func (s *identityServer) Probe(ctx context.Context, _ *csi.ProbeRequest) (*csi.P
 
 // Ready tells why no call can be served: no pool can be used and nothing is staged.
 func (d *Driver) Ready(ctx context.Context) error {
+	// Side by side: one that hangs is no reason to wait.
+	pools := d.images.Pools()
+	answers := make(chan error, len(pools))
+	for _, p := range pools {
+		go func() {
+			if err := p.Check(ctx); err != nil {
+				answers <- fmt.Errorf("pool %q: %w", p.Name(), err)
+				return
+			}
+			answers <- nil
+		}()
+	}
 	var errs []error
-	for _, p := range d.images.Pools() {
-		err := p.Check(ctx)
+	for range pools {
+		err := <-answers
 		if err == nil {
 			return nil
 		}
-		errs = append(errs, fmt.Errorf("pool %q: %w", p.Name(), err))
+		errs = append(errs, err)
 	}
 	if len(d.state.list()) > 0 {
 		// What is staged is served from records and the kernel, and must be.

@@ -67,8 +67,9 @@ func (p *Pool) Check(ctx context.Context) error {
 	}
 }
 
-// checkPatience is how long a pool may take to be looked at.
-const checkPatience = 3 * time.Second
+// checkPatience is how long a pool may take to be looked at. A disk that is merely busy
+// keeps the making of a file waiting for seconds.
+const checkPatience = 10 * time.Second
 
 // checking is a look that is under way.
 type checking struct {
