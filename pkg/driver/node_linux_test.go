@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -61,9 +62,7 @@ func (n *realNode) down() {
 func (n *realNode) made(name, pool string, c *csi.VolumeCapability, parameters map[string]string) volume {
 	n.t.Helper()
 	all := map[string]string{"pool": pool}
-	for k, v := range parameters {
-		all[k] = v
-	}
+	maps.Copy(all, parameters)
 	resp, err := (&controllerServer{d: n.d}).CreateVolume(n.t.Context(), &csi.CreateVolumeRequest{
 		Name: name, CapacityRange: &csi.CapacityRange{RequiredBytes: 32 * mib}, VolumeCapabilities: []*csi.VolumeCapability{c}, Parameters: all,
 	})

@@ -62,8 +62,9 @@ type ledger struct {
 
 func newLedger() *ledger { return &ledger{settled: make(chan struct{}), together: math.MaxInt64} }
 
-// look brings what thin volumes have up to date, of all accounts.
-func (l *ledger) look(ctx context.Context, statfs func() (space, error)) {
+// look brings what thin volumes have up to date, of all accounts. It ends early once stop,
+// which may be nil, is closed.
+func (l *ledger) look(stop <-chan struct{}, statfs func() (space, error)) {
 	l.looking.Lock()
 	defer l.looking.Unlock()
 	before, err := statfs()
@@ -75,8 +76,10 @@ func (l *ledger) look(ctx context.Context, statfs func() (space, error)) {
 	l.mu.Unlock()
 	for _, a := range accounts {
 		for _, dir := range a.thinDirs() {
-			if ctx.Err() != nil {
+			select {
+			case <-stop:
 				return
+			default:
 			}
 			if a.look != nil {
 				a.look(dir)
@@ -99,7 +102,7 @@ func (a *account) lookAgain() bool {
 	more := err == nil && l.blocks > 0 && s.Free > l.together-l.blocks
 	l.mu.Unlock()
 	if more {
-		l.look(context.Background(), a.statfs)
+		l.look(nil, a.statfs)
 	}
 	return more
 }
@@ -371,12 +374,11 @@ func (a *account) drop(dir string) {
 	a.set(dir, nil)
 }
 
-// of is what the account knows of a volume.
-func (a *account) of(dir string) (c charge, ok bool) {
+// of is what the account knows of a volume: nothing, if there is none.
+func (a *account) of(dir string) charge {
 	a.ledger.mu.Lock()
 	defer a.ledger.mu.Unlock()
-	c, ok = a.charges[dir]
-	return c, ok
+	return a.charges[dir]
 }
 
 // seen records how many bytes of blocks a volume was found to have, unless the account

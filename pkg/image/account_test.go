@@ -31,7 +31,7 @@ func (d *fakeDisk) use(n int64) {
 
 // sawBlocks records what a look at a volume found.
 func sawBlocks(a *account, dir string, allocated int64) {
-	before, _ := a.of(dir)
+	before := a.of(dir)
 	a.seen(dir, before, allocated)
 }
 

@@ -259,7 +259,7 @@ func (c *cutting) cut(ctx context.Context) error {
 // recount takes the space for what was written since reserve looked, too. It is refused
 // if there is not enough: writers wait, so nothing else is waited for.
 func (c *cutting) recount() error {
-	before, _ := c.p.account.of(c.volume)
+	before := c.p.account.of(c.volume)
 	st, err := statFile(c.from)
 	if err != nil {
 		return opError("look at", imageFile, err)

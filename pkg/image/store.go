@@ -143,10 +143,10 @@ func (s *Store) every(ctx context.Context, work func()) {
 // refresh looks how many blocks the thin volumes have by now. Between two looks
 // the account believes that they may still take what they took meanwhile, and does not
 // count what they gave back: too little is given away, not too much.
-func (p *Pool) refresh(ctx context.Context) { p.account.ledger.look(ctx, p.account.statfs) }
+func (p *Pool) refresh(ctx context.Context) { p.account.ledger.look(ctx.Done(), p.account.statfs) }
 
 func (p *Pool) refreshOne(dir string) {
-	before, _ := p.account.of(dir)
+	before := p.account.of(dir)
 	// Its blocks are not worth an error: OpenImage and VolumeHealth report what
 	// is wrong with an image.
 	if st, err := statAt(p.volumes, dir+"/"+imageFile); err == nil && st.Mode.IsRegular() {
