@@ -105,7 +105,6 @@ func TestDeadPoolConcernsItsVolumesOnly(t *testing.T) {
 	for _, v := range []volume{good, bad, other} {
 		n.must(n.staged(v))
 	}
-	// Nobody else should see this device: it is bound for this test only, to a file of it.
 	foreign := filepath.Join(dead, "foreign.img")
 	n.must(os.WriteFile(foreign, make([]byte, mib), 0o600))
 	device := roottest.Run(t, "losetup", "--find", "--show", foreign)
@@ -214,6 +213,25 @@ func TestUnstageWhatItsPodFroze(t *testing.T) {
 				t.Errorf("left: %q", left)
 			}
 		})
+	}
+}
+
+// TestUnpublishWhatItsPodFroze is the same for an inline volume.
+func TestUnpublishWhatItsPodFroze(t *testing.T) {
+	n := newRealNode(t)
+	target := filepath.Join(n.dir, "target")
+	_, err := (&nodeServer{d: n.d}).NodePublishVolume(t.Context(), &csi.NodePublishVolumeRequest{
+		VolumeId: "csi-1", TargetPath: target, VolumeCapability: mountCap("ext4", manyWriters),
+		VolumeContext: map[string]string{ephemeralKey: "true", "size": "16Mi"},
+	})
+	n.must(err)
+	if out, err := exec.Command("fsfreeze", "--freeze", target).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	_, err = (&nodeServer{d: n.d}).NodeUnpublishVolume(t.Context(), &csi.NodeUnpublishVolumeRequest{VolumeId: "csi-1", TargetPath: target})
+	n.must(err)
+	if left := n.store.List(); len(left) > 0 || len(roottest.Loops(n.dir)) > 0 {
+		t.Errorf("left: %v, %q", left, roottest.Loops(n.dir))
 	}
 }
 

@@ -41,6 +41,11 @@ func (d *Driver) unpublish(ctx context.Context, id, target string) error {
 	if err != nil {
 		return err
 	}
+	if r.Ephemeral && r.StagingPath == target {
+		if m, mounted, err := d.mtab.At(target); err == nil && mounted && r.Device.shownBy(m) {
+			d.thawLast(ctx, target)
+		}
+	}
 	if err := d.mounts.Remove(ctx, target); err != nil {
 		return err
 	}

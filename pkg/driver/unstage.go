@@ -76,12 +76,7 @@ func (d *Driver) unmountStaging(ctx context.Context, r stageRecord) error {
 		return err
 	case mounted && r.Device.shownBy(m):
 		d.resetReadAhead(ctx, r, r.Device)
-		// Frozen by its pod (fsfreeze), it would keep its device, and only a mount can thaw it
-		// (fact 67). No snapshot has it frozen: that holds the volume's lock. One that is
-		// dead cannot be opened, and need not be thawed.
-		if err := d.freezer.Thaw(r.StagingPath); err != nil {
-			klog.FromContext(ctx).V(2).Info("Cannot thaw", "path", r.StagingPath, "err", err.Error())
-		}
+		d.thawLast(ctx, r.StagingPath)
 		if err := d.mounts.Unmount(ctx, r.StagingPath); err != nil {
 			return err
 		}
@@ -97,6 +92,17 @@ func (d *Driver) unmountStaging(ctx context.Context, r stageRecord) error {
 		}
 	}
 	return d.loops.WaitUnbound(ctx, r.Device.ref())
+}
+
+// thawLast thaws a volume's filesystem before its last mount goes. Frozen by its pod
+// (fsfreeze), it would keep its device, and only a mount can thaw it (fact 67). No snapshot
+// has it frozen: that holds the volume's lock. One that is dead cannot be opened, and need
+// not be thawed.
+// Precondition: the volume is mounted there.
+func (d *Driver) thawLast(ctx context.Context, path string) {
+	if err := d.freezer.Thaw(path); err != nil {
+		klog.FromContext(ctx).V(2).Info("Cannot thaw", "path", path, "err", err.Error())
+	}
 }
 
 // detachBlock lets go of the devices of a raw block volume and clears them.

@@ -198,7 +198,7 @@ func (a *account) take(ctx context.Context, alloc Allocation, size int64, held .
 	defer patience.Stop()
 	for attempt, looks := 0, 0; ; {
 		r, wait, err := a.tryTake(need, held)
-		if errors.Is(err, ErrNoSpace) && looks < mostLooks && a.lookAgain() {
+		if r == nil && (err == nil || errors.Is(err, ErrNoSpace)) && looks < mostLooks && a.lookAgain() {
 			looks++
 			continue
 		}

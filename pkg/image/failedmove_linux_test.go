@@ -60,6 +60,30 @@ func TestFailedMoveChangesNothing(t *testing.T) {
 	}
 }
 
+// TestRestoreLeavesWhatIsNotOurs: a move that did not come as far as to link the file undoes
+// nothing, also when somebody wrote to the file meanwhile.
+func TestRestoreLeavesWhatIsNotOurs(t *testing.T) {
+	f, err := os.CreateTemp(t.TempDir(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	before, err := statFile(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString("more"); err != nil {
+		t.Fatal(err)
+	}
+	b := building{content: &FileContent{File: f, Path: f.Name(), Method: Move}, before: before}
+	if err := b.restore(); err != nil {
+		t.Fatal(err)
+	}
+	if after, err := statFile(f); err != nil || after.Size != 4 {
+		t.Errorf("it has %d bytes, %v", after.Size, err)
+	}
+}
+
 // TestMuchIsSaid: what a program says is kept to a bound, and it is not kept from saying it.
 func TestMuchIsSaid(t *testing.T) {
 	out, err := command(ctx, nil, "/bin/sh", []string{"-c", "echo first; head -c 50000000 /dev/zero && echo last >&2 && exit 3"})

@@ -61,7 +61,8 @@ func (p *Pool) Check(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if err := c.wait(ctx, p); err != nil || !c.began.Before(began) {
+		over, err := c.wait(ctx, p)
+		if !over || !c.began.Before(began) {
 			return err
 		}
 	}
@@ -101,24 +102,24 @@ func (p *Pool) checkOnce() (*checking, error) {
 	return c, nil
 }
 
-// wait waits for the end of a look, or until it has taken too long.
-func (c *checking) wait(ctx context.Context, p *Pool) error {
+// wait waits for the end of a look, or until it has taken too long. over is that it ended.
+func (c *checking) wait(ctx context.Context, p *Pool) (over bool, err error) {
 	t := time.NewTimer(time.Until(c.began.Add(checkPatience)))
 	defer t.Stop()
 	select {
 	case <-c.done:
-		return c.err
+		return true, c.err
 	case <-ctx.Done():
-		return ctx.Err()
+		return false, ctx.Err()
 	case <-t.C:
 		select {
 		case <-c.done: // at the same moment
-			return c.err
+			return true, c.err
 		default:
 		}
 		err := poolError(p.config, "its filesystem has not answered for %v", time.Since(c.began).Round(time.Second))
 		p.notef(true, reasonPoolFilesystem, Inaccessible, "%v", err)
-		return err
+		return false, err
 	}
 }
 

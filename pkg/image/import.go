@@ -45,7 +45,7 @@ type FileContent struct {
 //
 // The errors are those of Create, without ErrSize for a size below what mkfs needs, and
 // ErrContent. After an error the file is as it was, but that one to be moved may have
-// more blocks and, after a crash, zeros at its end. At each moment the content has its
+// more blocks and, after a crash, zeros at its end and no rights for others. At each moment the content has its
 // old name, or the volume exists; after a crash in between both may be true, and the
 // same call completes it.
 func (p *Pool) Import(ctx context.Context, spec Spec, c FileContent) (Volume, error) {
@@ -204,8 +204,11 @@ func (b building) restore() error {
 	}
 	f := b.content.File
 	now, err := statFile(f)
-	if err != nil {
+	switch {
+	case err != nil:
 		return opError("look at", b.content.Path, err)
+	case now.Links == b.before.Links:
+		return nil // it never got its second name: what changed is not ours to undo
 	}
 	if now.Size != b.before.Size {
 		err = f.Truncate(b.before.Size)
