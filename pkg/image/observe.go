@@ -47,9 +47,16 @@ func (o *observers) tell(c Change) {
 	}
 }
 
-// Dirs lists the directories of all volumes, damaged ones included, in no order.
+// Dirs lists the directories of all volumes, damaged ones included, in no order. What
+// else somebody put beside them is left out: no call can mean it.
 func (p *Pool) Dirs() []string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return slices.AppendSeq(slices.Collect(maps.Keys(p.records)), maps.Keys(p.damaged))
+	dirs := slices.Collect(maps.Keys(p.records))
+	for dir := range p.damaged {
+		if validDir(dir) {
+			dirs = append(dirs, dir)
+		}
+	}
+	return dirs
 }

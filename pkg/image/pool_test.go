@@ -529,6 +529,31 @@ func TestRefresherStopsAndSees(t *testing.T) {
 	}
 }
 
+// What somebody else put beside the volumes is refused, and is no volume: the controller
+// takes no node for honest that speaks of such names.
+func TestDirsAreVolumes(t *testing.T) {
+	dir := poolDir(t)
+	s, p := openPool(t, dir)
+	create(t, p, Spec{Name: "v", Size: size})
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"my copy", "nötes", strings.Repeat("x", 200), "pvc-1"} {
+		if err := os.Mkdir(filepath.Join(dir, volumesDir, name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, p = openPool(t, dir)
+	dirs := p.Dirs()
+	slices.Sort(dirs)
+	if d := cmp.Diff([]string{"pvc-1", "v"}, dirs); d != "" {
+		t.Error(d)
+	}
+	if n := len(p.damaged); n != 4 {
+		t.Errorf("%d are refused", n)
+	}
+}
+
 // Observers hear of each volume that comes and goes, once, and Dirs lists them.
 func TestObserve(t *testing.T) {
 	s, p := openPool(t, poolDir(t))

@@ -14,6 +14,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/csi-loop/csi-loop/pkg/router/link"
@@ -175,6 +176,42 @@ func TestLyingNode(t *testing.T) {
 			must(t, err)
 		})
 	}
+}
+
+// A node hears why its link ends.
+func TestFarewell(t *testing.T) {
+	c := newCluster(t)
+	n := c.raw(t, "n", nil, nil)
+	n.say(t, `{"pools":[{"added":["a b"]}]}`)
+	s := <-n.stream
+	var order wrapperspb.BytesValue
+	must(t, s.RecvMsg(&order))
+	if got := string(order.GetValue()); !strings.Contains(got, `\"a b\" is not the name of a volume`) {
+		t.Errorf("the node hears %s", got)
+	}
+	n.hungUp(t)
+	if got := c.router.Stats().Refused[reasonInventory]; got != 1 {
+		t.Errorf("refused %d times", got)
+	}
+}
+
+// A code that does not exist is UNKNOWN: there is a metric for each code.
+func TestCodeThatDoesNotExist(t *testing.T) {
+	c := newCluster(t)
+	a := c.node("a", newDisk(t, "default", gib))
+	a.handler = refuser{a}
+	a.up()
+	c.linked(a)
+	_, err := c.csi.CreateVolume(t.Context(), create("x", 1, a))
+	if status.Code(err) != codes.Unknown || !strings.Contains(err.Error(), "no such code") {
+		t.Error(err)
+	}
+}
+
+type refuser struct{ *fakeNode }
+
+func (refuser) CreateVolume(context.Context, *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
+	return nil, status.Error(codes.Code(99), "no such code")
 }
 
 // liar answers with what is not its own.

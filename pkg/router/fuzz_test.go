@@ -73,7 +73,7 @@ func (s *session) hears(ctx context.Context, words ...[]byte) error {
 		return err
 	}
 	for _, d := range s.router.table.join(s, pools) {
-		s.duplicate(ctx, d)
+		tellDuplicate(ctx, d)
 	}
 	return s.receive(ctx, stream)
 }

@@ -83,8 +83,10 @@ func TestLateCopy(t *testing.T) {
 	must(t, err)
 	c.linked(a, b)
 	a.stop()
-	eventually(t, "the copy gets its turn", func() bool {
-		at, _ := c.router.table.pool(p.id)
-		return at.node == "b" && len(c.router.table.volume("y")) == 1
-	})
+	c.linked(b)
+	c.roster.set("a", false)
+	c.router.forget()
+	if at, _ := c.router.table.pool(p.id); at.node != "b" || len(c.router.table.volume("y")) != 1 {
+		t.Errorf("the copy does not get its turn: %+v", at)
+	}
 }

@@ -374,7 +374,8 @@ func TestSecondClaimant(t *testing.T) {
 	c.linked(a) // nobody else is there now
 }
 
-// A copy of a pool is refused as long as the first is there, and gets its turn then.
+// A copy of a pool is refused as long as the first is known, also while that is away for
+// a moment, and gets its turn when the first is forgotten.
 func TestDuplicatePool(t *testing.T) {
 	c := newCluster(t)
 	p := newDisk(t, "default", 10*gib)
@@ -405,14 +406,64 @@ func TestDuplicatePool(t *testing.T) {
 	fast.Parameters = map[string]string{"pool": "fast"}
 	_, err = c.csi.CreateVolume(ctx, fast) // the node's other pool is served
 	must(t, err)
+	del := func(volume string) codes.Code {
+		_, err := c.csi.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: p.id + "." + volume})
+		return status.Code(err)
+	}
+	for _, pool := range []*fakePool{p, clone} {
+		pool.mu.Lock()
+		pool.volumes["w"] = 1
+		pool.mu.Unlock()
+	}
+	a.stop()
+	c.linked(b)
+	c.router.forget()
+	if code := del("y"); code != codes.Unavailable {
+		t.Fatalf("while the first is away, the copy answers %s", code)
+	}
+	b.stop()
+	c.linked()
+	b.up()
+	c.linked(b)
+	if code := del("y"); code != codes.Unavailable {
+		t.Fatalf("while the first is away, the copy that came back answers %s", code)
+	}
+	a.up()
+	c.linked(a, b)
+	if code := del("w"); code != codes.OK || p.has("w") || !clone.has("w") {
+		t.Fatalf("%s; the first has it: %t, the copy: %t", code, p.has("w"), clone.has("w"))
+	}
+	b.stop()
+	c.linked(a)
+	if n := c.router.Stats().DuplicatePools; n != 0 {
+		t.Fatalf("%d duplicate pools though the copy is away", n)
+	}
+	b.up()
+	c.linked(a, b)
 	a.stop()
 	c.roster.set("a", false)
 	c.linked(b)
-	eventually(t, "the copy is served", func() bool { return c.router.Stats().DuplicatePools == 0 })
-	_, err = c.csi.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: p.id + ".y"})
-	must(t, err)
-	if clone.has("y") {
-		t.Fatal("not deleted")
+	c.router.forget()
+	if code := del("y"); code != codes.OK || clone.has("y") {
+		t.Fatalf("not deleted: %s", code)
+	}
+}
+
+// A disk that was moved takes the place that it had, in front of a copy.
+func TestMovedDiskBesideACopy(t *testing.T) {
+	c := newCluster(t)
+	p := newDisk(t, "default", gib)
+	clone := &fakePool{id: p.id, name: p.name, key: p.key, volumes: map[string]int64{"y": 1}, size: gib}
+	a := c.node("a", p).up()
+	c.linked(a)
+	b := c.node("b", clone).up()
+	c.linked(a, b)
+	a.stop()
+	c.linked(b)
+	to := c.node("c", p).up()
+	c.linked(b, to)
+	if at, _ := c.router.table.pool(p.id); at.node != "c" || len(c.router.table.volume("y")) != 0 {
+		t.Errorf("it is at %+v", at)
 	}
 }
 

@@ -210,7 +210,11 @@ func (t *table) stats() Stats {
 		}
 	}
 	for _, claims := range t.pools {
-		s.DuplicatePools += len(claims) - 1
+		for _, p := range claims[1:] {
+			if p.node.session != nil {
+				s.DuplicatePools++
+			}
+		}
 	}
 	return s
 }

@@ -104,13 +104,21 @@ func (s *session) translate(ctx context.Context, method string, err error, answe
 	case st.Code() == codes.Unimplemented:
 		return s.tooOld(method)
 	case answered:
-		return status.Errorf(st.Code(), "%.*s", maxText, st.Message()) // without details, which CSI wants empty
+		return status.Errorf(meant(st.Code()), "%.*s", maxText, st.Message()) // without details, which CSI wants empty
 	case ctx.Err() != nil:
 		return status.FromContextError(ctx.Err()).Err()
 	case (st.Code() == codes.Canceled || st.Code() == codes.DeadlineExceeded) && expires(ctx):
 		return status.FromContextError(context.DeadlineExceeded).Err()
 	}
 	return unavailablef("%s: link to node %q: %.*s", method, s.id.Node, maxText, st.Message())
+}
+
+// meant is a code that a node answered, if there is such a code: gRPC hands any number on.
+func meant(c codes.Code) codes.Code {
+	if c > codes.Unauthenticated {
+		return codes.Unknown
+	}
+	return c
 }
 
 // expires says whether the deadline of a call is a moment away: the node, which is told

@@ -99,10 +99,11 @@ func (s *session) run(ctx context.Context) error {
 	pools, err := s.inventory(stream)
 	if err != nil {
 		r.refuse(reasonInventory)
+		s.farewell(stream, err)
 		return err
 	}
 	for _, d := range r.table.join(s, pools) {
-		s.duplicate(ctx, d)
+		tellDuplicate(ctx, d)
 	}
 	klog.FromContext(ctx).Info("Linked to a node", "version", s.hello.Version, "pools", len(s.hello.Pools))
 
@@ -119,6 +120,7 @@ func (s *session) run(ctx context.Context) error {
 	wg.Go(func() { s.sendOrders(stream) })
 	wg.Go(func() { s.renew(ctx) })
 	err = s.receive(ctx, stream)
+	s.tell(nil, lastWords(err))
 	r.table.leave(s)
 	s.drain(conn)
 	s.end(err)
@@ -161,6 +163,29 @@ func (s *session) inventory(stream link.Stream) (map[string]*pool, error) {
 	}
 }
 
+// farewellTime is how long a refused node has to hear why.
+const farewellTime = time.Second
+
+// farewell tells the node why its link ends, for its log, and waits until it knows.
+// Precondition: sendOrders does not run.
+func (s *session) farewell(stream link.Stream, why error) {
+	if s.ended.Err() != nil || stream.Send(link.Order{Notice: lastWords(why)}) != nil {
+		return
+	}
+	timer := time.AfterFunc(farewellTime, func() { s.end(why) })
+	defer timer.Stop()
+	for err := stream.CloseSend(); err == nil; {
+		var size int
+		if _, size, err = stream.Recv(); err == nil {
+			err = s.talk.WaitN(s.ended, size+messageCost)
+		}
+	}
+}
+
+func lastWords(why error) string {
+	return fmt.Sprintf("this link ends: %.*s", maxText, fmt.Sprint(why))
+}
+
 // receive takes what the node sends until the stream ends.
 func (s *session) receive(ctx context.Context, stream link.Stream) error {
 	for {
@@ -173,7 +198,7 @@ func (s *session) receive(ctx context.Context, stream link.Stream) error {
 			return err
 		}
 		for _, d := range duplicates {
-			s.duplicate(ctx, d)
+			tellDuplicate(ctx, d)
 		}
 		s.take(u)
 	}
@@ -319,13 +344,14 @@ func (s *session) alive(ctx context.Context) bool {
 	return false
 }
 
-// duplicate tells everybody of a pool that two nodes have.
-func (s *session) duplicate(ctx context.Context, d duplicate) {
+// tellDuplicate tells everybody of a pool that two nodes have.
+func tellDuplicate(ctx context.Context, d duplicate) {
 	msg := fmt.Sprintf("pool %q (ID %s) is on node %q and on node %q: one is a copy of the other (a cloned disk or machine image?). "+
-		"The one on %q is served, the one on %q is not", d.name, d.id, d.first.id.Node, d.second.id.Node, d.first.id.Node, d.second.id.Node)
-	klog.FromContext(ctx).Error(nil, "Refused a pool", "pool", d.id, "first", d.first.id.Node, "second", d.second.id.Node, "reason", msg)
-	d.first.tell(nil, msg)
-	d.second.tell(nil, msg)
+		"The one on %q is served, the one on %q is not", d.name, d.id, d.first, d.second, d.first, d.second)
+	klog.FromContext(ctx).Error(nil, "Refused a pool", "pool", d.id, "first", d.first, "second", d.second, "reason", msg)
+	for _, s := range d.sessions {
+		s.tell(nil, msg)
+	}
 }
 
 // renewPause is the pause between two looks at fresh tokens: each is a request to the

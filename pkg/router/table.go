@@ -17,7 +17,8 @@ type table struct {
 	mu    sync.RWMutex
 	nodes map[string]*node // guarded by mu; by name
 	// pools holds each pool's claims, in the order they were made: the first one
-	// is the pool's place, further ones are refused copies. Guarded by mu.
+	// is the pool's place, further ones are refused copies. A node that goes away
+	// keeps its place among them until it is forgotten. Guarded by mu.
 	pools map[string][]*pool
 	names map[string][]*pool  // guarded by mu; by volume: where it is
 	lost  map[string]sentCall //  guarded by mu; by volume: a CreateVolume whose answer was lost
@@ -138,44 +139,87 @@ func (t *table) join(s *session, pools map[string]*pool) (duplicates []duplicate
 	if n == nil || n.session != s {
 		return nil // replaced meanwhile
 	}
+	before := map[string]standing{}
+	for id, p := range n.pools {
+		before[id] = copyOfPool
+		if t.shown(p) {
+			before[id] = placeOfPool
+		}
+	}
 	t.clear(n) // what was known from before the link was lost
 	n.joined, n.since, n.pools = true, t.now(), pools
-	for _, p := range pools {
-		if d, is := t.claim(n, p); is {
+	for id, p := range pools {
+		if d, is := t.claim(n, p, before[id]); is {
 			duplicates = append(duplicates, d)
 		}
 	}
 	return duplicates
 }
 
-// claim adds a pool to those known, and says whether another node has it.
+// standing is what a node's claim to a pool was before its link was lost.
+type standing int
+
+const (
+	noClaim standing = iota
+	placeOfPool
+	copyOfPool
+)
+
+// claim adds a pool to those known, and says whether another node has it. A claim
+// that the node had before keeps its place among the others: who was away for a
+// moment does not lose its pool to a copy, nor does a copy become the pool because
+// both were.
 // Precondition: t.mu is held, and p is one of the pools of n.
-func (t *table) claim(n *node, p *pool) (_ duplicate, is bool) {
+func (t *table) claim(n *node, p *pool, before standing) (_ duplicate, is bool) {
 	p.node = n
 	if p.id == "" {
 		t.index(p)
 		return duplicate{}, false
 	}
-	// What is known of a pool on a node that is away ends when the pool is found
-	// elsewhere: the disk was moved.
-	for _, other := range slices.Clone(t.pools[p.id]) {
-		if other.node.session == nil {
+	for i, other := range slices.Clone(t.pools[p.id]) {
+		// What is known of a pool on a node that is away ends when the pool is found
+		// elsewhere: the disk was moved. If the two were there together, it was not.
+		if other.node.session == nil && before != copyOfPool {
 			t.drop(other)
 			delete(other.node.pools, p.id)
+			if i == 0 {
+				before = placeOfPool
+			}
 		}
 	}
-	t.pools[p.id] = append(t.pools[p.id], p)
-	if claims := t.pools[p.id]; len(claims) > 1 {
-		return duplicate{p.id, p.name, claims[0].node.session, n.session}, true
+	claims := t.pools[p.id]
+	switch {
+	case len(claims) == 0:
+		t.pools[p.id] = []*pool{p}
+		t.index(p)
+		return duplicate{}, false
+	case before == placeOfPool:
+		first := claims[0]
+		t.unindex(first)
+		t.pools[p.id] = slices.Insert(claims, 0, p)
+		t.index(p)
+		return duplicateOf(p, n, first.node), true
+	default:
+		t.pools[p.id] = append(claims, p)
+		return duplicateOf(p, claims[0].node, n), true
 	}
-	t.index(p)
-	return duplicate{}, false
 }
 
 // duplicate is a pool that two nodes have.
 type duplicate struct {
-	id, name      string
-	first, second *session
+	id, name, first, second string
+	sessions                []*session // theirs, of those that are linked
+}
+
+// Precondition: table.mu is held.
+func duplicateOf(p *pool, first, second *node) duplicate {
+	d := duplicate{id: p.id, name: p.name, first: first.name, second: second.name}
+	for _, n := range []*node{first, second} {
+		if n.session != nil {
+			d.sessions = append(d.sessions, n.session)
+		}
+	}
+	return d
 }
 
 // leave makes the node of s away, if s is still its link.
@@ -192,16 +236,10 @@ func (t *table) leave(s *session) {
 		return // what was known from an earlier link stays
 	}
 	n.joined, n.away = false, t.now()
-	// A copy that was refused gets its turn.
-	for id, p := range n.pools {
-		if claims := t.pools[id]; len(claims) > 1 {
-			t.drop(p)
-			delete(n.pools, id)
-		}
-	}
 }
 
-// forget removes nodes that are away and that gone says are no more.
+// forget removes nodes that are away and that gone says are no more. A copy of their
+// pools that was refused gets its turn.
 func (t *table) forget(gone func(name string, away time.Duration) bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -299,7 +337,7 @@ func (t *table) update(s *session, late []*pool, u link.Update) (duplicates []du
 			continue
 		}
 		n.pools[p.id] = p
-		if d, is := t.claim(n, p); is {
+		if d, is := t.claim(n, p, noClaim); is {
 			duplicates = append(duplicates, d)
 		}
 	}

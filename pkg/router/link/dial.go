@@ -20,12 +20,12 @@ import (
 var errTaken = errors.New("the address leads to a replica that has a link already")
 
 // link makes one link and stays until it ends. With claimed, that replica must be
-// behind the address, and the caller has claimed it. lasted says that the link was
+// behind the address, and the caller has claimed it. lasted is how long the link was
 // up.
-func (a *Agent) link(dialling, ctx context.Context, address, claimed string) (lasted bool, err error) {
+func (a *Agent) link(dialling, ctx context.Context, address, claimed string) (lasted time.Duration, err error) {
 	conn, hello, err := a.dial(dialling, address)
 	if err != nil {
-		return false, err
+		return 0, err
 	}
 	defer func() { _ = conn.Close() }()
 	// The hellos end with dialling, whatever they are waiting for.
@@ -33,23 +33,25 @@ func (a *Agent) link(dialling, ctx context.Context, address, claimed string) (la
 	defer stop()
 	switch {
 	case claimed == "" && !a.claim(hello.Self):
-		return false, errTaken
+		return 0, errTaken
 	case claimed == "":
 		defer a.release(hello.Self)
 	case hello.Self != claimed:
-		return false, fmt.Errorf("the replica there calls itself %q", hello.Self)
+		return 0, fmt.Errorf("the replica there calls itself %q", hello.Self)
 	}
 	session, err := a.introduce(ctx, conn, hello)
 	if err != nil {
-		return false, err
+		return 0, err
 	}
 	if !stop() {
-		return false, context.Cause(dialling)
+		return 0, context.Cause(dialling)
 	}
 	klog.FromContext(ctx).Info("Linked to the controller", "address", address, "replica", hello.Self, "version", hello.Version)
 	a.setReplicas(ctx, hello.Replicas)
 	a.up(hello.Self)
-	return true, a.serve(ctx, conn, session)
+	since := time.Now()
+	err = a.serve(ctx, conn, session)
+	return max(time.Since(since), 1), err
 }
 
 // dial connects, makes sure who is there, and reads the controller's hello.
@@ -204,18 +206,20 @@ func (a *Agent) backoff() *backoff {
 	return &backoff{min: a.cfg.RetryMin, max: a.cfg.RetryMax, next: a.cfg.RetryMin}
 }
 
-// wait pauses after an attempt, or a link, that ended with err. What is said again
-// and again is logged once.
-func (b *backoff) wait(ctx context.Context, lasted bool, address string, err error) error {
+// wait pauses after an attempt, or a link that lasted some time, that ended with err.
+// What is said again and again is logged once. A link that ends soon is no sign that the
+// next one will not: the controller judges what the node has only when it has a link.
+func (b *backoff) wait(ctx context.Context, lasted time.Duration, address string, err error) error {
 	logger := klog.FromContext(ctx)
-	if lasted {
+	if lasted > b.max {
 		b.next, b.said = b.min, nil
 	}
 	switch text := fmt.Append(nil, err); {
-	case errors.Is(err, errTaken):
-	case lasted:
+	case errors.Is(err, errTaken) || bytes.Equal(text, b.said):
+	case lasted > 0:
 		logger.Info("Lost the link to the controller", "address", address, "err", string(text))
-	case !bytes.Equal(text, b.said):
+		b.said = text
+	default:
 		logger.Error(err, "No link to the controller; trying again", "address", address)
 		b.said = text
 	}

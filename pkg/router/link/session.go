@@ -28,14 +28,14 @@ type session struct {
 func (s *session) sync(stream grpc.ServerStream) error {
 	sub, updates := s.agent.inventory.subscribe(s.sent)
 	defer s.agent.inventory.unsubscribe(sub)
+	orders := make(chan Order)
+	failed := make(chan error, 1)
+	go func() { failed <- s.receive(stream, orders) }()
 	for _, u := range updates {
 		if err := s.send(stream, u); err != nil {
 			return err
 		}
 	}
-	orders := make(chan Order)
-	failed := make(chan error, 1)
-	go func() { failed <- s.receive(stream, orders) }()
 	for {
 		select {
 		case <-sub.wake:
@@ -43,7 +43,7 @@ func (s *session) sync(stream grpc.ServerStream) error {
 				return err
 			}
 		case o := <-orders:
-			s.obey(o)
+			s.agent.setReplicas(s.ctx, o.Replicas)
 			if !o.Ping {
 				continue
 			}
@@ -70,18 +70,15 @@ func (s *session) receive(stream grpc.ServerStream, orders chan<- Order) error {
 		if err := decode(m.GetValue(), &o, maxHelloItems); err != nil {
 			return fmt.Errorf("not an order: %w", err)
 		}
+		// At once: it may be why the link ends.
+		if o.Notice != "" {
+			klog.FromContext(s.ctx).Info("The controller says", "notice", o.Notice)
+		}
 		select {
 		case orders <- o:
 		case <-stream.Context().Done():
 			return stream.Context().Err()
 		}
-	}
-}
-
-func (s *session) obey(o Order) {
-	s.agent.setReplicas(s.ctx, o.Replicas)
-	if o.Notice != "" {
-		klog.FromContext(s.ctx).Info("The controller says", "notice", o.Notice)
 	}
 }
 
