@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -204,6 +205,13 @@ func TestUnstageWhatItsPodFroze(t *testing.T) {
 			n.must(n.published(v, v.target("a"), c))
 			if out, err := exec.Command("fsfreeze", "--freeze", v.target("a")).CombinedOutput(); err != nil {
 				t.Fatalf("%v: %s", err, out)
+			}
+			// Growing it would wait for a thaw, with the volume's lock.
+			_, err = (&nodeServer{d: n.d}).NodeExpandVolume(t.Context(), &csi.NodeExpandVolumeRequest{
+				VolumeId: v.id, VolumePath: v.target("a"), StagingTargetPath: v.staging(), CapacityRange: &csi.CapacityRange{RequiredBytes: 600 * mib},
+			})
+			if code := codeOf(err); code != codes.Aborted || !strings.Contains(err.Error(), "fsfreeze -u") {
+				t.Errorf("expanding it: %v", err)
 			}
 			n.must(n.unpublished(v, v.target("a")))
 			if err := n.unstaged(v); err != nil {

@@ -77,9 +77,10 @@ func (d *Driver) growUnmounted(ctx context.Context, spec mount.Spec) error {
 // growAtStage grows a filesystem that is smaller than its device. A volume that was
 // expanded is usable either way, so a failure is told and does not fail the staging;
 // NodeExpandVolume reports it to whoever asked for the growth, and the volume's
-// health shows it. A copy that is larger than its source was never as small.
+// health shows it. A copy that is larger than its source was never as small. It is waited
+// for also when ctx ends: what still grows could not be unmounted.
 func (d *Driver) growAtStage(ctx context.Context, spec mount.Spec) error {
-	err := d.mounts.Grow(ctx, mount.GrowSpec{FSType: spec.FSType, Device: spec.Source, Path: spec.Target})
+	err := d.mounts.Grow(context.WithoutCancel(ctx), mount.GrowSpec{FSType: spec.FSType, Device: spec.Source, Path: spec.Target})
 	if err != nil {
 		klog.FromContext(ctx).Error(err, "Filesystem is smaller than its device and could not be grown", "device", spec.Source, "path", spec.Target)
 		return err

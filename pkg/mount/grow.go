@@ -27,7 +27,8 @@ type GrowSpec struct {
 //
 // ErrPermission: ext filesystems grow online only with CAP_SYS_RESOURCE in the
 // initial user namespace, CAP_SYS_ADMIN is not enough (fact 40). ErrBusy: it is
-// mounted although Path is empty, or another resize or balance is running.
+// mounted although Path is empty, or frozen, or another resize or balance is running.
+// When ctx ends first the kernel may still be growing it; another call waits for that.
 // *ForeignError: the mount at Path is not of this device and type. ErrUnsupported
 // too: a btrfs would still be under 256 MiB, to which the kernel does not resize.
 func (m *Mounter) Grow(ctx context.Context, spec GrowSpec) error {
@@ -41,18 +42,44 @@ func (m *Mounter) Grow(ctx context.Context, spec GrowSpec) error {
 	if spec.Path == "" {
 		return m.growOffline(ctx, spec)
 	}
-	unlock, err := m.targets.lock(ctx, "device\x00"+spec.Device)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	if err := growOnline(spec); err != nil {
+	if err := m.growMounted(ctx, spec); err != nil {
 		return explainGrow(err, spec)
 	}
 	if full, err = m.filled(spec); err == nil && !full {
 		err = &OpError{Op: "verify growth of", Path: spec.Path, Err: syscall.EAGAIN, Words: "the filesystem is still smaller than its device"}
 	}
 	return err
+}
+
+// errFrozen is ErrBusy.
+var errFrozen = fmt.Errorf("%w: the filesystem is frozen; fsfreeze -u thaws it", ErrBusy)
+
+var frozenNow = frozen // of tests
+
+// growMounted has the kernel grow a filesystem. Of a frozen one that would wait until it is
+// thawed, deaf to signals: neither would the volume's other calls have their turn, of which
+// unstaging it thaws it, nor could this process end. So who is frozen is refused; and should
+// that come a moment later, the kernel is left alone with it when ctx ends.
+func (m *Mounter) growMounted(ctx context.Context, spec GrowSpec) error {
+	unlock, err := m.targets.lock(ctx, "device\x00"+spec.Device)
+	if err != nil {
+		return err
+	}
+	if frozenNow(spec.Path) {
+		unlock()
+		return errFrozen
+	}
+	done := make(chan error, 1)
+	go func() {
+		defer unlock()
+		done <- growOnline(spec)
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // NeedsGrow reports whether Grow would have something to do.

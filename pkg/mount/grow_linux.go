@@ -126,6 +126,24 @@ func xfsSize(path string) (Superblock, error) {
 	return sb, err
 }
 
+// frozen says whether the filesystem that is mounted at path is frozen: the kernel answers
+// EBUSY to a reconfiguration of such a one, also to one that changes nothing, before it
+// looks at anything else (reconfigure_super). All else that tells waits for the thaw. One
+// that is read-only is not asked: what is not said of ro and rw may mean rw to it.
+func frozen(path string) bool {
+	var st unix.Statfs_t
+	_, err := noEINTR(func() (int, error) { return 0, unix.Statfs(path, &st) })
+	if err != nil || st.Flags&unix.ST_RDONLY != 0 {
+		return false
+	}
+	fd, err := unix.Fspick(unix.AT_FDCWD, path, unix.FSPICK_CLOEXEC|unix.FSPICK_NO_AUTOMOUNT|unix.FSPICK_SYMLINK_NOFOLLOW)
+	if err != nil {
+		return false
+	}
+	defer closeFD(fd)
+	return errors.Is(unix.FsconfigReconfigure(fd), unix.EBUSY)
+}
+
 // growXFS keeps the share of inodes as it is.
 func growXFS(device, path string) error {
 	size, err := deviceSize(device)

@@ -6,10 +6,12 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/csi-loop/csi-loop/internal/roottest"
 )
@@ -102,6 +104,81 @@ func expectPermission(t *testing.T, err error) {
 
 // Whatever this machine allows, a process without the capability gets the
 // explanation.
+// A frozen filesystem is not asked to grow, which would wait for the thaw and listen to
+// nothing; nor does looking change it.
+func TestGrowOfFrozen(t *testing.T) {
+	roottest.Require(t)
+	for _, fsType := range []string{"xfs", "btrfs", "ext4"} {
+		t.Run(fsType, func(t *testing.T) {
+			m, ctx := New(), t.Context()
+			device, image := loopFS(t, fsType)
+			dir := t.TempDir()
+			mustMount(t, m, Spec{Source: device, Target: dir + "/m", FSType: fsType})
+			spec := GrowSpec{FSType: fsType, Device: device, Path: dir + "/m"}
+			enlarge(t, device, image, 64*miB)
+			before, _, err := m.At(spec.Path)
+			if err != nil || frozen(spec.Path) {
+				t.Fatalf("frozen: %t, %v", frozen(spec.Path), err)
+			}
+			roottest.Run(t, "fsfreeze", "--freeze", spec.Path)
+			thaw := sync.OnceFunc(func() { roottest.Run(t, "fsfreeze", "--unfreeze", spec.Path) })
+			defer thaw()
+			if err := m.Grow(ctx, spec); !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), "fsfreeze -u") {
+				t.Errorf("frozen: %v", err)
+			}
+			thaw()
+			err = m.Grow(ctx, spec)
+			if isExt(fsType) && !mayResize(t) {
+				expectPermission(t, err)
+			} else if err != nil {
+				t.Error(err)
+			}
+			after, _, err := m.At(spec.Path)
+			if err != nil || !slices.Equal(before.Options, after.Options) || before.ReadOnly != after.ReadOnly {
+				t.Errorf("%+v became %+v: %v", before, after, err)
+			}
+			roottest.Run(t, "mount", "-o", "remount,ro", spec.Path)
+			if frozen(spec.Path) {
+				t.Error("read-only: frozen")
+			}
+			if after, _, err = m.At(spec.Path); err != nil || !after.ReadOnly {
+				t.Errorf("not read-only any more: %+v, %v", after, err)
+			}
+		})
+	}
+}
+
+// What the kernel does not end in time is left to it, and the next call waits for it.
+func TestGrowEndsWithContext(t *testing.T) {
+	roottest.Require(t)
+	m := New()
+	device, image := loopFS(t, "xfs")
+	dir := t.TempDir()
+	mustMount(t, m, Spec{Source: device, Target: dir + "/m", FSType: "xfs"})
+	spec := GrowSpec{FSType: "xfs", Device: device, Path: dir + "/m"}
+	enlarge(t, device, image, 64*miB)
+	roottest.Run(t, "fsfreeze", "--freeze", spec.Path)
+	thaw := sync.OnceFunc(func() { roottest.Run(t, "fsfreeze", "--unfreeze", spec.Path) })
+	defer thaw()
+	looked := frozenNow
+	frozenNow = func(string) bool { return false } // it is frozen a moment later
+	defer func() { frozenNow = looked }()
+	for range 2 {
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		if err := m.Grow(ctx, spec); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("frozen: %v", err)
+		}
+		cancel()
+	}
+	thaw()
+	if err := m.Grow(t.Context(), spec); err != nil {
+		t.Error(err)
+	}
+	if needs, err := m.NeedsGrow(spec); err != nil || needs {
+		t.Errorf("needs to grow: %t, %v", needs, err)
+	}
+}
+
 func TestGrowOnlineWithoutCapability(t *testing.T) {
 	if !inNamespace(t, "setpriv", "--bounding-set", "-sys_resource") {
 		return
