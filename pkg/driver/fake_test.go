@@ -42,6 +42,7 @@ type fakeKernel struct {
 	counted       map[int]loop.Counters // by number; guarded by mu
 	readAhead     map[int]int64         // by number, also of what is not bound; guarded by mu
 	grown         []mount.GrowSpec      // filesystems that were to grow; guarded by mu
+	stuck         bool                  // nothing can be unmounted; guarded by mu
 }
 
 type fakeDevice struct {
@@ -531,6 +532,9 @@ func (k *fakeKernel) Unmount(_ context.Context, target string) error {
 	defer k.mu.Unlock()
 	if err := k.failing("unmount"); err != nil {
 		return err
+	}
+	if k.stuck {
+		return mount.ErrBusy
 	}
 	target = filepath.Clean(target)
 	k.mounts = slices.DeleteFunc(k.mounts, func(m mount.Mount) bool { return m.Path == target })

@@ -4,6 +4,9 @@ import (
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
+
+	"github.com/csi-loop/csi-loop/pkg/mount"
 )
 
 // TestKilledWhileGrowingForReaders: a copy that is larger than its source is mounted for
@@ -22,6 +25,8 @@ func TestKilledWhileGrowingForReaders(t *testing.T) {
 	left := newRecord(src, a)
 	left.StagingPath, left.Image = have.StagingPath, have.Image
 	n.must(n.d.state.put(left))
+	n.fake.failOnce("unmount", mount.ErrBusy)
+	n.restart() // somebody uses it, at first
 	n.restart()
 	n.must(v.stage())
 	if r, _ := n.d.state.get(v.id); !r.ReadOnly {
@@ -47,4 +52,27 @@ func TestReadAheadIsRememberedWhenStagedAnew(t *testing.T) {
 		t.Errorf("the number reads %d bytes ahead, %d before", got, before)
 	}
 	n.must(v.delete())
+}
+
+// TestBusyWhileGrowingForReaders: what was mounted for writing, in order to grow, cannot be
+// unmounted at once. The call that follows does not take it for a staging.
+func TestBusyWhileGrowingForReaders(t *testing.T) {
+	n := newFake(t)
+	v := n.create("v", 320*mib, mountCap("xfs", oneWriter), nil)
+	resp, err := n.copy("copy", v.asSource(), 400*mib, mountCap("xfs", reader), nil)
+	n.must(err)
+	c := volume{n: n, id: resp.GetVolumeId(), cap: mountCap("xfs", reader)}
+	n.fake.stuck = true
+	code(t, c.stage(), codes.Aborted)
+	if r := n.record(c.id); !r.Device.none() {
+		t.Errorf("staged: %+v", r)
+	}
+	code(t, c.stage(), codes.Aborted)
+	n.fake.stuck = false
+	n.must(c.stage())
+	if m, ok, err := n.fake.At(c.staging()); err != nil || !ok || !m.ReadOnly {
+		t.Errorf("staged as %+v, %t, %v", m, ok, err)
+	}
+	c.down()
+	v.down()
 }

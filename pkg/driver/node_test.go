@@ -13,6 +13,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 
+	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
 )
 
@@ -209,21 +210,80 @@ func TestRebootForgets(t *testing.T) {
 }
 
 // TestCrashBetweenBindAndRecord: a raw block device was bound, the record says
-// only that it was about to be.
+// only that it was about to be. What was to follow may be missing: here the mask of
+// a thick volume's discards.
 func TestCrashBetweenBindAndRecord(t *testing.T) {
+	for name, again := range map[string]func(n *node){
+		"found by the next start":    func(n *node) { n.restart() },
+		"found by the repeated call": func(*node) {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newFake(t)
+			v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil)
+			n.must(v.stage())
+			r := n.record(v.id)
+			first := r.Device
+			n.must(n.d.letGo(first.ref()))
+			n.fake.mu.Lock()
+			n.fake.devices[first.Number].info.Discard = true
+			n.fake.mu.Unlock()
+			r.Device = binding{}
+			n.must(n.d.state.put(r))
+			again(n)
+			n.must(v.stage())
+			r = n.record(v.id)
+			if r.Device.ref() == first.ref() || !n.d.holds(r.Device.ref()) {
+				t.Errorf("adopted: %+v", r)
+			}
+			if info, err := n.fake.Status(t.Context(), r.Device.ref()); err != nil || info.Discard {
+				t.Errorf("%+v, %v", info, err)
+			}
+			v.down()
+		})
+	}
+}
+
+// TestCrashWhilePublished: the record of a raw block volume that pods have was lost, and
+// a crash came between the binding and the record of the staging that follows. Pods keep
+// their device.
+func TestCrashWhilePublished(t *testing.T) {
 	n := newFake(t)
-	v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil)
-	n.must(v.stage())
-	r, _ := n.d.state.get(v.id)
-	r.Device = binding{}
+	v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil).up("a")
+	r := n.record(v.id)
+	first := r.Device
+	r.Device, r.Targets = binding{}, nil
 	n.must(n.d.state.put(r))
 	n.restart()
-	r, ok := n.d.state.get(v.id)
-	if !ok || r.Device.none() || !n.d.holds(r.Device.ref()) {
+	if r = n.record(v.id); r.Device.ref() != first.ref() || !n.d.holds(first.ref()) {
 		t.Fatalf("not adopted: %+v", r)
 	}
 	n.must(v.stage())
-	v.down()
+	v.down("a")
+}
+
+// TestReadDeviceOfAnotherByThen: the read-only device of a raw block volume was in use when
+// its last reader was unpublished, and went by itself; its number is another volume's now.
+func TestReadDeviceOfAnotherByThen(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil).up("a")
+	n.must(v.publish("b", true))
+	old := n.record(v.id).ReadDevice
+	n.fake.failOnce("detach", loop.ErrBusy)
+	code(t, v.unpublish("b"), codes.Aborted)
+	if n.record(v.id).ReadDevice.none() {
+		t.Fatal("the device was not busy")
+	}
+	n.must(n.fake.Detach(t.Context(), old.ref()))
+	w := n.create("pvc-2", 16*mib, blockCap(manyWriters), nil).up("c")
+	if got := n.record(w.id).Device.Number; got != old.Number {
+		t.Fatalf("the other volume has number %d, not %d", got, old.Number)
+	}
+	n.must(v.unpublish("b"))
+	if r := n.record(v.id); !r.ReadDevice.none() {
+		t.Errorf("%+v", r.ReadDevice)
+	}
+	v.down("a")
+	w.down("c")
 }
 
 // TestLostStateDirectory: mounts are there, the records are not.

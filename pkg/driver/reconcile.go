@@ -17,9 +17,9 @@ import (
 //
 //   - thaws the filesystems that a crash left frozen;
 //   - holds the devices of staged raw block volumes again;
-//   - finishes what a crash cut in the middle: a device bound for a staging that
-//     was never recorded as done is recorded, a read-only device that nobody
-//     published is detached;
+//   - ends what a crash cut in the middle: what is bound or mounted for a staging that
+//     was never recorded as done is taken down, unless a pod has it; a read-only
+//     device that nobody published is detached;
 //   - forgets records of stagings that the kernel does not know (a reboot);
 //   - ends mappings of encrypted volumes that were never made whole;
 //   - removes inline ephemeral volumes whose pods are gone.
@@ -61,26 +61,20 @@ func (d *Driver) Reconcile(ctx context.Context) error {
 // reconcileRecord settles one record against all bound devices, and adds those
 // that it explains.
 func (d *Driver) reconcileRecord(ctx context.Context, r stageRecord, all []loop.Info, explained map[loop.Ref]bool) error {
-	if r.Block {
-		if err := d.reconcileBlock(ctx, &r, all); err != nil {
+	if r.Device.none() {
+		if done, err := d.endUnfinished(ctx, r); err != nil || done {
 			return err
 		}
-	} else if r.Device.none() {
-		// A crash came between the mount and the record of it, or before the mount.
-		var err error
-		forReading := r.ReadOnly
-		if r, err = d.stagingRecord(ctx, r.VolumeID, r.StagingPath); err != nil {
-			return err
-		}
-		if forReading && !r.ReadOnly && !r.Device.none() && len(r.Targets) == 0 {
-			// It was mounted for writing in order to grow (growOnce), by a call that nobody
-			// has an answer of: what is to be read only must not stay so.
-			klog.FromContext(ctx).Info("Unmounting what was mounted in order to grow", "volume", r.VolumeID, "path", r.StagingPath)
-			if err := d.unmountStaging(ctx, r); err != nil {
-				return err
-			}
-			return d.state.drop(r.VolumeID)
-		}
+	}
+	var err error
+	switch {
+	case r.Block:
+		err = d.reconcileBlock(ctx, &r, all)
+	case r.Device.none():
+		r, err = d.stagingRecord(ctx, r.VolumeID, r.StagingPath)
+	}
+	if err != nil {
+		return err
 	}
 	for _, b := range r.devices() {
 		explained[b.ref()] = true

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 
+	"k8s.io/klog/v2"
+
 	"github.com/csi-loop/csi-loop/pkg/image"
 	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
@@ -21,19 +23,51 @@ func (d *Driver) stagingRecord(ctx context.Context, id, staging string) (stageRe
 		return r, nil
 	}
 	r.VolumeID, r.StagingPath = id, staging
-	found, err := d.recoverStaging(ctx, &r)
-	if err != nil || !found {
+	// The path is the caller's word. A filesystem that is not mounted there is
+	// staged elsewhere, and is not written down with a path that is wrong.
+	if shown, err := d.recovered(ctx, &r); err != nil || !shown {
 		return r, err
-	}
-	if !r.Block {
-		// The path is the caller's word. A filesystem that is not mounted there is
-		// staged elsewhere, and is not written down with a path that is wrong.
-		if m, mounted, err := d.mtab.At(staging); err != nil || !mounted || !r.Device.shownBy(m) {
-			return r, err
-		}
 	}
 	d.state.note(ctx, r)
 	return r, nil
+}
+
+// recovered completes r from what the kernel shows, and says whether that is a staging:
+// a device of a raw block volume, or a filesystem that is mounted at the staging path.
+func (d *Driver) recovered(ctx context.Context, r *stageRecord) (shown bool, err error) {
+	found, err := d.recoverStaging(ctx, r)
+	if err != nil || !found || r.Block {
+		return found, err
+	}
+	m, mounted, err := d.mtab.At(r.StagingPath)
+	return err == nil && mounted && r.Device.shownBy(m), err
+}
+
+// endUnfinished takes down what a staging left that was cut short, and says whether it
+// did; then there is no record any more. A record without a device is that of a staging
+// that nobody was told the success of, and what was to follow the last step may be missing:
+// the mask of a thick volume's discards, the growth of a copy, or the end of a mount for
+// writing that was made to grow what is to be read only. What is published is from before,
+// with a record that was lost, and stays.
+func (d *Driver) endUnfinished(ctx context.Context, r stageRecord) (done bool, err error) {
+	shown, err := d.recovered(ctx, &r)
+	if err != nil || !shown {
+		return false, err
+	}
+	left, err := d.publicationsLeft(ctx, r)
+	if err != nil || len(left) > 0 {
+		return false, err
+	}
+	klog.FromContext(ctx).Info("Taking down a staging that was cut short", "volume", r.VolumeID, "device", r.Device.Number, "path", r.StagingPath)
+	if r.Block {
+		err = d.detachBlock(ctx, r)
+	} else {
+		err = d.unmountStaging(ctx, r)
+	}
+	if err != nil {
+		return false, err
+	}
+	return true, d.state.drop(r.VolumeID)
 }
 
 // recoverStaging completes r from the devices that were bound for its volume. It

@@ -36,10 +36,6 @@ type source struct {
 	spec image.Spec
 }
 
-// renewed says whether this staging is the one that makes an encrypted copy a volume of
-// its own: no tenant has written to it yet.
-func (s source) renewed() bool { return s.encrypted() && s.holds == contentCopied }
-
 // encrypted says whether the image holds the volume encrypted.
 func (s source) encrypted() bool { return s.spec.Encrypted() }
 

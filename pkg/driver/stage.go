@@ -100,6 +100,11 @@ func (d *Driver) alreadyStaged(ctx context.Context, want *stageRecord) (bool, er
 	if err != nil {
 		return false, err
 	}
+	if !live && have.Device.none() {
+		if done, err := d.endUnfinished(ctx, have); err != nil || done {
+			return false, err
+		}
+	}
 	if !live { // a record without its device: stage anew
 		if err := d.releaseCleared(have); err != nil {
 			return false, err
@@ -235,11 +240,10 @@ func (d *Driver) stageFilesystem(ctx context.Context, src source, want stageReco
 		}
 	}
 	if dev.Reused() {
-		// Not this call's to take back; the record says by now whose it is.
-		return errors.Join(err, d.state.put(want), dev.Close())
+		return errors.Join(err, dev.Close()) // not this call's to take back
 	}
 	if undoErr := d.undoStage(ctx, want, dev); undoErr != nil {
-		return undone(err, errors.Join(undoErr, d.state.put(want)))
+		return undone(err, undoErr) // the record without device stays and finds it
 	}
 	return undone(err, restore())
 }
@@ -283,12 +287,11 @@ func mountSpec(src source, want stageRecord, info loop.Info) mount.Spec {
 	}
 }
 
-// mountFilesystem checks the filesystem when it asks for that, mounts it, and
-// grows it when its device has become larger while it was not mounted.
-func (d *Driver) mountFilesystem(ctx context.Context, spec mount.Spec, src source, info loop.Info, sb mount.Superblock) error {
+// fitToMount checks a filesystem that asks for it, and returns how it is mounted.
+func (d *Driver) fitToMount(ctx context.Context, spec mount.Spec, info loop.Info, sb mount.Superblock) (mount.Spec, error) {
 	if sb.NeedsCheck && !info.ReadOnly {
 		if err := d.mounts.Check(ctx, sb.Type, spec.Source); err != nil {
-			return err
+			return spec, err
 		}
 	}
 	if sb.Panics {
@@ -296,14 +299,24 @@ func (d *Driver) mountFilesystem(ctx context.Context, spec mount.Spec, src sourc
 		// asks for. Of what contradicts, the last holds: the options that were given.
 		spec.Options = append([]string{"errors=remount-ro"}, spec.Options...)
 	}
+	return spec, nil
+}
+
+// mountFilesystem checks the filesystem when it asks for that, mounts it, and
+// grows it when its device has become larger while it was not mounted.
+func (d *Driver) mountFilesystem(ctx context.Context, spec mount.Spec, src source, info loop.Info, sb mount.Superblock) error {
+	spec, err := d.fitToMount(ctx, spec, info, sb)
+	if err != nil {
+		return err
+	}
 	small := !src.fixed && !sb.FillsDevice(info.Size)
 	if small && src.copied && spec.ReadOnly && !info.ReadOnly {
-		if err := d.growOnce(ctx, src, spec, sb.Type); err != nil {
+		if err := d.growOnce(ctx, spec, sb.Type); err != nil {
 			return err
 		}
 		small = false
 	}
-	err := d.mounts.Mount(ctx, spec)
+	err = d.mounts.Mount(ctx, spec)
 	if errors.Is(err, mount.ErrDamaged) && sameFilesystem("ext4", sb.Type) && !info.ReadOnly && !sb.NeedsCheck {
 		// Damage that only the mount finds. The device is claimed by nobody, or the
 		// check refuses.

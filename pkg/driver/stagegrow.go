@@ -7,49 +7,58 @@ import (
 
 	"k8s.io/klog/v2"
 
+	"github.com/csi-loop/csi-loop/pkg/loop"
 	"github.com/csi-loop/csi-loop/pkg/mount"
 )
 
 // growMounted grows the filesystem of a volume that has just been mounted and is smaller
 // than its device. That of a copy has to, or the volume would not be as large as was
-// promised; see growAtStage for others. Copies of the ext family were made large enough,
-// but for encrypted ones, whose first staging it is: before that nobody had the key. Later
-// on such a copy is a volume as any other, which is never taken down to be grown.
+// promised; see growAtStage for others. Copies of the ext family were made large enough
+// before they were anybody's, and are volumes as any other since.
 func (d *Driver) growMounted(ctx context.Context, src source, spec mount.Spec, fsType string) error {
 	err := d.growAtStage(ctx, spec)
-	switch {
-	case !src.copied:
+	if !src.copied || sameFilesystem("ext4", fsType) {
 		return nil
-	case !sameFilesystem("ext4", fsType):
-		return err
-	case !src.renewed():
-		return nil
-	case refusesToGrow(err):
-		if err := d.mounts.Unmount(ctx, spec.Target); err != nil {
-			return err
-		}
-		if err := d.growUnmounted(ctx, spec); err != nil {
-			return err
-		}
-		return d.mounts.Mount(ctx, spec)
 	}
 	return err
 }
 
 // growOnce grows the filesystem of a copy that is to be used read-only.
-func (d *Driver) growOnce(ctx context.Context, src source, spec mount.Spec, fsType string) error {
+func (d *Driver) growOnce(ctx context.Context, spec mount.Spec, fsType string) error {
+	err, unmountErr := d.growFirst(ctx, spec)
+	if sameFilesystem("ext4", fsType) { // as in growMounted
+		return unmountErr
+	}
+	return errors.Join(err, unmountErr)
+}
+
+// growFirst mounts a filesystem, grows it, and unmounts it again. Mounted it grows by its
+// journal, and an end of the machine in the middle harms nothing.
+func (d *Driver) growFirst(ctx context.Context, spec mount.Spec) (err, unmountErr error) {
 	writable := writableSpec(spec)
 	if err := d.mounts.Mount(ctx, writable); err != nil {
+		return nil, err
+	}
+	return d.growAtStage(ctx, writable), d.mounts.Unmount(ctx, spec.Target)
+}
+
+// growCopy makes the filesystem of the ext family of an encrypted copy, in a mapping that
+// nobody was given yet, as large as the volume: when the copy was made nobody had the key.
+func (d *Driver) growCopy(ctx context.Context, src source, want stageRecord, shown loop.Info) error {
+	if !sameFilesystem("ext4", src.spec.Filesystem) {
+		return nil
+	}
+	sb, err := superblockAt(shown.Path)
+	if err != nil || sb.FillsDevice(shown.Size) {
 		return err
 	}
-	err, unmountErr := d.growAtStage(ctx, writable), d.mounts.Unmount(ctx, spec.Target)
-	switch {
-	case !sameFilesystem("ext4", fsType):
-		return errors.Join(err, unmountErr)
-	case !src.renewed(): // as in growMounted
-		return unmountErr
-	case refusesToGrow(err) && unmountErr == nil:
-		return d.growUnmounted(ctx, spec)
+	spec, err := d.fitToMount(ctx, mountSpec(src, want, shown), shown, sb)
+	if err != nil {
+		return err
+	}
+	err, unmountErr := d.growFirst(ctx, spec)
+	if refusesToGrow(err) && unmountErr == nil {
+		return d.mounts.Grow(ctx, mount.GrowSpec{FSType: spec.FSType, Device: spec.Source})
 	}
 	return errors.Join(err, unmountErr)
 }
@@ -66,12 +75,6 @@ func writableSpec(spec mount.Spec) mount.Spec {
 // so, here or with this filesystem.
 func refusesToGrow(err error) bool {
 	return errors.Is(err, mount.ErrPermission) || errors.Is(err, mount.ErrUnsupported)
-}
-
-// growUnmounted grows a filesystem of the ext family that is not mounted: that of an
-// encrypted copy, which could not be made large enough without its key.
-func (d *Driver) growUnmounted(ctx context.Context, spec mount.Spec) error {
-	return d.mounts.Grow(ctx, mount.GrowSpec{FSType: spec.FSType, Device: spec.Source})
 }
 
 // growAtStage grows a filesystem that is smaller than its device. A volume that was

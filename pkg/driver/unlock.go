@@ -189,7 +189,11 @@ func (d *Driver) furnish(ctx context.Context, src source, want stageRecord, info
 	if holds.isNew() {
 		err = d.images.FormatDevice(ctx, m.Path, src.spec)
 	} else {
-		err = d.images.RenewDevice(ctx, m.Path, src.spec)
+		if err = d.images.RenewDevice(ctx, m.Path, src.spec); err == nil {
+			shown := info
+			shown.Path, shown.Size = m.Path, info.Size-image.HeaderSize
+			err = d.growCopy(ctx, src, want, shown)
+		}
 	}
 	if err == nil {
 		err = syncNode(m.Path)

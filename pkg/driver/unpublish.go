@@ -88,9 +88,16 @@ func (d *Driver) releaseReadDevice(ctx context.Context, r stageRecord) error {
 	if r.ReadDevice.none() {
 		return nil
 	}
-	left, err := d.mountsOf(r.ReadDevice)
-	if err != nil || len(left) > 0 {
-		return err // a later unpublish or unstage detaches it
+	// Of a binding that is gone, mounts of the node are those of whoever got the number.
+	_, bound, err := d.status(ctx, r.ReadDevice, r.Image)
+	if err != nil {
+		return err
+	}
+	if bound {
+		left, err := d.mountsOf(r.ReadDevice)
+		if err != nil || len(left) > 0 {
+			return err // a later unpublish or unstage detaches it
+		}
 	}
 	if err := d.dropReadDevice(ctx, &r); err != nil {
 		return err

@@ -205,7 +205,30 @@ func (v *volume) stage() error {
 	}
 	_, err := v.node().NodeStageVolume(ctx, r)
 	v.staged = v.staged || err == nil
-	return err
+	if err != nil || v.thin || v.encrypted { // the device mapper drops discards by itself
+		return err
+	}
+	return v.masked()
+}
+
+// masked fails if a device of a volume that must keep its blocks lets discards through.
+func (v *volume) masked() error {
+	for _, file := range v.queues("discard_max_bytes") {
+		if b, err := os.ReadFile(file); err != nil || strings.TrimSpace(string(b)) != "0" {
+			return errors.Join(fmt.Errorf("%s is %q", file, b), err)
+		}
+	}
+	return nil
+}
+
+// queues lists an attribute of the queues of the loop devices over the volume's image.
+func (v *volume) queues(attribute string) (files []string) {
+	for _, line := range v.loops() {
+		if device, path, _ := strings.Cut(line, " over "); path == v.image() {
+			files = append(files, "/sys/block/"+device+"/queue/"+attribute)
+		}
+	}
+	return files
 }
 
 func (v *volume) unstage() error {
@@ -292,14 +315,9 @@ func (v *volume) untuned() string {
 	if !v.tuned || !v.staged {
 		return ""
 	}
-	for _, line := range v.loops() {
-		device, path, _ := strings.Cut(line, " over ")
-		if path != v.image() {
-			continue
-		}
-		file := "/sys/block/" + device + "/queue/read_ahead_kb"
+	for _, file := range v.queues("read_ahead_kb") {
 		if v.encrypted { // it is the mapping that reads
-			for _, holder := range glob("/sys/block/" + device + "/holders/*") {
+			for _, holder := range glob(strings.Replace(file, "queue/read_ahead_kb", "holders/*", 1)) {
 				file = holder + "/queue/read_ahead_kb"
 			}
 		}
