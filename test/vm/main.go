@@ -30,6 +30,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/csi-loop/csi-loop/test/vm/plan"
@@ -51,7 +52,7 @@ func main() {
 	pools := flag.String("pools", "ext4,xfs,btrfs", "filesystems of the pools whose power is cut, by comma")
 	flag.Parse()
 
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	h.packages, h.testFlags = splitArgs(flag.Args())
 	h.pools = strings.Split(*pools, ",")
 	err := h.main(ctx, strings.Split(*kernels, ","))
