@@ -61,7 +61,7 @@ func (d *Driver) Reconcile(ctx context.Context) error {
 // reconcileRecord settles one record against all bound devices, and adds those
 // that it explains.
 func (d *Driver) reconcileRecord(ctx context.Context, r stageRecord, all []loop.Info, explained map[loop.Ref]bool) error {
-	if r.Device.none() {
+	if r.Device.none() && !r.Ephemeral {
 		if done, err := d.endUnfinished(ctx, r); err != nil || done {
 			return err
 		}

@@ -2,6 +2,7 @@ package crash
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -12,6 +13,7 @@ import (
 	"syscall"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
 )
 
 // copiedLife is the life of the copies of a volume that is in use all the time: it is
@@ -40,6 +42,49 @@ func copiedLife() []step {
 		free("unstage", (*volume).unstage),
 		free("delete", (*volume).remove),
 	}
+}
+
+// stagedCopyLife is the life of a copy that is larger than its source, and whose filesystem
+// grows when it is mounted first.
+func stagedCopyLife() []step {
+	rpc := func(name string, do func(v *volume) error) step { return step{name: name, do: do} }
+	free := func(name string, do func(v *volume) error) step { return step{name: name, do: do, free: true} }
+	end := func(name string, do func(v *volume) error) step { return step{name: name, do: do, ends: true} }
+	return []step{
+		free("create", (*volume).create),
+		free("stage", (*volume).stage),
+		free("publish", func(v *volume) error { return v.publish(0) }),
+		free("write", (*volume).write),
+		free("clone", func(v *volume) error { return v.larger().create() }),
+		rpc("stage clone", func(v *volume) error { return v.stageLarger() }),
+		end("unstage clone", func(v *volume) error { return v.larger().unstage() }),
+		free("prove clone", func(v *volume) error { return prove(v.larger()) }),
+		free("delete clone", func(v *volume) error { return v.larger().remove() }),
+		free("unpublish", func(v *volume) error { return v.unpublish(0) }),
+		free("unstage", (*volume).unstage),
+		free("delete", (*volume).remove),
+	}
+}
+
+// larger is a clone that is larger than the volume.
+func (v *volume) larger() *volume {
+	return v.copy("larger", v.size+16*mib, &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Volume{
+		Volume: &csi.VolumeContentSource_VolumeSource{VolumeId: v.id},
+	}})
+}
+
+// stageLarger stages the larger clone, whose filesystem must be larger then, too.
+func (v *volume) stageLarger() error {
+	c := v.larger()
+	if err := c.stage(); err != nil {
+		return err
+	}
+	var small, large unix.Statfs_t
+	err := errors.Join(unix.Statfs(v.staging(), &small), unix.Statfs(c.staging(), &large))
+	if err == nil && large.Blocks < small.Blocks+uint64(8*mib/large.Bsize) {
+		err = fmt.Errorf("the filesystem of the clone has %d blocks, that of its source %d", large.Blocks, small.Blocks)
+	}
+	return err
 }
 
 // warmUp has the driver find out whether the pool can reflink: a start does so only
@@ -121,7 +166,7 @@ func (v *volume) copy(what string, size int64, source *csi.VolumeContentSource) 
 	if i := slices.IndexFunc(v.volumes, func(o *volume) bool { return o.name == name }); i >= 0 {
 		return v.volumes[i]
 	}
-	c := v.volume(ext4, name)
+	c := v.volume(kind{fs: v.fs}, name)
 	c.size, c.source, c.seed, c.written = size, source, v.seed, true
 	return c
 }

@@ -43,6 +43,9 @@ func copies(t *testing.T, test func(t *testing.T, s *site, k kind)) {
 	}
 	for _, fs := range pools {
 		onSite(t, fs, copied, test)
+		if !testing.Short() {
+			onSite(t, fs, copiedXFS, test)
+		}
 	}
 }
 

@@ -30,7 +30,10 @@ func (k kind) life() []step {
 	if k.ephemeral { // its data goes with its one publication
 		return []step{rpc("publish", publish), free("write", (*volume).write), end("unpublish", unpublish)}
 	}
-	if k.copied {
+	switch {
+	case k.copied && k.fs == "xfs":
+		return stagedCopyLife()
+	case k.copied:
 		return copiedLife()
 	}
 	var life []step

@@ -50,6 +50,7 @@ var (
 	partition = kind{name: "partition", fs: "ext4", size: 16 * mib, mapped: true, partition: true}
 	ephemeral = kind{name: "ephemeral", fs: "ext4", size: 16 * mib, ephemeral: true}
 	copied    = kind{name: "copied", fs: "ext4", size: 16 * mib, copied: true}
+	copiedXFS = kind{name: "copied-xfs", fs: "xfs", size: 300 * mib, copied: true}
 
 	encryptedExt4  = kind{name: "encrypted-ext4", fs: "ext4", size: 16 * mib, grown: 24 * mib, encrypted: true}
 	encryptedBlock = kind{name: "encrypted-block", size: 4 * mib, grown: 8 * mib, encrypted: true}
