@@ -7,6 +7,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/csi-loop/csi-loop/pkg/router"
 )
 
 // commandLine finds a call of csi-loop in a line of a page: by itself, by sudo, or in a pod.
@@ -45,6 +47,24 @@ func TestDocumentedCommandsAreUnderstood(t *testing.T) {
 	for _, wrong := range []string{"forgett NODE", "forget", "forget NODE --claim", "volumes x"} {
 		if err := understood(strings.Fields(wrong)); err == nil {
 			t.Errorf("%s is understood", wrong)
+		}
+	}
+}
+
+// Whoever is led to the runbook by the alert finds the reason that it names.
+func TestReasonsOfRefusedLinksAreDocumented(t *testing.T) {
+	text, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, ok := strings.Cut(string(text), "\n### CSILoopLinksRefused\n")
+	if !ok {
+		t.Fatal("there is no such section")
+	}
+	section, _, _ = strings.Cut(section, "\n### ")
+	for reason := range router.New(router.Config{Self: "a", Roster: noRoster{}}).Stats().Refused {
+		if !strings.Contains(section, "\n| `"+reason+"` | ") {
+			t.Errorf("nothing says what %s means", reason)
 		}
 	}
 }
