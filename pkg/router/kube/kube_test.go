@@ -185,6 +185,60 @@ func TestReplicas(t *testing.T) {
 	}
 }
 
+// Replicas know of each other whatever their clocks say, and none deletes the lease of
+// another that runs. One that has started anew counts a dead one for one more lease.
+func TestReplicasWhoseClocksDiffer(t *testing.T) {
+	for _, ahead := range []time.Duration{time.Minute, 2 * time.Hour} {
+		t.Run(ahead.String(), func(t *testing.T) {
+			client := fake.NewClientset()
+			now := time.Now()
+			told := map[string][]string{}
+			replica := func(address string, ahead time.Duration) *Replicas {
+				return &Replicas{
+					Client: kubeapitest.Of(client), Namespace: "ns", Driver: "d", Self: address, Now: func() time.Time { return now.Add(ahead) },
+					Tell: func(a []string) { told[address] = a },
+				}
+			}
+			a, b := replica("10.0.0.1:9808", ahead), replica("10.0.0.2:9808", 0)
+			both := []string{a.Self, b.Self}
+			leases := func() int {
+				left, err := client.CoordinationV1().Leases("ns").List(t.Context(), meta.ListOptions{})
+				must(t, err)
+				return len(left.Items)
+			}
+			must(t, a.round(t.Context()))
+			must(t, b.round(t.Context()))
+			for range 10 {
+				now = now.Add(replicaEvery)
+				must(t, a.round(t.Context()))
+				if !slices.Equal(told[a.Self], both) || leases() != 2 {
+					t.Fatalf("the one ahead tells %v, and left %d leases", told[a.Self], leases())
+				}
+				must(t, b.round(t.Context()))
+				if !slices.Equal(told[b.Self], both) || leases() != 2 {
+					t.Fatalf("the one behind tells %v, and left %d leases", told[b.Self], leases())
+				}
+			}
+			a = replica(a.Self, ahead) // and b is no more
+			for passed := time.Duration(0); passed <= replicaGone; passed += replicaEvery {
+				must(t, a.round(t.Context()))
+				want := both
+				if passed >= replicaLease {
+					want = both[:1]
+				}
+				if !slices.Equal(told[a.Self], want) || leases() != 2 {
+					t.Fatalf("%s after its end: told %v, %d leases", passed, told[a.Self], leases())
+				}
+				now = now.Add(replicaEvery)
+			}
+			must(t, a.round(t.Context()))
+			if leases() != 1 {
+				t.Error("its lease stays")
+			}
+		})
+	}
+}
+
 // made is a Certificates under test, with a clock.
 type made struct {
 	*Certificates

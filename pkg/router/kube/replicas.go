@@ -21,9 +21,10 @@ const (
 	replicaLabel = "csi-loop.io/link-of"
 	// replicaEvery is how often a replica renews its lease and looks for others.
 	replicaEvery = 10 * time.Second
-	// replicaLease is how long a lease counts without being renewed.
+	// replicaLease is how long a lease counts without being seen to be renewed.
 	replicaLease = 40 * time.Second
-	// replicaGone is when the lease of a replica that is no more is deleted.
+	// replicaGone is after how long of the same the lease of a replica that is no more
+	// is deleted.
 	replicaGone = time.Hour
 )
 
@@ -39,6 +40,14 @@ type Replicas struct {
 	Tell func(addresses []string)
 	// Now is the clock; nil is time.Now.
 	Now func() time.Time
+
+	seen map[string]sighting // by the name of a lease
+}
+
+// sighting is a lease as this replica saw it.
+type sighting struct {
+	renewed time.Time // by the clock of its holder
+	since   time.Time // when that was seen first, by the clock of this replica
 }
 
 // Run keeps this replica's lease, and looks for others, until ctx ends. Then it
@@ -75,12 +84,19 @@ func (r *Replicas) round(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(renewErr, err)
 	}
-	addresses := []string{r.Self}
+	addresses, seen, now := []string{r.Self}, make(map[string]sighting, len(all.Items)), r.Now()
 	for _, l := range all.Items {
 		if l.Spec.HolderIdentity == nil || l.Spec.RenewTime == nil {
 			continue
 		}
-		age := r.Now().Sub(l.Spec.RenewTime.Time)
+		// The holder's clock may be another than this one's. So its time is compared with
+		// itself only, and what is new to this replica counts from now.
+		s, ok := r.seen[l.Name]
+		if !ok || !s.renewed.Equal(l.Spec.RenewTime.Time) {
+			s = sighting{renewed: l.Spec.RenewTime.Time, since: now}
+		}
+		seen[l.Name] = s
+		age := now.Sub(s.since)
 		switch {
 		case age < replicaLease:
 			addresses = append(addresses, *l.Spec.HolderIdentity)
@@ -88,6 +104,7 @@ func (r *Replicas) round(ctx context.Context) error {
 			renewErr = errors.Join(renewErr, ignoreNotFound(leases.Delete(ctx, l.Name, meta.DeleteOptions{})))
 		}
 	}
+	r.seen = seen
 	slices.Sort(addresses)
 	r.Tell(slices.Compact(addresses))
 	return renewErr
