@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -16,6 +17,21 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-loop/csi-loop/pkg/report"
+)
+
+const (
+	// httpConnections is how many connections may be open at a time. The kubelet and
+	// whoever scrapes need a few, and each for a moment.
+	httpConnections = 256
+	// httpAtOnce is how many requests for the metrics, and for the report, are answered
+	// at a time. Each is made in memory before it is sent.
+	httpAtOnce = 3
+
+	httpReadHeader = 5 * time.Second
+	httpWrite      = 30 * time.Second
+	// httpRead bounds bodies, which nobody reads. It is longer than an answer may take: the
+	// request would be taken for gone.
+	httpRead = httpReadHeader + httpWrite + 5*time.Second
 )
 
 // metrics is what --http-endpoint shows. What is not known yet is not shown.
@@ -74,7 +90,7 @@ func (m *metrics) serve(ctx context.Context, address string) (stop func(), err e
 	if err != nil {
 		return nil, fmt.Errorf("--http-endpoint: %w", err)
 	}
-	srv := &http.Server{Handler: m.handler(), ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second}
+	srv := newHTTPServer(m.handler(), httpConnections)
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
@@ -85,6 +101,60 @@ func (m *metrics) serve(ctx context.Context, address string) (stop func(), err e
 		_ = srv.Close()
 		wg.Wait()
 	}, nil
+}
+
+// newHTTPServer makes the server of a port that every pod of the cluster may reach: what
+// it keeps for them is bounded. No connection stays for another request, since who asks
+// does so seconds apart. Nor does one wait for another to end, or whoever has most would
+// keep the kubelet from its probes, and have it end the pod: the oldest is closed.
+func newHTTPServer(h http.Handler, most int) *http.Server {
+	srv := &http.Server{
+		Handler: h, ReadHeaderTimeout: httpReadHeader, ReadTimeout: httpRead, WriteTimeout: httpWrite,
+		ConnState: (&crowd{most: most}).changed,
+	}
+	srv.SetKeepAlivesEnabled(false)
+	return srv
+}
+
+// crowd closes the oldest connection when there are too many.
+type crowd struct {
+	most int
+
+	mu   sync.Mutex
+	open []net.Conn // guarded by mu; the oldest first
+}
+
+// changed is told by the server of a new connection before it takes the next.
+func (c *crowd) changed(conn net.Conn, state http.ConnState) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch state {
+	case http.StateNew:
+		c.open = append(c.open, conn)
+		if len(c.open) > c.most {
+			_ = c.open[0].Close() // and the server tells of it, by and by
+			c.open = slices.Delete(c.open, 0, 1)
+		}
+	case http.StateClosed, http.StateHijacked:
+		if i := slices.Index(c.open, conn); i >= 0 {
+			c.open = slices.Delete(c.open, i, i+1)
+		}
+	case http.StateActive, http.StateIdle:
+	}
+}
+
+// atOnce answers 503 while n requests are being answered.
+func atOnce(n int, h http.HandlerFunc) http.HandlerFunc {
+	busy := make(chan struct{}, n)
+	return func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case busy <- struct{}{}:
+			defer func() { <-busy }()
+			h(w, r)
+		default:
+			http.Error(w, fmt.Sprintf("%d others ask for it now: try again", n), http.StatusServiceUnavailable)
+		}
+	}
 }
 
 func (m *metrics) handler() http.Handler {
@@ -100,8 +170,8 @@ func (m *metrics) handler() http.Handler {
 	}
 	mux.Handle("GET /healthz", answer(nil))
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { answer(m.readiness())(w, r) })
-	mux.HandleFunc("GET /report", m.showReport)
-	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
+	mux.HandleFunc("GET /report", atOnce(httpAtOnce, m.showReport))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{MaxRequestsInFlight: httpAtOnce}))
 	return mux
 }
 
