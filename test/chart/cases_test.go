@@ -70,6 +70,32 @@ nodeGroups:
 storageClasses: [{name: fast, parameters: {pool: fast}}, {name: default, parameters: {pool: default}}]`,
 	"no classes": `
 storageClasses: []`,
+	// What is read from a file, and what Helm stores, has numbers of floating point.
+	"numbers": `
+pools: [{name: default, path: /var/lib/csi-loop, reserve: 10737418240, overcommit: 2}]
+ephemeral: {maxSize: 21474836480, maxVolumes: 100000}
+transfer: {nodeRate: 104857600, controllerRate: 1073741824}
+encryption: {memory: 134217728}
+loopDevices: {warm: 1000000, max: 1048576}
+node: {maxUnavailable: 1000000}
+metrics: {volumes: 2000000}
+storageClasses: [{name: a, parameters: {readBandwidth: 104857600}}]`,
+	"names that look like something else": `
+fullnameOverride: "on"
+image: {tag: "1"}
+imagePullSecrets: [{name: "1"}]
+pools: [{name: "1", path: /a}, {name: "on", path: /b}]
+defaultPool: "on"
+ephemeral: {pools: ["1"]}
+nodeGroups: [{name: "1", nodeSelector: {disk: "1"}}, {name: "on", nodeSelector: {disk: "off"}}, {name: "0x1", nodeSelector: {disk: "null"}}]
+storageClasses: [{name: "1", parameters: {pool: "1"}}, {name: "null", parameters: {pool: "on"}}, {name: "0x1", nodeStageSecretRef: {name: "1", namespace: "2"}, parameters: {encrypted: true}}]
+volumeAttributesClasses: [{name: "2026-11-29", parameters: {readIOPS: 500}}]
+snapshots: {enabled: true}
+volumeSnapshotClasses: [{name: "1.5"}]
+volumeGroupSnapshotClasses: [{name: "true"}]
+snapshotController: {enabled: true, priorityClassName: "1"}
+node: {priorityClassName: "1", podLabels: {a: "1"}}
+controller: {priorityClassName: "no", podLabels: {a: "on"}, tls: {secretName: "1", caConfigMapName: "2", serverName: "3"}}`,
 	"nothing optional": `
 storageClasses: [{name: plain}]
 node: {nodeSelector: null, tolerations: [], resources: null}

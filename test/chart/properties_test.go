@@ -166,6 +166,29 @@ func TestGroups(t *testing.T) {
 	}
 }
 
+// Names that look like numbers, or like true, are names. That no object is refused for one
+// is seen by TestObjectsAreValid.
+func TestNamesAreStrings(t *testing.T) {
+	all := render(t, cases["names that look like something else"])
+	for _, name := range []string{"1", "on", "0x1"} {
+		set := find[*apps.DaemonSet](t, all, "on-node-"+name)
+		if got := set.Spec.Selector.MatchLabels["csi-loop.io/group"]; got != name || set.Spec.Template.Labels["csi-loop.io/group"] != got {
+			t.Errorf("group %s is %q", name, got)
+		}
+	}
+	for _, name := range []string{"1", "null", "0x1"} {
+		find[*storage.StorageClass](t, all, name)
+	}
+	pod := find[*apps.Deployment](t, all, "on-controller").Spec.Template.Spec
+	if got := volume(t, pod, "tls").Secret.SecretName; got != "1" || pod.PriorityClassName != "no" {
+		t.Errorf("secret %q, priority class %q", got, pod.PriorityClassName)
+	}
+	rendered, err := Render(parse(t, cases["names that look like something else"]), "Helm")
+	if err != nil || !strings.Contains(rendered["NOTES.txt"], `storageClassName: "1"`) {
+		t.Errorf("%v, %s", err, rendered["NOTES.txt"])
+	}
+}
+
 func TestControllerPod(t *testing.T) {
 	for name, values := range map[string]string{"made": "", "given": everything} {
 		t.Run(name, func(t *testing.T) {

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // The schema and values.yaml have the same keys: none is undocumented, none is
@@ -52,6 +54,62 @@ func TestSchemaAndValuesHaveTheSameKeys(t *testing.T) {
 		}
 	}
 	compare("", root, parse(t, string(read("values.yaml"))))
+}
+
+// Numbers are the same in all ways to say them: --set, which has whole numbers, a file,
+// and what an earlier release has stored.
+func TestNumbersAreWrittenAsTheyAre(t *testing.T) {
+	whole := parse(t, cases["numbers"])
+	var turn func(v any) any
+	turn = func(v any) any {
+		switch x := v.(type) {
+		case map[string]any:
+			for k := range x {
+				x[k] = turn(x[k])
+			}
+		case []any:
+			for i := range x {
+				x[i] = turn(x[i])
+			}
+		case float64:
+			return int64(x)
+		}
+		return v
+	}
+	turn(whole)
+	b, err := json.Marshal(whole)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stored map[string]any
+	if err := json.Unmarshal(b, &stored); err != nil {
+		t.Fatal(err)
+	}
+	want, err := Render(whole, "Helm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{
+		"reserve: 10737418240", `ephemeralMaxSize: "21474836480"`, `transferRate: "104857600"`, `luksPbkdfMemory: "134217728"`, "loopDevicesWarm: 1000000",
+		"loopDevicesMax: 1048576", "volumeMetrics: 2000000", "maxUnavailable: 1000000",
+	} {
+		if !strings.Contains(want["node.yaml"], line+"\n") {
+			t.Errorf("there is no %s", line)
+		}
+	}
+	if !strings.Contains(want["controller.yaml"], "--transfer-rate=1073741824\n") || !strings.Contains(want["NOTES.txt"], " up to 21474836480.") {
+		t.Errorf("the controller's rate, or the notes: %s", want["NOTES.txt"])
+	}
+	for how, values := range map[string]map[string]any{"file": parse(t, cases["numbers"]), "stored": stored} {
+		got, err := Render(values, "Helm")
+		if err != nil {
+			t.Errorf("%s: %v", how, err)
+			continue
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s: %s", how, diff)
+		}
+	}
 }
 
 // In Helm a value is taken away with null. Then it is missed by name, or it is not

@@ -2,9 +2,15 @@
 {{ .Values.fullnameOverride | default "csi-loop" }}
 {{- end }}
 
+{{- /* A whole number, or a string: numbers of a file are floats in Helm, which writes 1e+06 for a million. */}}
+{{- define "csi-loop.amount" -}}
+{{ if kindIs "string" . }}{{ . }}{{ else }}{{ int64 . }}{{ end }}
+{{- end }}
+
+{{- /* Names are written with toYaml or quote: one such as 1 or on is no string otherwise. */}}
 {{- define "csi-loop.selector" -}}
 app.kubernetes.io/name: csi-loop
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ toYaml .root.Release.Name }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
@@ -19,7 +25,7 @@ app.kubernetes.io/component: {{ .component }}
 {{- /* Labels of an object; of root, and component where there is one. */}}
 {{- define "csi-loop.labels" -}}
 app.kubernetes.io/name: csi-loop
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ toYaml .root.Release.Name }}
 {{- with .component }}
 app.kubernetes.io/component: {{ . }}
 {{- end }}
@@ -37,9 +43,9 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version | replace "+" "_" }
 {{- /* metadata of an object: root, name, and component, cluster, labels, annotations as needed. */}}
 {{- define "csi-loop.metadata" -}}
 metadata:
-  name: {{ .name }}
+  name: {{ toYaml .name }}
   {{- if not .cluster }}
-  namespace: {{ .root.Release.Namespace }}
+  namespace: {{ toYaml .root.Release.Namespace }}
   {{- end }}
   labels:
     {{- include "csi-loop.labels" . | nindent 4 }}
@@ -109,9 +115,9 @@ imageDirs:
 {{- end }}
 stateDir: /run/csi-loop
 cgroupRoot: /host/cgroup
-loopDevicesWarm: {{ $v.loopDevices.warm }}
-loopDevicesMax: {{ $v.loopDevices.max }}
-ephemeralMaxSize: {{ $v.ephemeral.maxSize | quote }}
+loopDevicesWarm: {{ int64 $v.loopDevices.warm }}
+loopDevicesMax: {{ int64 $v.loopDevices.max }}
+ephemeralMaxSize: {{ include "csi-loop.amount" $v.ephemeral.maxSize | quote }}
 ephemeralMaxVolumes: {{ $v.ephemeral.maxVolumes }}
 {{- with $v.ephemeral.pools }}
 ephemeralPools:
@@ -121,21 +127,21 @@ trimInterval: {{ $v.trim.interval | quote }}
 trimJitter: {{ $v.trim.jitter | quote }}
 expediteFreezes: {{ $v.snapshots.expediteFreezes }}
 luksPbkdf: {{ $v.encryption.pbkdf }}
-luksPbkdfMemory: {{ $v.encryption.memory | quote }}
+luksPbkdfMemory: {{ include "csi-loop.amount" $v.encryption.memory | quote }}
 luksPbkdfTime: {{ $v.encryption.time | quote }}
 stopTimeout: {{ $v.node.stopTimeoutSeconds }}s
-transferRate: {{ $v.transfer.nodeRate | quote }}
+transferRate: {{ include "csi-loop.amount" $v.transfer.nodeRate | quote }}
 loggingFormat: {{ $v.log.format }}
 verbosity: {{ $v.log.level }}
 httpEndpoint: ":{{ $v.node.httpPort }}"
-volumeMetrics: {{ $v.metrics.volumes }}
+volumeMetrics: {{ int64 $v.metrics.volumes }}
 {{- with $v.tracing.endpoint }}
 tracingEndpoint: {{ . | quote }}
 tracingSampling: {{ $v.tracing.sampling | toString | quote }}
 {{- end }}
 controllerAddress:
   - {{ include "csi-loop.name" .root }}-controller.{{ .root.Release.Namespace }}.svc:{{ $v.controller.linkPort }}
-controllerName: {{ include "csi-loop.serverName" .root }}
+controllerName: {{ include "csi-loop.serverName" .root | toYaml }}
 controllerCA: /var/run/secrets/csi-loop.io/ca.crt
 linkTokenFile: /var/run/secrets/csi-loop.io/token
 {{- end }}

@@ -28,8 +28,9 @@
 {{- end }}
 
 {{- define "csi-loop.checkSize" -}}
-{{- if not (regexMatch "^[0-9]+(\\.[0-9]+)?([KMGTPE]i|[kMGTPE])?$" (toString .value)) -}}
-{{- fail (printf "%s: %q is not a size such as 10Gi" .at (toString .value)) -}}
+{{- $size := include "csi-loop.amount" .value -}}
+{{- if not (regexMatch "^[0-9]+(\\.[0-9]+)?([KMGTPE]i|[kMGTPE])?$" $size) -}}
+{{- fail (printf "%s: %q is not a size such as 10Gi" .at $size) -}}
 {{- end -}}
 {{- end }}
 
@@ -70,7 +71,7 @@
 {{- end -}}
 {{- $_ := set $dirs $p.name $p.path -}}
 {{- if hasKey $p "reserve" -}}
-{{- $reserve := toString $p.reserve -}}
+{{- $reserve := include "csi-loop.amount" $p.reserve -}}
 {{- if hasSuffix "%" $reserve -}}
 {{- if not (regexMatch "^[0-9]{1,2}(\\.[0-9]+)?%$" $reserve) -}}
 {{- fail (printf "%s.reserve: %q is not a percentage below 100" $here $reserve) -}}
@@ -151,8 +152,8 @@
 {{- include "csi-loop.checkSize" (dict "at" "ephemeral.maxSize" "value" $v.ephemeral.maxSize) -}}
 {{- include "csi-loop.checkSize" (dict "at" "transfer.nodeRate" "value" $v.transfer.nodeRate) -}}
 {{- include "csi-loop.checkSize" (dict "at" "transfer.controllerRate" "value" $v.transfer.controllerRate) -}}
-{{- if not (regexMatch "^([1-9][0-9]*|([1-9][0-9]?|100)%)$" (toString $v.node.maxUnavailable)) -}}
-{{- fail (printf "node.maxUnavailable: %q is neither a number above 0 nor a percentage" (toString $v.node.maxUnavailable)) -}}
+{{- if not (regexMatch "^([1-9][0-9]*|([1-9][0-9]?|100)%)$" (include "csi-loop.amount" $v.node.maxUnavailable)) -}}
+{{- fail (printf "node.maxUnavailable: %q is neither a number above 0 nor a percentage" (include "csi-loop.amount" $v.node.maxUnavailable)) -}}
 {{- end -}}
 {{- $ports := dict -}}
 {{- range $name, $port := dict "controller.linkPort" $v.controller.linkPort "controller.httpPort" $v.controller.httpPort "provisioner.httpPort" $v.provisioner.httpPort "resizer.httpPort" $v.resizer.httpPort "snapshotter.httpPort" $v.snapshotter.httpPort -}}
