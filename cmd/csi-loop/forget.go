@@ -14,36 +14,46 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/dynamic"
 
 	"github.com/csi-loop/csi-loop/internal/kubeapi"
 	"github.com/csi-loop/csi-loop/pkg/driver"
+	"github.com/csi-loop/csi-loop/pkg/image"
 )
 
-const forgetHelp = `Delete the PersistentVolumes of a node that is gone for ever, and with --claims the
-claims that are bound to them, so that a StatefulSet makes new ones elsewhere.
+const forgetHelp = `Delete the PersistentVolumes of a node that is gone for ever, and the contents of its
+snapshots, and with --claims the claims that are bound to them and the VolumeSnapshots,
+so that a StatefulSet makes new claims elsewhere, and no deletion waits for the node.
 
 It refuses while Kubernetes has the Node object: a node that is only away comes back,
 and everything goes on by itself. Delete the Node object first (kubectl delete node
 NAME), which ends its pods; for the CSINode, which Kubernetes deletes after it, forget
 waits a minute. Without --apply it says what it would do, and does nothing.
 
-With --apply all PersistentVolumes, with the policy Retain, and their claims are
-written to the file --save, which must not be there; without --save to the next free
-name. After an interruption the next run saves what is left then: keep each file. Then,
-for one volume after the other:
+The snapshots are those of the pools of the volumes, by the ID that a handle begins
+with. Those of a pool that has no volume are found with --pool-id. A pool that has a
+volume on another node was moved there, and its snapshots are passed over.
+
+With --apply all PersistentVolumes, VolumeSnapshotContents, with the policy Retain, and
+their claims and VolumeSnapshots are written to the file --save, which must not be
+there; without --save to the next free name. After an interruption the next run saves
+what is left then: keep each file. Then, for one snapshot and then one volume after the
+other:
 
   1. nobody has changed it since it was listed, or forget ends;
   2. its policy becomes Retain, so that no deletion reaches the data, should the disk
      turn up again;
-  3. the claim is deleted, if --claims is given; a volume that has a claim is passed
-     over otherwise;
-  4. the PersistentVolume is deleted, with its finalizers.
+  3. the claim, or the VolumeSnapshot, is deleted, if --claims is given; what has one is
+     passed over otherwise;
+  4. the PersistentVolume, or the content, is deleted, with its finalizers.
 
 No image is deleted. If the node or its disk comes back after all, csi-loop orphans
 lists the volumes, and kubectl create -f FILE makes again what the saved file has: a
-volume and its claim bound to each other, with the policy Retain. Delete first a claim
-of the same name that was made meanwhile. A volume that had lost its claim is Released
-again. A disk that is on another node is for csi-loop adopt, after that.
+volume and its claim bound to each other, with the policy Retain, and a VolumeSnapshot
+and its content likewise. Delete first a claim of the same name that was made meanwhile.
+A volume that had lost its claim is Released again. A group snapshot is not made again:
+its snapshots are, each by itself. A disk that is on another node is for csi-loop adopt,
+after that.
 
 The cluster is found as kubectl finds it, but for the service account of a pod, which
 is never used.`
@@ -51,7 +61,9 @@ is never used.`
 // forgetting is what forget was told.
 type forgetting struct {
 	node, driver, save string
+	pools              []string // IDs
 	cluster            clusterFlags
+	dynamic            dynamic.Interface
 	claims, apply      bool
 	patience           time.Duration // how long the CSINode of a node that is gone may stay
 }
@@ -62,12 +74,16 @@ func newForgetCommand() *cobra.Command {
 	f.cluster.register(c.Flags())
 	c.Flags().StringVar(&f.driver, "driver-name", driver.DefaultName, "name of the driver")
 	c.Flags().StringVar(&f.save, "save", "", "file for what is deleted (default: csi-loop-forget-<NODE>.yaml, or -2.yaml and so on)")
-	c.Flags().BoolVar(&f.claims, "claims", false, "delete the claims of the volumes too")
+	c.Flags().StringSliceVar(&f.pools, "pool-id", nil, "ID of a pool that the node had, for snapshots of pools without volumes; may be repeated")
+	c.Flags().BoolVar(&f.claims, "claims", false, "delete the claims of the volumes, and the VolumeSnapshots, too")
 	c.Flags().BoolVar(&f.apply, "apply", false, "do it")
 	c.RunE = func(c *cobra.Command, args []string) error {
 		f.node = args[0]
 		client, err := f.cluster.client()
 		if err != nil {
+			return err
+		}
+		if f.dynamic, err = f.cluster.dynamicClient(); err != nil {
 			return err
 		}
 		return failed(f.run(c.Context(), client, c.OutOrStdout()))
@@ -86,7 +102,15 @@ func (f *forgetting) run(ctx context.Context, client kubeapi.Interface, out io.W
 	if err := f.gone(ctx, client); err != nil {
 		return err
 	}
-	all, err := f.volumes(ctx, client)
+	all, elsewhere, err := f.volumes(ctx, client)
+	if err != nil {
+		return err
+	}
+	pools, err := f.lostPools(all, elsewhere, out)
+	if err != nil {
+		return err
+	}
+	snapshots, err := f.lostSnapshots(ctx, pools)
 	if err != nil {
 		return err
 	}
@@ -103,24 +127,48 @@ func (f *forgetting) run(ctx context.Context, client kubeapi.Interface, out io.W
 		fmt.Fprintf(out, "%s\t%s\n", l.pv.Name, what)
 		chosen = append(chosen, l)
 	}
+	var ended []lostSnapshot
+	for _, s := range snapshots {
+		if s.request != nil && !f.claims {
+			fmt.Fprintf(out, "%s\t%s\tpassed over: --claims deletes the %s too\n", s.content.GetName(), s.String(), s.kind.what)
+			continue
+		}
+		fmt.Fprintf(out, "%s\t%s\n", s.content.GetName(), s.String())
+		ended = append(ended, s)
+	}
+	count := fmt.Sprintf("%d PersistentVolumes", len(chosen))
+	if len(ended) > 0 {
+		count += fmt.Sprintf(" and %d contents of snapshots", len(ended))
+	}
 	switch {
-	case len(chosen) == 0:
+	case len(chosen)+len(ended) == 0:
 		fmt.Fprintln(out, "Nothing to do.")
 		return nil
 	case !f.apply:
-		fmt.Fprintf(out, "%d PersistentVolumes would be deleted; --apply does it.\n", len(chosen))
+		fmt.Fprintf(out, "%s would be deleted; --apply does it.\n", count)
 		return nil
 	}
-	saved, err := f.keep(chosen)
+	saved, err := f.keep(chosen, ended)
 	if err != nil {
 		return err
+	}
+	// The volumes tell which pools are lost, and go last: after an interruption the next run
+	// finds them.
+	for i := range ended {
+		s := &ended[i]
+		if err := f.gone(ctx, client); err != nil {
+			return err
+		}
+		if err := f.end(ctx, s); err != nil {
+			return fmt.Errorf("%s %s: %w (what was to be deleted is in %s)", s.content.GetKind(), s.content.GetName(), err, saved)
+		}
 	}
 	for _, l := range chosen {
 		if err := f.delete(ctx, client, l); err != nil {
 			return fmt.Errorf("PersistentVolume %s: %w (what was to be deleted is in %s)", l.pv.Name, err, saved)
 		}
 	}
-	fmt.Fprintf(out, "%d PersistentVolumes deleted. They are in %s.\n", len(chosen), saved)
+	fmt.Fprintf(out, "%s deleted. They are in %s.\n", count, saved)
 	return nil
 }
 
@@ -152,17 +200,24 @@ func (f *forgetting) gone(ctx context.Context, client kubeapi.Interface) error {
 	}
 }
 
-// volumes lists those that can be on the node only.
-func (f *forgetting) volumes(ctx context.Context, client kubeapi.Interface) ([]lost, error) {
+// volumes lists those that can be on the node only. elsewhere has a volume that is not,
+// by the ID of its pool.
+func (f *forgetting) volumes(ctx context.Context, client kubeapi.Interface) (all []lost, elsewhere map[string]string, err error) {
 	list, err := client.PersistentVolumes().List(ctx, metav1.ListOptions{})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
+	elsewhere = map[string]string{}
 	a := adoption{node: f.node, driver: f.driver}
-	var all []lost
 	for i := range list.Items {
 		pv := &list.Items[i]
-		if pv.Spec.CSI == nil || pv.Spec.CSI.Driver != f.driver || !a.there(pv) {
+		if pv.Spec.CSI == nil || pv.Spec.CSI.Driver != f.driver {
+			continue
+		}
+		if !a.there(pv) {
+			if pool, _, ok := image.ParseID(pv.Spec.CSI.VolumeHandle); ok {
+				elsewhere[pool] = pv.Name
+			}
 			continue
 		}
 		l := lost{pv: pv}
@@ -172,17 +227,17 @@ func (f *forgetting) volumes(ctx context.Context, client kubeapi.Interface) ([]l
 			case err == nil && claim.UID == ref.UID && claim.Spec.VolumeName == pv.Name:
 				l.claim = claim
 			case err != nil && !apierrors.IsNotFound(err):
-				return nil, err
+				return nil, nil, err
 			}
 		}
 		all = append(all, l)
 	}
-	return all, nil
+	return all, elsewhere, nil
 }
 
 // keep saves what is to be deleted, durably, and tells where. An earlier file is never
 // written over.
-func (f *forgetting) keep(all []lost) (path string, err error) {
+func (f *forgetting) keep(all []lost, snapshots []lostSnapshot) (path string, err error) {
 	var file *os.File
 	if f.save == "" {
 		file, err = createNumbered("csi-loop-forget-" + f.node)
@@ -199,7 +254,7 @@ func (f *forgetting) keep(all []lost) (path string, err error) {
 			objects = append(objects, l.claimAgain())
 		}
 	}
-	err = printManifests(file, objects...)
+	err = errors.Join(printManifests(file, objects...), keepSnapshots(file, snapshots, len(objects) > 0))
 	if err == nil {
 		err = file.Sync()
 	}

@@ -47,7 +47,7 @@ func claimFor(name, uid, volume string) *corev1.PersistentVolumeClaim {
 
 func forgets(t *testing.T) forgetting {
 	t.Helper()
-	return forgetting{node: "a", driver: driver.DefaultName, save: filepath.Join(t.TempDir(), "saved.yaml")}
+	return forgetting{node: "a", driver: driver.DefaultName, save: filepath.Join(t.TempDir(), "saved.yaml"), dynamic: snapshots(t, "")}
 }
 
 // left lists what the cluster still has.

@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
 	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
 
@@ -142,8 +143,9 @@ func FuzzAdoptRecord(f *testing.F) {
 	})
 }
 
-// FuzzForgetSaves: whatever stands in a PersistentVolume and its claim, what forget saves
-// makes them again as they were, but for what Kubernetes makes anew.
+// FuzzForgetSaves: whatever stands in a PersistentVolume and its claim, or in the content
+// of a snapshot, what forget saves makes them again as they were, but for what Kubernetes
+// makes anew. What stands in a group makes nothing.
 func FuzzForgetSaves(f *testing.F) {
 	for _, text := range hostileText {
 		f.Add("key", text)
@@ -155,7 +157,14 @@ func FuzzForgetSaves(f *testing.F) {
 		l.claim.Annotations, l.claim.Labels = map[string]string{key: value}, map[string]string{"x": value}
 		released := lost{pv: hostile("two", value, key)}
 		forget := forgetting{node: "a", driver: driver.DefaultName, save: filepath.Join(t.TempDir(), "saved.yaml")}
-		path, err := forget.keep([]lost{l, released})
+		object := func(kind string) *unstructured.Unstructured {
+			return &unstructured.Unstructured{Object: map[string]any{
+				"kind": kind, "metadata": map[string]any{"name": "three", "annotations": map[string]any{key: value}}, "spec": map[string]any{key: value},
+			}}
+		}
+		path, err := forget.keep([]lost{l, released}, []lostSnapshot{
+			{kind: &snapshotKinds[0], content: object("VolumeSnapshotContent")}, {kind: &snapshotKinds[1], content: object("VolumeGroupSnapshotContent"), request: object("VolumeGroupSnapshot")},
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -167,7 +176,8 @@ func FuzzForgetSaves(f *testing.F) {
 		d := utilyaml.NewYAMLOrJSONDecoder(bytes.NewReader(text), 4096)
 		var first, second corev1.PersistentVolume
 		var claim corev1.PersistentVolumeClaim
-		for _, to := range []any{&first, &claim, &second} {
+		var content unstructured.Unstructured
+		for _, to := range []any{&first, &claim, &second, &content.Object} {
 			if err := d.Decode(to); err != nil {
 				t.Fatalf("%v in\n%s", err, text)
 			}
@@ -175,7 +185,8 @@ func FuzzForgetSaves(f *testing.F) {
 		if err := d.Decode(&struct{}{}); !errors.Is(err, io.EOF) {
 			t.Errorf("%v behind the last", err)
 		}
-		if diff := cmp.Diff(l.volume(), &first) + cmp.Diff(l.claimAgain(), &claim) + cmp.Diff(released.volume(), &second); diff != "" {
+		if diff := cmp.Diff(l.volume(), &first) + cmp.Diff(l.claimAgain(), &claim) + cmp.Diff(released.volume(), &second) +
+			cmp.Diff(map[string]string{key: value}, content.GetAnnotations()); diff != "" {
 			t.Errorf("%s in\n%s", diff, text)
 		}
 	})
