@@ -53,9 +53,11 @@ type ledger struct {
 	// What a thin volume discards is free to see and still promised to that volume, but
 	// the account takes it for allocated until it looks again. So of free space and the
 	// blocks of thin volumes together no more counts than was there when they were looked
-	// at, and at each time since.
+	// at, and at each time since, less what calls took that ended since: a discard of as
+	// much would hide that.
 	blocks   int64      // guarded by mu: what thin volumes have, as last seen
 	together int64      // guarded by mu
+	used     int64      // guarded by mu: what calls took that have ended, of all times
 	accounts []*account // guarded by mu
 	looking  sync.Mutex // held for a whole look, and taken before mu
 }
@@ -67,13 +69,14 @@ func newLedger() *ledger { return &ledger{settled: make(chan struct{}), together
 func (l *ledger) look(stop <-chan struct{}, statfs func() (space, error)) {
 	l.looking.Lock()
 	defer l.looking.Unlock()
+	l.mu.Lock()
 	before, err := statfs()
+	used := l.used
+	accounts := slices.Clone(l.accounts)
+	l.mu.Unlock()
 	if err != nil {
 		return
 	}
-	l.mu.Lock()
-	accounts := slices.Clone(l.accounts)
-	l.mu.Unlock()
 	for _, a := range accounts {
 		for _, dir := range a.thinDirs() {
 			select {
@@ -89,7 +92,7 @@ func (l *ledger) look(stop <-chan struct{}, statfs func() (space, error)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if after, err := statfs(); err == nil {
-		l.together = min(before.Free, after.Free) + l.blocks
+		l.together = min(before.Free-(l.used-used), after.Free) + l.blocks
 	}
 }
 
@@ -290,9 +293,23 @@ func (r *reservation) release() {
 	l := r.account.ledger
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	r.spend()
+}
+
+// spend is settle for space that was used. What was not used after all counts again when
+// thin volumes are looked at, which a refusal does.
+// Precondition: ledger.mu is held.
+func (r *reservation) spend() {
+	if r == nil {
+		return
+	}
+	l := r.account.ledger
+	l.together -= r.bytes
+	l.used += r.bytes
 	r.settle()
 }
 
+// settle ends the reservation: a promise has taken its place.
 // Precondition: ledger.mu is held.
 func (r *reservation) settle() {
 	if r == nil || r.bytes == 0 {
@@ -311,7 +328,11 @@ func (a *account) put(dir string, c charge, r *reservation) {
 	a.ledger.mu.Lock()
 	defer a.ledger.mu.Unlock()
 	a.set(dir, &c)
-	r.settle()
+	if c.thick {
+		r.spend()
+	} else {
+		r.settle()
+	}
 	if a.ledger.blocks > 0 {
 		_, _ = a.free() // what was used has to be known before somebody gives back as much
 	}

@@ -81,6 +81,70 @@ func TestAccountRules(t *testing.T) {
 	want(0, 0) // negative free
 }
 
+// TestDiscardBeforeUse: what a thin volume discards stays promised to it when others then
+// take as much, so that no more is free than there was.
+func TestDiscardBeforeUse(t *testing.T) {
+	const gib = 1 << 30
+	for _, late := range []string{"before", "after", "during the look"} {
+		t.Run(late, func(t *testing.T) {
+			d := &fakeDisk{size: 100 * gib, free: 10*gib + overhead}
+			a := newAccount(newLedger(), d.statfs, Reserve{}, 1)
+			allocated := int64(20 * gib)
+			looked := func() {}
+			a.look = func(dir string) { sawBlocks(a, dir, allocated); looked() }
+			discard := func() { d.use(-8 * gib); allocated -= 8 * gib }
+			a.put("thin", charge{size: 20 * gib, allocated: allocated}, nil)
+			a.ledger.look(nil, d.statfs)
+			if late == "before" {
+				discard()
+			}
+			r, err := a.take(ctx, Thick, 8*gib)
+			if err != nil {
+				t.Fatal(err)
+			}
+			create := func() {
+				d.use(8 * gib)
+				a.put("thick", charge{size: 8 * gib, allocated: 8 * gib, thick: true}, r)
+			}
+			switch late {
+			case "before":
+				create()
+			case "after":
+				create()
+				discard()
+			default:
+				looked = func() { looked = func() {}; discard(); create() }
+				a.ledger.look(nil, d.statfs)
+			}
+			if r, err := a.take(ctx, Thick, 10*gib); err == nil {
+				r.release()
+				t.Error("what was discarded was given away")
+			} else {
+				wantError(t, err, ErrNoSpace)
+			}
+			if got := a.capacity(Thick); got != 2*gib {
+				t.Errorf("capacity is %d, want 2 GiB", got)
+			}
+		})
+	}
+}
+
+// TestUnusedReservationCountsAgain: what a call reserved and did not use is there for the
+// next one.
+func TestUnusedReservationCountsAgain(t *testing.T) {
+	d := &fakeDisk{size: 100 * MiB, free: 10*MiB + overhead}
+	a := newAccount(newLedger(), d.statfs, Reserve{}, 1)
+	a.look = func(dir string) { sawBlocks(a, dir, 20*MiB) }
+	a.put("thin", charge{size: 20 * MiB, allocated: 20 * MiB}, nil)
+	for range 3 {
+		r, err := a.take(ctx, Thick, 10*MiB)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.release()
+	}
+}
+
 func TestRefusalWaitsForSpaceCountedTwice(t *testing.T) {
 	d := &fakeDisk{size: 10 * MiB, free: 10*MiB + overhead}
 	a := newAccount(newLedger(), d.statfs, Reserve{}, 1)
