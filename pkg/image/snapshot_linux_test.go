@@ -141,33 +141,39 @@ func TestSharingWithAClone(t *testing.T) {
 	})
 }
 
-// A thick clone does not keep its source for longer than the reflink takes.
+// A clone does not keep its source for longer than its content takes: the filesystem in
+// it is made one of its own, and synced, without.
 func TestCloneLetsItsSourceGo(t *testing.T) {
 	onEach(t, 640*MiB, func(t *testing.T, _, dir string) {
-		_, p := openPool(t, dir)
-		if !p.CanReflink() {
-			return
+		var look func()
+		_, p := openPool(t, dir, withKill(func(point string) {
+			if point == "create: allocated" && look != nil {
+				look()
+			}
+		}))
+		v := create(t, p, Spec{Name: "v", Size: 64 * MiB, Filesystem: "ext4"})
+		for _, alloc := range []Allocation{Thick, Thin} {
+			for name, quiesce := range map[string]Quiesce{"unused": nil, "used": held} {
+				looked := false
+				look = func() {
+					looked = true
+					unlock, ok := p.locks.tryLock("v")
+					if !ok {
+						t.Errorf("%s, %s: the source is kept", alloc, name)
+						return
+					}
+					unlock()
+				}
+				s := v.Spec
+				s.Name, s.Size, s.Allocation, s.Source = string(alloc)+"-"+name, 80*MiB, alloc, &Source{Volume: v.ID}
+				if _, err := p.CreateFrom(ctx, s, quiesce); err != nil {
+					t.Fatal(err)
+				}
+				if !looked {
+					t.Errorf("%s, %s: nothing was looked at", alloc, name)
+				}
+			}
 		}
-		v := create(t, p, Spec{Name: "v", Size: 64 * MiB})
-		fill(t, p, v.ID, 0, 64<<20)
-		o, err := p.store.origin(ctx, &Source{Volume: v.ID})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer o.close()
-		to, err := p.nameless(o.f)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer to.Close()
-		if _, err := p.copyTo(ctx, to, newRecord(v.Spec, p.store.now()), o, nil); err != nil {
-			t.Fatal(err)
-		}
-		unlock, ok := p.locks.tryLock("v")
-		if !ok {
-			t.Fatal("the source is kept")
-		}
-		unlock()
 	})
 }
 

@@ -196,6 +196,7 @@ func (p *Pool) copyTo(ctx context.Context, f *os.File, r record, o *origin, quie
 	if err != nil {
 		return false, err
 	}
+	o.release() // it is not looked at again, and what is left to do takes long
 	if err := f.Truncate(r.Size); err != nil {
 		return false, opError("extend", imageFile, err)
 	}
@@ -226,11 +227,7 @@ func (p *Pool) reflinkVolume(ctx context.Context, f *os.File, o *origin, thick b
 		return quietly(ctx, quiesce, func() error { return opError("reflink", imageFile, reflink(f, o.f)) })
 	}
 	if thick {
-		if err := link(); err != nil {
-			return err
-		}
-		o.release() // it is not looked at again, and unsharing takes long
-		return nil
+		return link()
 	}
 	return o.share(ctx, f, link)
 }
