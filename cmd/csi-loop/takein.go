@@ -169,6 +169,7 @@ func (f *contentFlags) request(path string) (r driver.TakeInRequest, err error) 
 	}
 	resolved, err := filepath.EvalSymlinks(r.File)
 	if errors.Is(err, os.ErrNotExist) && r.Method == image.Move {
+		r.File = whereItWas(r.File)
 		return r, nil // it may have been moved before
 	}
 	if err != nil {
@@ -183,6 +184,28 @@ func (f *contentFlags) request(path string) (r driver.TakeInRequest, err error) 
 	id, err := loop.FileIDOf(file)
 	r.Dev, r.Ino = id.Dev, id.Ino
 	return r, failed(err)
+}
+
+// whereItWas is what filepath.EvalSymlinks made of a path while there was a file: a volume
+// remembers that of the file that was moved into it.
+func whereItWas(path string) string {
+	for range 40 { // links may form a circle; the kernel follows as many
+		dir, base := filepath.Split(path)
+		dir, err := filepath.EvalSymlinks(dir)
+		if err != nil {
+			return path
+		}
+		path = filepath.Join(dir, base)
+		target, err := os.Readlink(path)
+		if err != nil {
+			return path
+		}
+		if !filepath.IsAbs(target) {
+			target = dir + "/" + target // not cleaned: what is before a ".." may be a link
+		}
+		path = target
+	}
+	return path
 }
 
 // takeIn repeats a request until it is done, and shows on a terminal how far it is. When

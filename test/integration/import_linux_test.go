@@ -44,7 +44,15 @@ func TestImportCommand(t *testing.T) {
 			if c.down {
 				s.stop()
 			}
-			out := s.command(t, append([]string{"import", "--claim=shop/data", path}, c.args...)...)
+			through := filepath.Join(t.TempDir(), "link")
+			must(t, os.Symlink(filepath.Dir(path), through))
+			args := append([]string{"import", "--claim=shop/data", filepath.Join(through, "old.img")}, c.args...)
+			out := s.command(t, args...)
+			again := s.command(t, args...) // as after an answer that was lost
+			_, manifests, _ := strings.Cut(out, "apiVersion: ")
+			if _, same, _ := strings.Cut(again, "apiVersion: "); same != manifests {
+				t.Errorf("the first time:\n%s\nagain:\n%s", out, again)
+			}
 			for _, want := range []string{"kind: PersistentVolume\n", "kind: PersistentVolumeClaim\n", "fsType: " + fs, "name: shop-data", "volumeHandle: "} {
 				if !strings.Contains(out, want) {
 					t.Errorf("the manifests lack %q:\n%s", want, out)
