@@ -200,6 +200,9 @@ func (p *Pool) inspectVolume(dir string) (VolumeView, bool) {
 			return v, false
 		}
 		v.Err = fmt.Errorf("%s/%s/%s: %w", p.Path(), volumesDir, dir, err)
+		if st, err := p.imageStat(dir); err == nil && st.Mode.IsRegular() {
+			v.Dev, v.Ino = st.Dev, st.Ino // a device may show it all the same
+		}
 		return v, true
 	}
 	v.Volume = p.volume(dir, r)

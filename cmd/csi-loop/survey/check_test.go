@@ -163,7 +163,15 @@ func TestSite(t *testing.T) {
 		}, want: []string{"-> if nobody uses it: umount /stage /target, then losetup -d /dev/loop3"}},
 		"a removed image": {change: func(s *Site, _ *Config) {
 			s.Devices[0].State, s.Devices[0].Mounts, s.Records, s.images = Attached, nil, nil, nil
+			s.Pools[0].Volumes = nil
 		}, want: []string{"it keeps an image of volume aaaaaaaaaaaaaaaaaaaa.v that is removed, and its space () -> losetup -d /dev/loop3"}},
+		"an image of a pool that cannot be looked at": {change: func(s *Site, _ *Config) {
+			s.Devices[0].State, s.Devices[0].Mounts, s.Records, s.images = Attached, nil, nil, nil
+			s.Pools[0].Err, s.Pools[0].Volumes = image.ErrPool, nil
+		}, want: []string{"problem pool p", "warning device /dev/loop3: it shows an image of volume aaaaaaaaaaaaaaaaaaaa.v () that is not found in the pool"}},
+		"an image in whose place is another": {change: func(s *Site, _ *Config) {
+			s.Devices[0].State, s.Devices[0].Mounts, s.Records, s.images = Attached, nil, nil, nil
+		}, want: []string{"warning device /dev/loop3: it shows an image of volume aaaaaaaaaaaaaaaaaaaa.v () that is not found in the pool"}},
 		"somebody else's device": {change: func(s *Site, _ *Config) {
 			s.Devices = append(s.Devices, Device{Path: "/dev/loop9", State: Foreign})
 		}},
@@ -211,6 +219,48 @@ func TestSite(t *testing.T) {
 			c.change(s, &cfg)
 			want(t, CheckSite(s, cfg, c.serving), c.want...)
 		})
+	}
+}
+
+// TestDeviceOfARefusedVolume: a volume whose record is refused, as after a roll-back, may
+// be in use. It is not called removed, and nobody is told to take its device away.
+func TestDeviceOfARefusedVolume(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "pool")
+	if err := os.Mkdir(dir, 0o700); err != nil { // whatever the umask is
+		t.Fatal(err)
+	}
+	pool := image.Config{Name: "p", Path: dir}
+	store, err := image.Open(t.Context(), []image.Config{pool})
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := store.Pools()[0].Create(t.Context(), image.Spec{Name: "v", Size: image.MiB})
+	if err := errors.Join(err, store.Close(), os.WriteFile(filepath.Join(dir, "volumes/v/volume.json"), []byte(`{"formatVersion": 99}`), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(filepath.Join(dir, "volumes/v/disk.img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	id, err := loop.FileIDOf(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &Site{}
+	if s.Pools, err = image.Inspect(t.Context(), []image.Config{pool}); err != nil {
+		t.Fatal(err)
+	}
+	s.see()
+	s.Devices = []Device{s.device(loop.Info{Path: "/dev/none", Image: id, Tag: v.ID}, nil)}
+	var got []string
+	for _, f := range told(CheckSite(s, Config{Pools: []image.Config{pool}}, true)) {
+		if !strings.Contains(f, " pool p: ") { // of the machine that the test runs on
+			got = append(got, f)
+		}
+	}
+	if len(got) != 2 || !strings.Contains(got[0], "refused: ") || !strings.Contains(got[1], "it shows volume "+v.ID) || !strings.Contains(got[1], "-> if nobody uses it: losetup -d") {
+		t.Errorf("%q", got)
 	}
 }
 

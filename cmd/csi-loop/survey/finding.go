@@ -242,7 +242,7 @@ func (f *findings) devices(s *Site) {
 		}
 		switch {
 		case !known && d.State == Attached:
-			f.addf(Warning, subject, detach, "it keeps an image of volume %s that is removed, and its space (%s)", d.Volume, d.Image)
+			f.imageless(s, d, detach)
 		case d.State == Attached:
 			f.addf(Warning, subject, "if nobody uses it: "+detach, "it shows volume %s, and no record says why: attached by hand, or the state directory was lost; csi-loop leaves it alone", d.Volume)
 		case d.State == Staged && d.MappingName != "" && len(d.Mounts) == 0 && known && v.Filesystem != "":
@@ -265,6 +265,16 @@ func (f *findings) devices(s *Site) {
 				"%d devices write to its image (%s): a filesystem that is mounted twice is destroyed", len(w), strings.Join(paths, " "))
 		}
 	}
+}
+
+// imageless is of a device whose image is found in no pool.
+func (f *findings) imageless(s *Site, d Device, detach string) {
+	if s.removed(d.Volume) {
+		f.addf(Warning, "device "+d.Path, detach, "it keeps an image of volume %s that is removed, and its space (%s)", d.Volume, d.Image)
+		return
+	}
+	f.addf(Warning, "device "+d.Path, "see to the pool and the volume first; if nobody uses the device, and nobody needs what it shows: "+detach,
+		"it shows an image of volume %s (%s) that is not found in the pool, and may be all that is left of the volume", d.Volume, d.Image)
 }
 
 func (f *findings) records(s *Site, serving bool) {

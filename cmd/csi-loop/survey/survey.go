@@ -133,7 +133,7 @@ type Site struct {
 // Look looks at an installation. The error is that of an invalid configuration, or
 // ctx's; what cannot be looked at is in Blind.
 func Look(ctx context.Context, cfg Config) (*Site, error) {
-	s := &Site{images: map[loop.FileID]image.VolumeView{}}
+	s := &Site{}
 	devices, err := loop.List(ctx)
 	s.blind(err)
 	mounts, err := mount.New().List()
@@ -148,13 +148,7 @@ func Look(ctx context.Context, cfg Config) (*Site, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	for _, p := range s.Pools {
-		for _, v := range p.Volumes {
-			if v.Ino != 0 {
-				s.images[loop.FileID{Dev: v.Dev, Ino: v.Ino}] = v
-			}
-		}
-	}
+	s.see()
 	for _, d := range devices {
 		s.Devices = append(s.Devices, s.device(d, mounts))
 	}
@@ -174,6 +168,18 @@ func Look(ctx context.Context, cfg Config) (*Site, error) {
 	slices.SortStableFunc(s.Snapshots, func(a, b Snapshot) int { return strings.Compare(a.ID, b.ID) })
 	slices.SortStableFunc(s.Volumes, func(a, b Volume) int { return strings.Compare(a.ID, b.ID) })
 	return s, nil
+}
+
+// see notes which volume an image is of.
+func (s *Site) see() {
+	s.images = map[loop.FileID]image.VolumeView{}
+	for _, p := range s.Pools {
+		for _, v := range p.Volumes {
+			if v.Ino != 0 {
+				s.images[loop.FileID{Dev: v.Dev, Ino: v.Ino}] = v
+			}
+		}
+	}
 }
 
 // findMappings finds what lies over the loop devices of encrypted volumes.
@@ -230,7 +236,7 @@ func (s *Site) device(i loop.Info, mounts []mount.Mount) Device {
 	if v, ok := s.images[i.Image]; ok {
 		d.Volume, d.State = v.ID, Attached
 	} else if s.poolOf(i.Tag) {
-		d.Volume, d.State = i.Tag, Attached // its image is gone, and the device keeps it
+		d.Volume, d.State = i.Tag, Attached // its image is gone, as a rule, and the device keeps it
 	}
 	for _, r := range s.Records {
 		if slices.Contains(r.Devices, i.Ref) {
@@ -247,6 +253,15 @@ func (s *Site) device(i loop.Info, mounts []mount.Mount) Device {
 func (s *Site) poolOf(tag string) bool {
 	id, _, ok := image.ParseID(tag)
 	return ok && slices.ContainsFunc(s.Pools, func(p image.PoolView) bool { return p.ID == id })
+}
+
+// removed tells whether a volume is known not to be there: its pool could be looked at as a
+// whole, and has nothing of that ID.
+func (s *Site) removed(id string) bool {
+	return !slices.ContainsFunc(s.Pools, func(p image.PoolView) bool {
+		return p.Err != nil && strings.HasPrefix(id, p.ID+".") ||
+			slices.ContainsFunc(p.Volumes, func(v image.VolumeView) bool { return v.ID == id })
+	})
 }
 
 func (s *Site) volume(v image.VolumeView) Volume {
