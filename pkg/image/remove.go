@@ -45,8 +45,14 @@ func (p *Pool) Remove(ctx context.Context, id string) error {
 	}
 	p.store.kill("remove: committed")
 	p.forget(dir)
+	shared := p.account.sharedOf(dir) > 0
 	p.account.drop(dir)
 	await(ctx, p.eraseAll(gone))
+	if shared {
+		p.endClaims(ctx, p.near(Source{Volume: id}, p.volumeOf(r.Source)))
+		// Others may have shared with it by what is gone. They may be many.
+		p.recountSoon(p.account.sharedDirs())
+	}
 	return nil
 }
 

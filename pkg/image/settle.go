@@ -220,7 +220,7 @@ func (p *Pool) dropCut(ctx context.Context, dir string, r snapshotRecord) {
 		p.leftBehind(snapshotsDir+"/"+dir, err)
 	}
 	await(ctx, p.eraseAll(gone))
-	p.endClaim(ctx, r)
+	p.endClaims(ctx, p.near(Source{Snapshot: VolumeID(p.ID(), dir)}, r.Source))
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.unsettled, dir)

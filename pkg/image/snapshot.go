@@ -126,7 +126,7 @@ func (p *Pool) removeSnapshot(ctx context.Context, dir string, r snapshotRecord)
 	p.store.kill("remove snapshot: committed")
 	p.forgetSnapshot(dir)
 	await(ctx, p.eraseAll(gone))
-	p.endClaim(ctx, r)
+	p.endClaims(ctx, p.near(Source{Snapshot: VolumeID(p.ID(), dir)}, r.Source))
 	return nil
 }
 
@@ -373,21 +373,59 @@ func (p *Pool) recountDue(dir string) bool {
 	return !p.store.now().Before(p.recounts[dir])
 }
 
-// endClaim is recount after the removal of a snapshot. It looks at the volume however
-// short ago that was done: what it claims for blocks that it does not share any more,
-// nobody else gets.
-func (p *Pool) endClaim(ctx context.Context, r snapshotRecord) {
-	volume, ours := p.dirOf(r.Source)
-	due := func() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		delete(p.recounts, volume)
+// endClaims is recount after the removal of what shared blocks with the volumes near it. It
+// looks at them however short ago that was done: what they claim for blocks that they do
+// not share any more, nobody else gets.
+func (p *Pool) endClaims(ctx context.Context, near []string) {
+	for _, dir := range near {
+		if ctx.Err() != nil || p.account.sharedOf(dir) == 0 {
+			continue
+		}
+		if unlock, ok := p.locks.tryLock(dir); ok {
+			p.recountOne(dir)
+			unlock()
+		}
 	}
-	due()
-	p.recount(ctx)
-	if ours && p.account.sharedOf(volume) > 0 {
-		due() // XFS ends the sharing a moment later: before a refusal it is looked at again
+	p.recountSoon(near) // XFS ends the sharing a moment later
+}
+
+// recountSoon lets recount, of which there is one before each refusal, look at volumes again.
+func (p *Pool) recountSoon(dirs []string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, dir := range dirs {
+		delete(p.recounts, dir)
 	}
+}
+
+// near are the directories of the volumes that were made of src, and that of the volume
+// with the ID of, if there is one, which src was made of.
+func (p *Pool) near(src Source, of string) []string {
+	var dirs []string
+	if dir, ours := p.dirOf(of); ours {
+		dirs = append(dirs, dir)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for dir, r := range p.records {
+		if r.Source != nil && *r.Source == src {
+			dirs = append(dirs, dir)
+		}
+	}
+	return dirs
+}
+
+// volumeOf is the ID of the volume that a copy was made of, directly or by a snapshot that
+// is still there; else "".
+func (p *Pool) volumeOf(src *Source) string {
+	if src == nil {
+		return ""
+	}
+	if dir, ours := p.dirOf(src.Snapshot); ours {
+		r, _ := p.getSnapshot(dir)
+		return r.Source
+	}
+	return src.Volume
 }
 
 // recountOne is recount for one volume.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"syscall"
 	"testing"
 	"time"
@@ -117,6 +118,82 @@ func TestRemovalsInARowEndTheClaim(t *testing.T) {
 			p.lag(ctx, 0) // what a refusal does before
 		}
 		wantSharing(t, p, v, 0, 0)
+	})
+}
+
+// What volumes claim for blocks that they shared with a clone, its source or a template is
+// free when that is removed, too, however short ago their extents were looked at.
+func TestRemovedClonesEndTheClaim(t *testing.T) {
+	onEach(t, 640*MiB, func(t *testing.T, fsType, dir string) {
+		_, p := openPool(t, dir)
+		if !p.CanReflink() {
+			return
+		}
+		remove := func(ids ...string) {
+			t.Helper()
+			for _, id := range ids {
+				if err := p.Remove(ctx, id); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		ended := func(v Volume) {
+			t.Helper()
+			if fsType == "xfs" { // frees a removed file a moment after the removal
+				eventually(t, func() error {
+					if n := sharedBytes(t, p, DirName(v.Name), v.Size); n > 0 {
+						return fmt.Errorf("%d bytes are shared", n)
+					}
+					return nil
+				})
+				p.lag(ctx, 0) // what a refusal does before
+			}
+			wantSharing(t, p, v, 0, 0)
+		}
+		v := create(t, p, Spec{Name: "v", Size: 64 * MiB})
+		fill(t, p, v.ID, 0, 64<<20)
+		clone := func(name string, of Source) Volume {
+			t.Helper()
+			return create(t, p, Spec{Name: name, Size: 64 * MiB, Allocation: Thin, Source: &of})
+		}
+		one, two := clone("one", Source{Volume: v.ID}), clone("two", Source{Volume: v.ID})
+		remove(one.ID, two.ID)
+		ended(v)
+
+		snap(t, p, "s", v.ID)
+		one, two = clone("one", Source{Snapshot: VolumeID(p.ID(), "s")}), clone("two", Source{Snapshot: VolumeID(p.ID(), "s")})
+		if err := p.RemoveSnapshot(ctx, VolumeID(p.ID(), "s")); err != nil {
+			t.Fatal(err)
+		}
+		remove(one.ID, two.ID)
+		if fsType != "xfs" {
+			p.lag(ctx, 0) // they shared by what is gone, so that only a refusal looks
+		}
+		ended(v)
+
+		one = clone("one", Source{Volume: v.ID})
+		remove(v.ID)
+		ended(one)
+		remove(one.ID)
+
+		golden := filepath.Join(dir, Incoming, "golden.img")
+		roottest.Run(t, "mkdir", "-p", filepath.Dir(golden))
+		roottest.Run(t, "dd", "if=/dev/urandom", "of="+golden, "bs=1M", "count=16", "conv=fsync", "status=none")
+		f, err := os.Open(golden)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if _, err := p.AddTemplate(ctx, TemplateSpec{Name: "golden", Size: 64 * MiB, BlockSize: 4096}, FileContent{File: f, Path: golden, Length: 16 * MiB, Method: Copy}); err != nil {
+			t.Fatal(err)
+		}
+		one = clone("one", Source{Template: VolumeID(p.ID(), "golden")})
+		wantSharing(t, p, one, MiB, 64*MiB)
+		p.recountOne("one") // just now
+		if err := p.RemoveTemplate(ctx, "golden"); err != nil {
+			t.Fatal(err)
+		}
+		ended(one)
 	})
 }
 

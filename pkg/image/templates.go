@@ -237,7 +237,7 @@ func (p *Pool) RemoveTemplate(ctx context.Context, name string) error {
 	delete(p.templateRecords, name)
 	p.mu.Unlock()
 	await(ctx, p.eraseAll(gone))
-	p.recount(ctx)
+	p.endClaims(ctx, p.near(Source{Template: VolumeID(p.ID(), name)}, ""))
 	return nil
 }
 
