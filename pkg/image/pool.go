@@ -164,6 +164,7 @@ func (p *Pool) refuse(dir string, err error) {
 func (p *Pool) forget(dir string) {
 	p.mu.Lock()
 	delete(p.records, dir)
+	delete(p.recounts, dir) // another volume may get the name
 	p.mu.Unlock()
 	p.store.observers.tell(Change{p.ID(), dir, false})
 }

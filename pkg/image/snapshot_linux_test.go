@@ -197,6 +197,27 @@ func TestRemovedClonesEndTheClaim(t *testing.T) {
 	})
 }
 
+// When a volume's extents were looked at is forgotten with it: it is no memory for names
+// that are gone, and says nothing of another volume of that name.
+func TestLooksAreForgottenWithTheVolume(t *testing.T) {
+	_, p := openPool(t, scratch(t, "xfs", 640*MiB))
+	v := create(t, p, Spec{Name: "v", Size: MiB})
+	fill(t, p, v.ID, 0, 1<<20)
+	for i := range 8 {
+		c := create(t, p, Spec{Name: fmt.Sprint("c", i), Size: MiB, Allocation: Thin, Source: &Source{Volume: v.ID}})
+		p.recountOne(c.Name)
+		if err := p.Remove(ctx, c.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := p.Remove(ctx, v.ID); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(p.recounts); n != 0 {
+		t.Errorf("%d volumes are remembered: %v", n, p.recounts)
+	}
+}
+
 // What a volume shares with a clone is charged after a restart too, also when there
 // are no snapshots.
 func TestSharingWithAClone(t *testing.T) {
