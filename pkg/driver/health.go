@@ -7,6 +7,7 @@ import (
 	"math"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
@@ -110,6 +111,10 @@ func (d *Driver) listed() []string {
 	return slices.Compact(ids)
 }
 
+// listPatience is how long a list of volumes waits for calls that work on them, for all
+// together: there may be many, each with a copy that takes hours.
+const listPatience = time.Second
+
 // ControllerListVolumeHealth lists the volumes with which something is wrong.
 func (s *controllerServer) ControllerListVolumeHealth(ctx context.Context, req *csi.ControllerListVolumeHealthRequest) (*csi.ControllerListVolumeHealthResponse, error) {
 	limit := req.GetMaxEntries()
@@ -124,11 +129,13 @@ func (s *controllerServer) ControllerListVolumeHealth(ctx context.Context, req *
 		limit = pageLimit
 	}
 	resp := &csi.ControllerListVolumeHealthResponse{}
+	wait, cancel := context.WithTimeout(ctx, listPatience)
+	defer cancel()
 	for _, id := range ids {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		found := s.d.imageProblems(ctx, id)
+		found := s.d.imageProblems(wait, id)
 		if len(found) == 0 {
 			continue
 		}

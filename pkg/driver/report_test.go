@@ -248,3 +248,41 @@ func TestAddMessage(t *testing.T) {
 		t.Errorf("%d bytes, end %q", len(text), text[len(text)-40:])
 	}
 }
+
+// TestHealthBesideACopy: a snapshot that is copied for hours keeps neither the list of
+// volumes nor the volume's own health waiting, and is no problem.
+func TestHealthBesideACopy(t *testing.T) {
+	n := newFake(t)
+	busy, broken := n.create("pvc-1", 16*mib, blockCap(oneWriter), nil), n.create("pvc-2", 16*mib, blockCap(oneWriter), nil)
+	n.must(os.Remove(filepath.Join(n.pool[0].Path, "volumes/pvc-2/disk.img")))
+	began, end, ended := make(chan struct{}), make(chan struct{}), make(chan error)
+	go func() {
+		_, err := n.d.images.Pools()[0].Snapshot(context.Background(), image.SnapshotSpec{Name: "s", Source: busy.id}, func(context.Context) (func() error, error) {
+			close(began)
+			<-end
+			return func() error { return nil }, nil
+		})
+		ended <- err
+	}()
+	<-began
+	defer func() {
+		close(end)
+		n.must(<-ended)
+	}()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // so that it fails instead of hanging
+	defer cancel()
+	list, err := n.ctrl.ControllerListVolumeHealth(ctx, &csi.ControllerListVolumeHealthRequest{})
+	n.must(err)
+	if e := list.GetEntries(); len(e) != 1 || e[0].GetVolumeId() != broken.id || e[0].GetHealthStatuses()[0].GetReason() != "ImageMissing" {
+		t.Errorf("listed %v", e)
+	}
+	one, err := n.ctrl.ControllerGetVolumeHealth(ctx, &csi.ControllerGetVolumeHealthRequest{VolumeId: busy.id})
+	n.must(err)
+	onNode, err := n.client.NodeGetVolumeHealth(ctx, &csi.NodeGetVolumeHealthRequest{VolumeId: busy.id})
+	n.must(err)
+	for _, h := range []*csi.VolumeHealth{one.GetVolumeHealth(), onNode.GetVolumeHealth()} {
+		if s := h.GetHealthStatuses(); len(s) > 0 {
+			t.Errorf("%v", s)
+		}
+	}
+}

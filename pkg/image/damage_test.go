@@ -1,6 +1,7 @@
 package image
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -191,5 +192,43 @@ func TestDamageIsWhatIsProved(t *testing.T) {
 		if errors.Is(got, ErrDamaged) != slices.Contains(proofs, err) || !errors.Is(got, err) {
 			t.Errorf("%v: %v", err, got)
 		}
+	}
+}
+
+// TestHealthOfABusyVolume: while a call works on a volume its image is not judged, and
+// whoever cannot wait is told of the rest; an idle one is judged all the same.
+func TestHealthOfABusyVolume(t *testing.T) {
+	dir := poolDir(t)
+	_, p := openPool(t, dir)
+	v := create(t, p, Spec{Name: "v", Size: MiB})
+	if err := os.Remove(filepath.Join(dir, "volumes/v/disk.img")); err != nil {
+		t.Fatal(err)
+	}
+	over, cancel := context.WithCancel(ctx)
+	cancel()
+	health := func(want ...string) {
+		t.Helper()
+		var got []string
+		for _, h := range p.VolumeHealth(over, v.ID) {
+			got = append(got, h.Reason)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%v, want %v", got, want)
+		}
+	}
+	health("ImageMissing")
+	unlock, ok := p.locks.tryLock("v")
+	if !ok {
+		t.Fatal("busy")
+	}
+	health()
+	if err := os.Rename(dir, dir+"-away"); err != nil {
+		t.Fatal(err)
+	}
+	health("PoolInaccessible")
+	unlock()
+	health("ImageMissing", "PoolInaccessible")
+	if err := os.Rename(dir+"-away", dir); err != nil {
+		t.Fatal(err)
 	}
 }

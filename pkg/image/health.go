@@ -225,19 +225,25 @@ func sortProblems(all []Problem) {
 	})
 }
 
+// healthPatience is how long VolumeHealth waits for a call that works on the volume. Most
+// are over by then, and their volume is judged; a copy may take hours.
+const healthPatience = time.Second
+
 // VolumeHealth looks at one volume and its pool, and returns what is wrong with
 // it, worst first. It reads no data. A volume that does not exist is an
-// Inaccessible one.
+// Inaccessible one. Of one that a call works on for longer than healthPatience, or
+// until ctx ends, its image is not judged, as LookAt does not.
 func (p *Pool) VolumeHealth(ctx context.Context, id string) []Problem {
 	dir, ok := p.dirOf(id)
 	if !ok {
 		return []Problem{reasonNotFound.problemf(Inaccessible, "%v: %q", ErrNotFound, id)}
 	}
-	leave, err := p.enter(ctx, dir)
-	if err != nil {
+	if err := p.store.enter(); err != nil {
 		return []Problem{reasonNotChecked.problemf(Inaccessible, "%v", err)}
 	}
-	defer leave()
+	defer p.store.leave()
+	unlock, free := p.idle(ctx, dir)
+	defer unlock()
 	r, err := p.get(dir)
 	switch {
 	case errors.Is(err, ErrNotFound):
@@ -252,9 +258,25 @@ func (p *Pool) VolumeHealth(ctx context.Context, id string) []Problem {
 	case err != nil:
 		all = append(all, reasonPoolInaccessible.problemf(Inaccessible, "%v", err))
 	}
-	all = append(all, p.imageHealth(dir, r)...)
+	if free {
+		all = append(all, p.imageHealth(dir, r)...)
+	}
 	sortProblems(all)
 	return all
+}
+
+// idle takes a volume's lock, if it is free soon.
+func (p *Pool) idle(ctx context.Context, dir string) (unlock func(), free bool) {
+	if unlock, free = p.locks.tryLock(dir); free { // also when ctx has ended
+		return unlock, true
+	}
+	ctx, cancel := context.WithTimeout(ctx, healthPatience)
+	defer cancel()
+	unlock, err := p.locks.lock(ctx, dir)
+	if err != nil {
+		return func() {}, false
+	}
+	return unlock, true
 }
 
 func (p *Pool) imageHealth(dir string, r record) []Problem {

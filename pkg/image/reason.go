@@ -55,7 +55,7 @@ const (
 var reasonTable = [reasons]struct{ word, action string }{
 	reasonNotFound: {"NotFound", "if it was deleted on purpose, delete its PersistentVolume; else mount the right disk as its pool, or restore its directory from a backup"},
 	reasonNotChecked: {
-		"NotChecked", "another call works on the volume, or csi-loop stops: it is looked at again by itself; if it stays so, the log of csi-loop on the node names the call",
+		"NotChecked", "csi-loop stops, or the kernel could not answer just then: it is looked at again by itself; if it stays so, the log of csi-loop on the node says why",
 	},
 	reasonRecordUnreadable: {"RecordUnreadable", restoreRecord},
 	reasonRecordNewer:      {"RecordUnreadable", newerCSILoop},
