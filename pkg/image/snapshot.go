@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -61,12 +62,17 @@ func (p *Pool) probeReflink() *bool {
 		return nil
 	}
 	defer to.Close()
-	err = reflink(to, from)
-	if scarce(err) || errors.Is(opError("", "", err), ErrNoSpace) {
-		return nil
-	}
+	return canReflink(reflink(to, from))
+}
+
+// canReflink is what the error of a reflink says of the filesystem; nil when that is
+// nothing, as of a lack of space or a failed read.
+func canReflink(err error) *bool {
 	can := err == nil
-	return &can
+	if can || errors.Is(err, errors.ErrUnsupported) || errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.ENOTTY) || errors.Is(err, syscall.EXDEV) {
+		return &can
+	}
+	return nil
 }
 
 // Snapshot makes a snapshot of a volume, or finds it made. quiesce is nil for a

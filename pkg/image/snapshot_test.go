@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -256,5 +257,19 @@ func TestGroupRefusals(t *testing.T) {
 	wantError(t, err, ErrNotFound)
 	if n := p.snapshotEntries(t); n != 0 {
 		t.Errorf("%d snapshots are left of a group that failed", n)
+	}
+}
+
+// Only what a kernel says that has no reflinks on a filesystem is taken for that, for as
+// long as the pool is open: an error of the moment would end what volumes claim.
+func TestReflinkThatFailsOnce(t *testing.T) {
+	yes, no := true, false
+	for err, want := range map[error]*bool{
+		nil: &yes, syscall.EOPNOTSUPP: &no, syscall.EINVAL: &no, syscall.ENOTTY: &no, syscall.EXDEV: &no,
+		syscall.EIO: nil, syscall.ENOSPC: nil, syscall.EDQUOT: nil, syscall.ENOMEM: nil, syscall.EINTR: nil, syscall.EROFS: nil, syscall.EPERM: nil,
+	} {
+		if got := canReflink(err); !cmp.Equal(got, want) {
+			t.Errorf("%v: %v", err, got)
+		}
 	}
 }
