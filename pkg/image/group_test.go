@@ -314,3 +314,28 @@ func TestSnapshotOfAGroupThatCannotBeAsked(t *testing.T) {
 	wantNoGroup(t, s, s.Pools()[0], "g")
 	wantAccount(t, s, s.Pools()[0])
 }
+
+// A group is removed while a pool comes in: after its record was found to name a snapshot,
+// and before the snapshot is known. The removal has to find it.
+func TestGroupRemovedWhileItIsSettled(t *testing.T) {
+	s, p, spec := pair(t, poolDir(t))
+	g, err := s.SnapshotGroup(ctx, spec, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, group, _ := ParseID(g.ID)
+	for _, m := range g.Snapshots {
+		p.unsettle(DirName(m.Name)) // as of a pool that was opened just now
+	}
+	found := p.unsettledCuts()
+	if err := p.hideGroup(group, func(string) {}); err != nil {
+		t.Fatal(err)
+	}
+	for dir, r := range found {
+		p.settleCut(ctx, dir, r, p, group)
+	}
+	if err := s.removeStrays(ctx, g.ID); err != nil {
+		t.Fatal(err)
+	}
+	wantNoGroup(t, s, p, spec.Name)
+}

@@ -30,7 +30,7 @@ func (s *Store) settleGroups(ctx context.Context) {
 			record, err := q.getGroup(group)
 			switch {
 			case err == nil && record.names(VolumeID(p.ID(), dir)):
-				p.settleCut(dir, r)
+				p.settleCut(ctx, dir, r, q, group)
 			case err == nil, errors.Is(err, ErrNotFound):
 				p.dropCut(ctx, dir, r)
 			}
@@ -151,7 +151,18 @@ func (p *Pool) unsettledCuts() map[string]snapshotRecord {
 	return maps.Clone(p.unsettled)
 }
 
-func (p *Pool) settleCut(dir string, r snapshotRecord) {
+// settleCut makes a snapshot known that the record of its group in q names. Under the
+// snapshot's lock, which a removal of the group has while the record goes, it looks again:
+// what is settled after that, the removal would not find.
+func (p *Pool) settleCut(ctx context.Context, dir string, r snapshotRecord, q *Pool, group string) {
+	unlock, err := p.locks.lock(ctx, snapshotLock(dir))
+	if err != nil {
+		return
+	}
+	defer unlock()
+	if record, err := q.getGroup(group); err != nil || !record.names(VolumeID(p.ID(), dir)) {
+		return // the removal goes on with it
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if _, ok := p.unsettled[dir]; ok { // not removed meanwhile
