@@ -164,10 +164,14 @@ func (p *Pool) settleCut(ctx context.Context, dir string, r snapshotRecord, q *P
 		return // the removal goes on with it
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if _, ok := p.unsettled[dir]; ok { // not removed meanwhile
+	_, ok := p.unsettled[dir]
+	if ok { // not removed meanwhile
 		delete(p.unsettled, dir)
 		p.cuts[dir] = r
+	}
+	p.mu.Unlock()
+	if ok && p.settled && r.separates() { // else separateAll does it
+		p.separate(dir)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -302,6 +303,61 @@ func TestIndependentSnapshot(t *testing.T) {
 			t.Error("the snapshot has changed")
 		}
 		wantAccount(t, s, p)
+	})
+}
+
+// Independent snapshots of a group of which the pool with the record comes in later are made
+// independent then, and not only at the next start.
+func TestIndependentSnapshotOfALateGroup(t *testing.T) {
+	dir := scratch(t, "xfs", 640*MiB)
+	configs := []Config{{Name: "a", Path: filepath.Join(dir, "a")}, {Name: "b", Path: filepath.Join(dir, "b")}}
+	for _, c := range configs {
+		if err := os.Mkdir(c.Path, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := openStore(ctx, t, 0, configs...)
+	spec := GroupSpec{Name: "g", Independent: true}
+	for _, p := range s.Pools() {
+		v := create(t, p, Spec{Name: "v", Size: 16 * MiB})
+		fill(t, p, v.ID, 0, 16<<20)
+		spec.Sources = append(spec.Sources, v.ID)
+	}
+	g, err := s.SnapshotGroup(ctx, spec, held)
+	if err != nil {
+		t.Fatal(err)
+	}
+	poolID, _, _ := ParseID(g.ID)
+	with, without := 0, 1
+	if poolID == s.Pools()[1].ID() {
+		with, without = 1, 0
+	}
+	id := s.Pools()[without].ID()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	// As if it had been interrupted before the first piece.
+	for _, m := range g.Snapshots {
+		if strings.HasPrefix(m.ID, id) {
+			at := configs[without].Path
+			roottest.Run(t, "cp", "--reflink=always", filepath.Join(at, "volumes/v/disk.img"), filepath.Join(at, "snapshots", DirName(m.Name), "disk.img"))
+		}
+	}
+	back := take(t, configs[with])
+	s = openStore(ctx, t, 0, configs...)
+	p := s.Pools()[0]
+	p.recountOne("v")
+	if got := p.account.sharedOf("v"); got == 0 {
+		t.Fatal("nothing is shared")
+	}
+	back()
+	s.retry(ctx)
+	eventually(t, func() error {
+		p.recountOne("v")
+		if got := p.account.sharedOf("v"); got != 0 {
+			return fmt.Errorf("%d bytes are still shared", got)
+		}
+		return nil
 	})
 }
 
