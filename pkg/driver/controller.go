@@ -158,6 +158,12 @@ func (d *Driver) confirm(src source, req *csi.ValidateVolumeCapabilitiesRequest)
 	if want.MkfsOptions, err = image.ParseMkfsOptions(v.Filesystem, p.mkfsOptions); err != nil {
 		return err
 	}
+	if v.Source != nil { // a copy has both of its source, see parseCopy
+		want.MkfsOptions = v.MkfsOptions
+		if !p.hasBlockSize {
+			want.BlockSize = v.BlockSize
+		}
+	}
 	return compatible(v, want, capacity{}, d.poolName(p.pool))
 }
 

@@ -308,6 +308,40 @@ func TestValidateVolumeCapabilities(t *testing.T) {
 	}
 }
 
+// TestValidateCopies: a copy is confirmed with the parameters that it was made with, and
+// with no others.
+func TestValidateCopies(t *testing.T) {
+	n := newFake(t)
+	v := n.create("v", 16*mib, mountCap("ext4", oneWriter), map[string]string{"mkfsOptions": "-N 1000", "blockSize": "512"})
+	s, err := v.snapshot("s")
+	n.must(err)
+	params := map[string]string{"allocation": "thin", "mkfsOptions": "-N 2000"}
+	made, err := n.copy("c", fromSnapshot(s.GetSnapshotId()), 16*mib, mountCap("ext4", oneWriter), params)
+	n.must(err)
+	for _, c := range []struct {
+		id        string
+		params    map[string]string
+		confirmed bool
+	}{
+		{made.GetVolumeId(), params, true},
+		{made.GetVolumeId(), map[string]string{"allocation": "thin", "blockSize": "512"}, true},
+		{made.GetVolumeId(), map[string]string{"allocation": "thin", "blockSize": "4096"}, false},
+		{made.GetVolumeId(), map[string]string{"allocation": "thin", "mkfsOptions": "--nonsense"}, false},
+		{made.GetVolumeId(), map[string]string{"allocation": "thick"}, false},
+		{v.id, map[string]string{"blockSize": "512"}, false}, // no copy
+		{v.id, map[string]string{"mkfsOptions": "-N 1000"}, false},
+		{v.id, map[string]string{"mkfsOptions": "-N 1000", "blockSize": "512"}, true},
+	} {
+		resp, err := n.ctrl.ValidateVolumeCapabilities(t.Context(), &csi.ValidateVolumeCapabilitiesRequest{
+			VolumeId: c.id, VolumeCapabilities: []*csi.VolumeCapability{mountCap("ext4", oneWriter)}, Parameters: c.params,
+		})
+		n.must(err)
+		if got := resp.GetConfirmed() != nil; got != c.confirmed {
+			t.Errorf("%s, %v: confirmed %v: %s", c.id, c.params, got, resp.GetMessage())
+		}
+	}
+}
+
 func TestExpandImage(t *testing.T) {
 	n := newFake(t)
 	v := n.create("pvc-1", 16*mib, mountCap("ext4", legacy), nil)
