@@ -127,15 +127,7 @@ func (f *forgetting) run(ctx context.Context, client kubeapi.Interface, out io.W
 		fmt.Fprintf(out, "%s\t%s\n", l.pv.Name, what)
 		chosen = append(chosen, l)
 	}
-	var ended []lostSnapshot
-	for _, s := range snapshots {
-		if s.request != nil && !f.claims {
-			fmt.Fprintf(out, "%s\t%s\tpassed over: --claims deletes the %s too\n", s.content.GetName(), s.String(), s.kind.what)
-			continue
-		}
-		fmt.Fprintf(out, "%s\t%s\n", s.content.GetName(), s.String())
-		ended = append(ended, s)
-	}
+	ended := f.choose(snapshots, out)
 	count := fmt.Sprintf("%d PersistentVolumes", len(chosen))
 	if len(ended) > 0 {
 		count += fmt.Sprintf(" and %d contents of snapshots", len(ended))

@@ -125,6 +125,21 @@ func (f *forgetting) lostSnapshots(ctx context.Context, pools []string) ([]lostS
 	return all, nil
 }
 
+// choose says which there are, and keeps those that are to be ended.
+func (f *forgetting) choose(all []lostSnapshot, out io.Writer) []lostSnapshot {
+	var chosen []lostSnapshot
+	for i := range all {
+		s := &all[i]
+		if s.request != nil && !f.claims {
+			fmt.Fprintf(out, "%s\t%s\tpassed over: --claims deletes the %s too\n", s.content.GetName(), s, s.kind.what)
+			continue
+		}
+		fmt.Fprintf(out, "%s\t%s\n", s.content.GetName(), s)
+		chosen = append(chosen, *s)
+	}
+	return chosen
+}
+
 // contents lists those of a kind, in the first version that there is.
 func (f *forgetting) contents(ctx context.Context, k *snapshotKind) ([]unstructured.Unstructured, string, error) {
 	for _, version := range k.versions {

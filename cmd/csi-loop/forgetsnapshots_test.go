@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"errors"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"slices"
 	"strings"
@@ -15,7 +17,9 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/dynamic"
 	dynamicfake "k8s.io/client-go/dynamic/fake"
+	"k8s.io/client-go/rest"
 	clienttesting "k8s.io/client-go/testing"
 	"sigs.k8s.io/yaml"
 
@@ -127,7 +131,7 @@ spec:
 ---
 apiVersion: groupsnapshot.storage.k8s.io/v1
 kind: VolumeGroupSnapshotContent
-metadata: {name: group, uid: content-group}
+metadata: {name: pair, uid: content-group}
 spec:
   driver: csi-loop.io
   deletionPolicy: Delete
@@ -160,7 +164,7 @@ func leftOf(t *testing.T, client *dynamicfake.FakeDynamicClient) string {
 }
 
 const (
-	allSnapshots = "bound elsewhere foreign moved never retained nightly untaken group both"
+	allSnapshots = "bound elsewhere foreign moved never retained nightly untaken pair both"
 	othersOnly   = "elsewhere foreign moved"
 )
 
@@ -176,7 +180,7 @@ func TestForgetSaysWhichSnapshotsItWouldEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		"bound\tsnapshot shop/nightly\tpassed over: --claims", "retained\tno snapshot\n", "never\tsnapshot shop/untaken\tpassed over", "group\tgroup snapshot shop/both\tpassed over",
+		"bound\tsnapshot shop/nightly\tpassed over: --claims", "retained\tno snapshot\n", "never\tsnapshot shop/untaken\tpassed over", "pair\tgroup snapshot shop/both\tpassed over",
 		"pool aaaaaaaaaaaaaaaaaaaa\tits snapshots are passed over: PersistentVolume elsewhere", "3 PersistentVolumes and 1 contents of snapshots would be deleted",
 	} {
 		if !strings.Contains(out.String(), want) {
@@ -232,7 +236,7 @@ func TestForgetEndsSnapshots(t *testing.T) {
 	if diff := cmp.Diff(want, did[:min(4, len(did))]); diff != "" {
 		t.Error(diff)
 	}
-	if last := did[len(did)-1]; !strings.HasPrefix(last, "patch group ") {
+	if last := did[len(did)-1]; !strings.HasPrefix(last, "patch pair ") {
 		t.Errorf("the last was %s, which changes what others have listed", last)
 	}
 
@@ -312,12 +316,24 @@ func TestForgetWithoutSnapshotCRDs(t *testing.T) {
 	}
 	wantLeft(t, client, "elsewhere foreign", "elsewhere reused")
 
+	// As an API server says it, of a path that it does not know.
+	server := httptest.NewServer(http.NotFoundHandler())
+	defer server.Close()
+	served, err := dynamic.NewForConfig(&rest.Config{Host: server.URL})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.dynamic = served
+	if all, err := f.lostSnapshots(t.Context(), []string{lostPool}); err != nil || len(all) != 0 {
+		t.Errorf("%v, %v", all, err)
+	}
+
 	client, f = lossy(ofLostPool()), forgets(t)
 	s = snapshots(t, strings.ReplaceAll(everySnapshot, "groupsnapshot.storage.k8s.io/v1", "groupsnapshot.storage.k8s.io/v1beta2"))
 	f.dynamic = s
 	s.PrependReactor("list", "*", missing("groupsnapshot.storage.k8s.io/v1"))
 	var out bytes.Buffer
-	if err := f.run(t.Context(), kubeapitest.Of(client), &out); err != nil || !strings.Contains(out.String(), "group\tgroup snapshot shop/both") {
+	if err := f.run(t.Context(), kubeapitest.Of(client), &out); err != nil || !strings.Contains(out.String(), "pair\tgroup snapshot shop/both") {
 		t.Errorf("%v, %s", err, out.String())
 	}
 }
