@@ -388,10 +388,14 @@ func (a *account) sharedDirs() []string {
 	return dirs
 }
 
-// drop forgets a volume. Its blocks are free when statfs says so.
+// drop forgets a volume. Its blocks are free when statfs says so, and count when thin
+// volumes are looked at again: till then they would stand for what others discarded.
 func (a *account) drop(dir string) {
 	a.ledger.mu.Lock()
 	defer a.ledger.mu.Unlock()
+	if c := a.charges[dir]; !c.thick {
+		a.ledger.together -= c.allocated
+	}
 	a.set(dir, nil)
 }
 

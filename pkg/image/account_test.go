@@ -129,6 +129,38 @@ func TestDiscardBeforeUse(t *testing.T) {
 	}
 }
 
+// TestDiscardBesideARemoval: the blocks of a thin volume that is being removed are not free
+// yet, and nor is what another one discarded.
+func TestDiscardBesideARemoval(t *testing.T) {
+	const gib = 1 << 30
+	d := &fakeDisk{size: 100 * gib, free: 10*gib + overhead}
+	a := newAccount(newLedger(), d.statfs, Reserve{}, 1)
+	allocated := int64(20 * gib)
+	a.look = func(dir string) {
+		if dir == "thin" {
+			sawBlocks(a, dir, allocated)
+		}
+	}
+	a.put("thin", charge{size: 20 * gib, allocated: allocated}, nil)
+	a.put("removed", charge{size: 8 * gib, allocated: 8 * gib}, nil)
+	a.ledger.look(nil, d.statfs)
+	d.use(-8 * gib) // discarded
+	allocated -= 8 * gib
+	a.drop("removed")
+	r, err := a.take(ctx, Thick, 11*gib)
+	if err == nil {
+		r.release()
+		t.Error("what was discarded was given away")
+	}
+	if got := a.capacity(Thick); got != 10*gib {
+		t.Errorf("capacity is %d, want 10 GiB", got)
+	}
+	d.use(-8 * gib) // removed
+	if got := a.capacity(Thick); got != 18*gib {
+		t.Errorf("capacity is %d, want 18 GiB", got)
+	}
+}
+
 // TestUnusedReservationCountsAgain: what a call reserved and did not use is there for the
 // next one.
 func TestUnusedReservationCountsAgain(t *testing.T) {
