@@ -10,12 +10,13 @@ import (
 	"strings"
 	"testing"
 
+	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// ghost is a bound volume of a node that is not in the cluster.
+// ghost is a bound volume of a node that is not in the cluster, with a snapshot.
 func (e *env) ghost(node string) (volume string) {
 	e.Helper()
 	volume = e.namespace + "-ghost"
@@ -33,12 +34,44 @@ func (e *env) ghost(node string) (volume string) {
 	c.Spec.VolumeName, c.Spec.AccessModes, c.Spec.VolumeMode = volume, pv.Spec.AccessModes, pv.Spec.VolumeMode
 	e.createClaim(c)
 	e.volumeOf("ghost")
+
+	api, handle := e.snapshots().SnapshotV1(), strings.Repeat("a", 20)+".snapshot"
+	must[*snapshotv1.VolumeSnapshotContent](e)(api.VolumeSnapshotContents().Create(e.Context(), &snapshotv1.VolumeSnapshotContent{
+		ObjectMeta: metav1.ObjectMeta{Name: volume},
+		Spec: snapshotv1.VolumeSnapshotContentSpec{
+			Driver: pv.Spec.CSI.Driver, DeletionPolicy: snapshotv1.VolumeSnapshotContentDelete, Source: snapshotv1.VolumeSnapshotContentSource{SnapshotHandle: &handle},
+			VolumeSnapshotRef: corev1.ObjectReference{Namespace: e.namespace, Name: "ghost"},
+		},
+	}, metav1.CreateOptions{}))
+	must[*snapshotv1.VolumeSnapshot](e)(api.VolumeSnapshots(e.namespace).Create(e.Context(), &snapshotv1.VolumeSnapshot{
+		ObjectMeta: metav1.ObjectMeta{Name: "ghost"},
+		Spec:       snapshotv1.VolumeSnapshotSpec{Source: snapshotv1.VolumeSnapshotSource{VolumeSnapshotContentName: &volume}},
+	}, metav1.CreateOptions{}))
+	e.ghostSnapshotIsBound(volume)
 	return volume
 }
 
+func (e *env) ghostSnapshotIsBound(volume string) {
+	e.Helper()
+	e.eventually("the snapshot is bound", patience, func(ctx context.Context) error {
+		api := e.snapshots().SnapshotV1()
+		c, err := api.VolumeSnapshotContents().Get(ctx, volume, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		s, err := api.VolumeSnapshots(e.namespace).Get(ctx, "ghost", metav1.GetOptions{})
+		if err == nil && (c.Spec.VolumeSnapshotRef.UID != s.UID || len(s.Finalizers) == 0) {
+			err = fmt.Errorf("%+v, %q", c.Spec.VolumeSnapshotRef, s.Finalizers)
+		}
+		return err
+	})
+}
+
+const forgotten = "1 PersistentVolumes and 1 contents of snapshots deleted"
+
 // TestNodeThatIsGoneIsForgotten: a claim learns that its node is gone; csi-loop forget
 // refuses a node that is there, and deletes volume and claim of the one that is not.
-// What it saved makes them again, bound to each other.
+// What it saved makes them again, bound to each other. So it is for a snapshot.
 func TestNodeThatIsGoneIsForgotten(t *testing.T) {
 	e := volumes(t)
 	const node = "csi-loop-e2e-no-such-node"
@@ -58,7 +91,7 @@ func TestNodeThatIsGoneIsForgotten(t *testing.T) {
 	if out, err := forget(node); err != nil || !strings.Contains(out, volume) || !strings.Contains(out, "passed over") {
 		t.Errorf("%s, %v", out, err)
 	}
-	if out, err := forget(node, "--claims", "--apply"); err != nil || !strings.Contains(out, "1 PersistentVolumes deleted") {
+	if out, err := forget(node, "--claims", "--apply"); err != nil || !strings.Contains(out, forgotten) {
 		t.Fatalf("%s, %v", out, err)
 	}
 	e.ghostIsGone(volume)
@@ -75,6 +108,7 @@ func TestNodeThatIsGoneIsForgotten(t *testing.T) {
 		if got := e.volumeOf("ghost").Name; got != volume {
 			t.Errorf("the claim has volume %s", got)
 		}
+		e.ghostSnapshotIsBound(volume)
 	}
 	comesBack()
 	if out, err := forget(node, "--claims", "--apply"); err != nil || !strings.Contains(out, "csi-loop-forget-"+node+"-2.yaml") {
@@ -88,7 +122,14 @@ func TestNodeThatIsGoneIsForgotten(t *testing.T) {
 
 func (e *env) ghostIsGone(volume string) {
 	e.Helper()
-	e.eventually("volume and claim are gone", patience, func(ctx context.Context) error {
+	e.eventually("volume, claim and snapshot are gone", patience, func(ctx context.Context) error {
+		api := e.snapshots().SnapshotV1()
+		_, contentErr := api.VolumeSnapshotContents().Get(ctx, volume, metav1.GetOptions{})
+		_, snapshotErr := api.VolumeSnapshots(e.namespace).Get(ctx, "ghost", metav1.GetOptions{})
+		if !apierrors.IsNotFound(contentErr) || !apierrors.IsNotFound(snapshotErr) {
+			return fmt.Errorf("content %w, snapshot %w", or(contentErr), or(snapshotErr))
+		}
+
 		_, err := e.client.CoreV1().PersistentVolumes().Get(ctx, volume, metav1.GetOptions{})
 		_, claimErr := e.client.CoreV1().PersistentVolumeClaims(e.namespace).Get(ctx, "ghost", metav1.GetOptions{})
 		if !apierrors.IsNotFound(err) || !apierrors.IsNotFound(claimErr) {
@@ -134,7 +175,7 @@ func (e *env) forgetsAsShown(node, program, volume string) {
 		if err != nil || !strings.Contains(out, "node \""+node+"\" deleted") {
 			e.Errorf("%s, %v", out, err)
 		}
-		if commands == shown && (!strings.Contains(out, volume) || !strings.Contains(out, "1 PersistentVolumes deleted")) {
+		if commands == shown && (!strings.Contains(out, volume) || !strings.Contains(out, forgotten)) {
 			e.Fatalf("%s", out)
 		}
 	}
