@@ -65,9 +65,13 @@ func (m *Mounter) growMounted(ctx context.Context, spec GrowSpec) error {
 	if err != nil {
 		return err
 	}
-	if frozenNow(spec.Path) {
+	at, _, err := m.At(spec.Path)
+	if err == nil && frozenNow(at) {
+		err = errFrozen
+	}
+	if err != nil {
 		unlock()
-		return errFrozen
+		return err
 	}
 	done := make(chan error, 1)
 	go func() {

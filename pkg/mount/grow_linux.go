@@ -2,6 +2,7 @@ package mount
 
 import (
 	"errors"
+	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -128,19 +129,22 @@ func xfsSize(path string) (Superblock, error) {
 
 // frozen says whether the filesystem that is mounted at path is frozen: the kernel answers
 // EBUSY to a reconfiguration of such a one, also to one that changes nothing, before it
-// looks at anything else (reconfigure_super). All else that tells waits for the thaw. One
-// that is read-only is not asked: what is not said of ro and rw may mean rw to it.
-func frozen(path string) bool {
-	var st unix.Statfs_t
-	_, err := noEINTR(func() (int, error) { return 0, unix.Statfs(path, &st) })
-	if err != nil || st.Flags&unix.ST_RDONLY != 0 {
+// looks at anything else (fact 104). All else that tells waits for the thaw.
+// What would change by not being said is said, or the mount not asked: XFS would take
+// inode64 (xfs_fs_reconfigure), and a filesystem that is read-only may become writable.
+func frozen(m Mount) bool {
+	if m.ReadOnly {
 		return false
 	}
-	fd, err := unix.Fspick(unix.AT_FDCWD, path, unix.FSPICK_CLOEXEC|unix.FSPICK_NO_AUTOMOUNT|unix.FSPICK_SYMLINK_NOFOLLOW)
+	fd, err := unix.Fspick(unix.AT_FDCWD, m.Path, unix.FSPICK_CLOEXEC|unix.FSPICK_NO_AUTOMOUNT|unix.FSPICK_SYMLINK_NOFOLLOW)
 	if err != nil {
 		return false
 	}
 	defer closeFD(fd)
+	const small = "inode32"
+	if slices.Contains(m.SuperOptions, small) && unix.FsconfigSetFlag(fd, small) != nil {
+		return false
+	}
 	return errors.Is(unix.FsconfigReconfigure(fd), unix.EBUSY)
 }
 

@@ -108,17 +108,19 @@ func expectPermission(t *testing.T, err error) {
 // nothing; nor does looking change it.
 func TestGrowOfFrozen(t *testing.T) {
 	roottest.Require(t)
-	for _, fsType := range []string{"xfs", "btrfs", "ext4"} {
+	for fsType, options := range map[string][]string{
+		"xfs": {"inode32", "noatime"}, "btrfs": {"compress=zstd", "nodatasum"}, "ext4": {"commit=30", "lazytime"},
+	} {
 		t.Run(fsType, func(t *testing.T) {
 			m, ctx := New(), t.Context()
 			device, image := loopFS(t, fsType)
 			dir := t.TempDir()
-			mustMount(t, m, Spec{Source: device, Target: dir + "/m", FSType: fsType})
+			mustMount(t, m, Spec{Source: device, Target: dir + "/m", FSType: fsType, Options: options})
 			spec := GrowSpec{FSType: fsType, Device: device, Path: dir + "/m"}
 			enlarge(t, device, image, 64*miB)
 			before, _, err := m.At(spec.Path)
-			if err != nil || frozen(spec.Path) {
-				t.Fatalf("frozen: %t, %v", frozen(spec.Path), err)
+			if err != nil || frozen(before) {
+				t.Fatalf("frozen: %t, %v", frozen(before), err)
 			}
 			roottest.Run(t, "fsfreeze", "--freeze", spec.Path)
 			thaw := sync.OnceFunc(func() { roottest.Run(t, "fsfreeze", "--unfreeze", spec.Path) })
@@ -134,12 +136,12 @@ func TestGrowOfFrozen(t *testing.T) {
 				t.Error(err)
 			}
 			after, _, err := m.At(spec.Path)
-			if err != nil || !slices.Equal(before.Options, after.Options) || before.ReadOnly != after.ReadOnly {
+			if err != nil || !slices.Equal(before.Options, after.Options) || !slices.Equal(before.SuperOptions, after.SuperOptions) {
 				t.Errorf("%+v became %+v: %v", before, after, err)
 			}
 			roottest.Run(t, "mount", "-o", "remount,ro", spec.Path)
-			if frozen(spec.Path) {
-				t.Error("read-only: frozen")
+			if after, _, err = m.At(spec.Path); err != nil || frozen(after) {
+				t.Errorf("read-only: frozen %t, %v", frozen(after), err)
 			}
 			if after, _, err = m.At(spec.Path); err != nil || !after.ReadOnly {
 				t.Errorf("not read-only any more: %+v, %v", after, err)
@@ -151,17 +153,24 @@ func TestGrowOfFrozen(t *testing.T) {
 // What the kernel does not end in time is left to it, and the next call waits for it.
 func TestGrowEndsWithContext(t *testing.T) {
 	roottest.Require(t)
+	for _, fsType := range []string{"xfs", "btrfs"} {
+		t.Run(fsType, func(t *testing.T) { growEndsWithContext(t, fsType) })
+	}
+}
+
+func growEndsWithContext(t *testing.T, fsType string) {
+	t.Helper()
 	m := New()
-	device, image := loopFS(t, "xfs")
+	device, image := loopFS(t, fsType)
 	dir := t.TempDir()
-	mustMount(t, m, Spec{Source: device, Target: dir + "/m", FSType: "xfs"})
-	spec := GrowSpec{FSType: "xfs", Device: device, Path: dir + "/m"}
+	mustMount(t, m, Spec{Source: device, Target: dir + "/m", FSType: fsType})
+	spec := GrowSpec{FSType: fsType, Device: device, Path: dir + "/m"}
 	enlarge(t, device, image, 64*miB)
 	roottest.Run(t, "fsfreeze", "--freeze", spec.Path)
 	thaw := sync.OnceFunc(func() { roottest.Run(t, "fsfreeze", "--unfreeze", spec.Path) })
 	defer thaw()
 	looked := frozenNow
-	frozenNow = func(string) bool { return false } // it is frozen a moment later
+	frozenNow = func(Mount) bool { return false } // it is frozen a moment later
 	defer func() { frozenNow = looked }()
 	for range 2 {
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)

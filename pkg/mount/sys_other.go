@@ -37,7 +37,7 @@ func statmount(uint64) (Mount, error)                  { return Mount{}, errNoSt
 func deviceSize(string) (int64, error)                 { return 0, errors.ErrUnsupported }
 func claimable(string) error                           { return errors.ErrUnsupported }
 func xfsSize(string) (Superblock, error)               { return Superblock{}, errors.ErrUnsupported }
-func frozen(string) bool                               { return false }
+func frozen(Mount) bool                                { return false }
 func growXFS(string, string) error                     { return errors.ErrUnsupported }
 func btrfsSize(string) (Superblock, error)             { return Superblock{}, errors.ErrUnsupported }
 func growBtrfs(string) error                           { return errors.ErrUnsupported }
