@@ -88,15 +88,26 @@ func TestRecoveredByItsMapping(t *testing.T) {
 // A mapping whose node is shown stays, whatever the header says by now: its number would
 // go to another volume.
 func TestShownMappingStays(t *testing.T) {
-	for name, label := range map[string]string{"of another volume": labelOf("other"), "unfinished": labelUnfinished} {
+	for name, c := range map[string]struct {
+		label string
+		lost  bool // the record, but for what the call itself writes
+	}{
+		"of another volume":       {labelOf("other"), false},
+		"unfinished":              {labelUnfinished, false},
+		"of another volume, lost": {labelOf("other"), true},
+		"unfinished, lost":        {labelUnfinished, true},
+	} {
 		t.Run(name, func(t *testing.T) {
 			n, m := newFakeMappings(t)
 			v := n.create("v", 16*mib, blockCap(legacy), encrypted)
 			n.must(v.stageWith(leftKey))
 			n.must(v.publish("a", false))
-			m.writeHeader(v.imageFile(), m.header("/dev/loop0").UUID, label)
+			m.writeHeader(v.imageFile(), m.header("/dev/loop0").UUID, c.label)
 			r := n.record(v.id)
 			r.Device = binding{} // a crash, or a state directory that was lost
+			if c.lost {
+				r.Targets = nil
+			}
 			n.must(n.d.state.put(r))
 			code(t, v.stageWith(leftKey), codes.Aborted)
 			if len(m.over) != 1 || m.formatted != 1 {

@@ -68,6 +68,8 @@ func TestBusyWhileGrowingForReaders(t *testing.T) {
 		t.Errorf("staged: %+v", r)
 	}
 	code(t, c.stage(), codes.Aborted)
+	code(t, c.unstage(), codes.Aborted) // its pod was deleted, and made again
+	code(t, c.stage(), codes.Aborted)
 	n.fake.stuck = false
 	n.must(c.stage())
 	if m, ok, err := n.fake.At(c.staging()); err != nil || !ok || !m.ReadOnly {

@@ -25,10 +25,13 @@ func (d *Driver) stagingRecord(ctx context.Context, id, staging string) (stageRe
 	r.VolumeID, r.StagingPath = id, staging
 	// The path is the caller's word. A filesystem that is not mounted there is
 	// staged elsewhere, and is not written down with a path that is wrong.
-	if shown, err := d.recovered(ctx, &r); err != nil || !shown {
+	shown, err := d.recovered(ctx, &r)
+	if err != nil || !shown {
 		return r, err
 	}
-	d.state.note(ctx, r)
+	if !ok || len(r.Targets) > 0 { // else it was cut short, see endUnfinished
+		d.state.note(ctx, r)
+	}
 	return r, nil
 }
 
@@ -55,6 +58,10 @@ func (d *Driver) endUnfinished(ctx context.Context, r stageRecord) (done bool, e
 		return false, err
 	}
 	left, err := d.publicationsLeft(ctx, r)
+	if err == nil && len(left) == 0 && r.Block && r.Encrypted {
+		// Its mapping is no device of r while its header says that nobody was given it.
+		left, err = d.mappingShown(ctx, r.Device)
+	}
 	if err != nil || len(left) > 0 {
 		return false, err
 	}
@@ -68,6 +75,19 @@ func (d *Driver) endUnfinished(ctx context.Context, r stageRecord) (done bool, e
 		return false, err
 	}
 	return true, d.state.drop(r.VolumeID)
+}
+
+// mappingShown lists where the mapping over a device is mounted, or its node.
+func (d *Driver) mappingShown(ctx context.Context, b binding) ([]string, error) {
+	info, err := d.table.Status(ctx, b.ref())
+	if err != nil {
+		return nil, err
+	}
+	full, err := d.fullBinding(info, true)
+	if err != nil || !full.encrypted() {
+		return nil, err
+	}
+	return d.mountsOf(full)
 }
 
 // recoverStaging completes r from the devices that were bound for its volume. It

@@ -239,8 +239,11 @@ func (d *Driver) stageFilesystem(ctx context.Context, src source, want stageReco
 			return dev.Close()
 		}
 	}
-	if dev.Reused() {
-		return errors.Join(err, dev.Close()) // not this call's to take back
+	if dev.Reused() { // not this call's to take back
+		if len(want.Targets) > 0 { // pods have it, and others may have it too
+			err = errors.Join(err, d.state.put(want))
+		}
+		return errors.Join(err, dev.Close())
 	}
 	if undoErr := d.undoStage(ctx, want, dev); undoErr != nil {
 		return undone(err, undoErr) // the record without device stays and finds it
@@ -311,26 +314,31 @@ func (d *Driver) mountFilesystem(ctx context.Context, spec mount.Spec, src sourc
 	}
 	small := !src.fixed && !sb.FillsDevice(info.Size)
 	if small && src.copied && spec.ReadOnly && !info.ReadOnly {
-		if err := d.growOnce(ctx, spec, sb.Type); err != nil {
+		if err := d.growOnce(ctx, spec, info, sb); err != nil {
 			return err
 		}
 		small = false
 	}
-	err = d.mounts.Mount(ctx, spec)
-	if errors.Is(err, mount.ErrDamaged) && sameFilesystem("ext4", sb.Type) && !info.ReadOnly && !sb.NeedsCheck {
-		// Damage that only the mount finds. The device is claimed by nobody, or the
-		// check refuses.
-		if err = d.mounts.Check(ctx, sb.Type, spec.Source); err == nil {
-			err = d.mounts.Mount(ctx, spec)
-		}
-	}
-	if err != nil {
+	if err := d.mountOrRepair(ctx, spec, info, sb); err != nil {
 		return err
 	}
 	if !small || spec.ReadOnly {
 		return nil
 	}
 	return d.growMounted(ctx, src, spec, sb.Type)
+}
+
+// mountOrRepair mounts a filesystem, and repairs before what only the mount finds. The
+// device is claimed by nobody, or the check refuses.
+func (d *Driver) mountOrRepair(ctx context.Context, spec mount.Spec, info loop.Info, sb mount.Superblock) error {
+	err := d.mounts.Mount(ctx, spec)
+	if !errors.Is(err, mount.ErrDamaged) || !sameFilesystem("ext4", sb.Type) || info.ReadOnly || sb.NeedsCheck {
+		return err
+	}
+	if err := d.mounts.Check(ctx, sb.Type, spec.Source); err != nil {
+		return err
+	}
+	return d.mounts.Mount(ctx, spec)
 }
 
 // undoStage takes back a staging that failed half-way. The mount goes first,

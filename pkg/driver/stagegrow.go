@@ -24,9 +24,9 @@ func (d *Driver) growMounted(ctx context.Context, src source, spec mount.Spec, f
 }
 
 // growOnce grows the filesystem of a copy that is to be used read-only.
-func (d *Driver) growOnce(ctx context.Context, spec mount.Spec, fsType string) error {
-	err, unmountErr := d.growFirst(ctx, spec)
-	if sameFilesystem("ext4", fsType) { // as in growMounted
+func (d *Driver) growOnce(ctx context.Context, spec mount.Spec, info loop.Info, sb mount.Superblock) error {
+	err, unmountErr := d.growFirst(ctx, spec, info, sb)
+	if sameFilesystem("ext4", sb.Type) { // as in growMounted
 		return unmountErr
 	}
 	return errors.Join(err, unmountErr)
@@ -34,9 +34,9 @@ func (d *Driver) growOnce(ctx context.Context, spec mount.Spec, fsType string) e
 
 // growFirst mounts a filesystem, grows it, and unmounts it again. Mounted it grows by its
 // journal, and an end of the machine in the middle harms nothing.
-func (d *Driver) growFirst(ctx context.Context, spec mount.Spec) (err, unmountErr error) {
+func (d *Driver) growFirst(ctx context.Context, spec mount.Spec, info loop.Info, sb mount.Superblock) (err, unmountErr error) {
 	writable := writableSpec(spec)
-	if err := d.mounts.Mount(ctx, writable); err != nil {
+	if err := d.mountOrRepair(ctx, writable, info, sb); err != nil {
 		return nil, err
 	}
 	return d.growAtStage(ctx, writable), d.mounts.Unmount(ctx, spec.Target)
@@ -56,7 +56,7 @@ func (d *Driver) growCopy(ctx context.Context, src source, want stageRecord, sho
 	if err != nil {
 		return err
 	}
-	err, unmountErr := d.growFirst(ctx, spec)
+	err, unmountErr := d.growFirst(ctx, spec, shown, sb)
 	if refusesToGrow(err) && unmountErr == nil {
 		return d.mounts.Grow(ctx, mount.GrowSpec{FSType: spec.FSType, Device: spec.Source})
 	}
@@ -80,10 +80,9 @@ func refusesToGrow(err error) bool {
 // growAtStage grows a filesystem that is smaller than its device. A volume that was
 // expanded is usable either way, so a failure is told and does not fail the staging;
 // NodeExpandVolume reports it to whoever asked for the growth, and the volume's
-// health shows it. A copy that is larger than its source was never as small. It is waited
-// for also when ctx ends: what still grows could not be unmounted.
+// health shows it. A copy that is larger than its source was never as small.
 func (d *Driver) growAtStage(ctx context.Context, spec mount.Spec) error {
-	err := d.mounts.Grow(context.WithoutCancel(ctx), mount.GrowSpec{FSType: spec.FSType, Device: spec.Source, Path: spec.Target})
+	err := d.mounts.Grow(ctx, mount.GrowSpec{FSType: spec.FSType, Device: spec.Source, Path: spec.Target})
 	if err != nil {
 		klog.FromContext(ctx).Error(err, "Filesystem is smaller than its device and could not be grown", "device", spec.Source, "path", spec.Target)
 		return err

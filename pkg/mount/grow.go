@@ -69,6 +69,11 @@ func (m *Mounter) growMounted(ctx context.Context, spec GrowSpec) error {
 	if err == nil && frozenNow(at) {
 		err = errFrozen
 	}
+	var fd int
+	if err == nil {
+		// Before the caller can be gone: what is mounted there later is another filesystem.
+		fd, err = openMount(spec.Path)
+	}
 	if err != nil {
 		unlock()
 		return err
@@ -76,7 +81,8 @@ func (m *Mounter) growMounted(ctx context.Context, spec GrowSpec) error {
 	done := make(chan error, 1)
 	go func() {
 		defer unlock()
-		done <- growOnline(spec)
+		defer closeFD(fd)
+		done <- growOnline(fd, spec)
 	}()
 	select {
 	case err := <-done:
@@ -170,18 +176,19 @@ func wrapOp(op, path string, err error) error {
 	return &OpError{Op: op, Path: path, Err: err}
 }
 
-func growOnline(spec GrowSpec) error {
+// growOnline grows the filesystem of which fd is a directory.
+func growOnline(fd int, spec GrowSpec) error {
 	switch spec.FSType {
 	case "xfs":
-		return growXFS(spec.Device, spec.Path)
+		return growXFS(spec.Device, fd)
 	case "btrfs":
-		return growBtrfs(spec.Path)
+		return growBtrfs(fd)
 	default:
 		sb, err := currentSize(spec)
 		if err != nil {
 			return err
 		}
-		return growExt(spec.Device, spec.Path, sb.BlockSize)
+		return growExt(spec.Device, fd, sb.BlockSize)
 	}
 }
 

@@ -3,6 +3,7 @@ package mount
 import (
 	"errors"
 	"slices"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -73,11 +74,18 @@ func ioctl(fd int, request uint, arg unsafe.Pointer) (int, error) {
 	})
 }
 
-// withOpen opens path for reading and hands it to do.
-func withOpen(path string, flags int, do func(fd int) error) error {
-	fd, err := noEINTR(func() (int, error) {
+// openMount opens where a filesystem is mounted.
+func openMount(path string) (fd int, err error) { return openFor(path, unix.O_NOFOLLOW) }
+
+func openFor(path string, flags int) (fd int, err error) {
+	return noEINTR(func() (int, error) {
 		return unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK|flags, 0)
 	})
+}
+
+// withOpen opens path for reading and hands it to do.
+func withOpen(path string, flags int, do func(fd int) error) error {
+	fd, err := openFor(path, flags)
 	if err != nil {
 		return err
 	}
@@ -127,11 +135,15 @@ func xfsSize(path string) (Superblock, error) {
 	return sb, err
 }
 
+// notKept are what XFS takes from a reconfiguration also if it is not said
+// (xfs_fs_reconfigure).
+var notKept = []string{"inode32", "max_atomic_write"}
+
 // frozen says whether the filesystem that is mounted at path is frozen: the kernel answers
 // EBUSY to a reconfiguration of such a one, also to one that changes nothing, before it
 // looks at anything else (fact 104). All else that tells waits for the thaw.
-// What would change by not being said is said, or the mount not asked: XFS would take
-// inode64 (xfs_fs_reconfigure), and a filesystem that is read-only may become writable.
+// What would change by not being said is said, or the mount not asked: one that is
+// read-only may become writable.
 func frozen(m Mount) bool {
 	if m.ReadOnly {
 		return false
@@ -141,41 +153,47 @@ func frozen(m Mount) bool {
 		return false
 	}
 	defer closeFD(fd)
-	const small = "inode32"
-	if slices.Contains(m.SuperOptions, small) && unix.FsconfigSetFlag(fd, small) != nil {
-		return false
+	for _, o := range m.SuperOptions {
+		key, value, valued := strings.Cut(o, "=")
+		switch {
+		case !slices.Contains(notKept, key):
+			continue
+		case valued:
+			err = unix.FsconfigSetString(fd, key, value)
+		default:
+			err = unix.FsconfigSetFlag(fd, key)
+		}
+		if err != nil {
+			return false
+		}
 	}
 	return errors.Is(unix.FsconfigReconfigure(fd), unix.EBUSY)
 }
 
 // growXFS keeps the share of inodes as it is.
-func growXFS(device, path string) error {
+func growXFS(device string, fd int) error {
 	size, err := deviceSize(device)
 	if err != nil {
 		return err
 	}
-	return withOpen(path, unix.O_NOFOLLOW, func(fd int) error {
-		g, err := xfsGeometryOf(fd)
-		if err != nil || g.blockSize == 0 {
-			return err
-		}
-		arg := xfsGrow{newBlocks: uint64(size) / uint64(g.blockSize), imaxPct: g.imaxPct}
-		_, err = ioctl(fd, xfsGrowFSData, unsafe.Pointer(&arg))
+	g, err := xfsGeometryOf(fd)
+	if err != nil || g.blockSize == 0 {
 		return err
-	})
+	}
+	arg := xfsGrow{newBlocks: uint64(size) / uint64(g.blockSize), imaxPct: g.imaxPct}
+	_, err = ioctl(fd, xfsGrowFSData, unsafe.Pointer(&arg))
+	return err
 }
 
 // growExt asks the ext4 driver, which serves ext2 and ext3 too.
-func growExt(device, path string, blockSize int) error {
+func growExt(device string, fd, blockSize int) error {
 	size, err := deviceSize(device)
 	if err != nil {
 		return err
 	}
 	blocks := uint64(size) / uint64(blockSize)
-	return withOpen(path, unix.O_NOFOLLOW, func(fd int) error {
-		_, err := ioctl(fd, extResizeFS, unsafe.Pointer(&blocks))
-		return err
-	})
+	_, err = ioctl(fd, extResizeFS, unsafe.Pointer(&blocks))
+	return err
 }
 
 // btrfsSectorSize is the smallest unit that btrfs sizes are rounded to.
@@ -195,14 +213,12 @@ func btrfsSize(path string) (Superblock, error) {
 
 // growBtrfs lets device 1 fill what it lies on. A positive answer says that a
 // balance or the like has the filesystem for itself.
-func growBtrfs(path string) error {
-	return withOpen(path, unix.O_NOFOLLOW, func(fd int) error {
-		var arg btrfsVolArgs
-		copy(arg.name[:], "1:max")
-		n, err := ioctl(fd, btrfsResize, unsafe.Pointer(&arg))
-		if err == nil && n > 0 {
-			return unix.EBUSY
-		}
-		return err
-	})
+func growBtrfs(fd int) error {
+	var arg btrfsVolArgs
+	copy(arg.name[:], "1:max")
+	n, err := ioctl(fd, btrfsResize, unsafe.Pointer(&arg))
+	if err == nil && n > 0 {
+		return unix.EBUSY
+	}
+	return err
 }

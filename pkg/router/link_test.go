@@ -438,7 +438,19 @@ func TestDuplicatePool(t *testing.T) {
 	if n := c.router.Stats().DuplicatePools; n != 0 {
 		t.Fatalf("%d duplicate pools though the copy is away", n)
 	}
+	// The first comes and goes while the copy is away.
+	a.stop()
+	c.linked()
+	a.up()
+	c.linked(a)
+	a.stop()
+	c.linked()
 	b.up()
+	c.linked(b)
+	if code := del("y"); code != codes.Unavailable {
+		t.Fatalf("the copy that came back to nobody answers %s", code)
+	}
+	a.up()
 	c.linked(a, b)
 	a.stop()
 	c.roster.set("a", false)

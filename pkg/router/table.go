@@ -176,16 +176,16 @@ func (t *table) claim(n *node, p *pool, before standing) (_ duplicate, is bool) 
 		t.index(p)
 		return duplicate{}, false
 	}
-	for i, other := range slices.Clone(t.pools[p.id]) {
-		// What is known of a pool on a node that is away ends when the pool is found
-		// elsewhere: the disk was moved. If the two were there together, it was not.
-		if other.node.session == nil && before != copyOfPool {
-			t.drop(other)
-			delete(other.node.pools, p.id)
-			if i == 0 {
-				before = placeOfPool
+	// What is known of a pool on a node that is away ends when the pool is found
+	// elsewhere: the disk was moved. If the two were there together, it was not.
+	if claims := t.pools[p.id]; before == noClaim && len(claims) > 0 && claims[0].node.session == nil {
+		for _, other := range slices.Clone(claims) {
+			if other.node.session == nil {
+				t.drop(other)
+				delete(other.node.pools, p.id)
 			}
 		}
+		before = placeOfPool
 	}
 	claims := t.pools[p.id]
 	switch {
@@ -194,11 +194,14 @@ func (t *table) claim(n *node, p *pool, before standing) (_ duplicate, is bool) 
 		t.index(p)
 		return duplicate{}, false
 	case before == placeOfPool:
-		first := claims[0]
-		t.unindex(first)
-		t.pools[p.id] = slices.Insert(claims, 0, p)
+		t.unindex(claims[0])
+		t.pools[p.id] = slices.Insert(slices.Clone(claims), 0, p)
 		t.index(p)
-		return duplicateOf(p, n, first.node), true
+		linked := slices.IndexFunc(claims, func(o *pool) bool { return o.node.session != nil })
+		if linked < 0 {
+			return duplicate{}, false
+		}
+		return duplicateOf(p, n, claims[linked].node), true
 	default:
 		t.pools[p.id] = append(claims, p)
 		return duplicateOf(p, claims[0].node, n), true

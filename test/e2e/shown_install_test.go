@@ -29,6 +29,7 @@ func TestInstallAsShown(t *testing.T) {
 	e.nameImage()
 	const (
 		list      = `kubectl get pv -o jsonpath='{range .items[?(@.spec.csi.driver=="csi-loop.io")]}{.metadata.name} of {.spec.claimRef.namespace}/{.spec.claimRef.name}{"\n"}{end}'`
+		snapshots = `kubectl get volumesnapshotcontents -o jsonpath='{range .items[?(@.spec.driver=="csi-loop.io")]}{.metadata.name} of {.spec.volumeSnapshotRef.namespace}/{.spec.volumeSnapshotRef.name}{"\n"}{end}'`
 		uninstall = "helm uninstall csi-loop --namespace csi-loop"
 	)
 	r.run(uninstall)
@@ -54,9 +55,11 @@ func TestInstallAsShown(t *testing.T) {
 	e.isDrained(r)
 	e.keepsData()
 	e.empties()
-	e.eventually("no volume is listed", patience, func(context.Context) error {
-		if out, err := r.sh(r.shown(list)); err != nil || out != "" {
-			return fmt.Errorf("there is %s: %w", out, or(err))
+	e.eventually("nothing is listed", patience, func(context.Context) error {
+		for _, what := range []string{list, snapshots} {
+			if out, err := r.sh(r.shown(what)); err != nil || out != "" {
+				return fmt.Errorf("there is %s: %w", out, or(err))
+			}
 		}
 		return nil
 	})
