@@ -315,7 +315,8 @@ func TestCopyIsCut(t *testing.T) {
 			code(t, err, codes.Aborted)
 			<-reached
 			cut(c, a, b)
-			if b.got("v") != nil {
+			// On a slow machine the rest may come while the stop waits.
+			if got := b.got("v"); got != nil && !bytes.Equal(got, content) {
 				t.Fatal("made of a part")
 			}
 			c.linked(a.fakeNode, b.fakeNode)
