@@ -19,9 +19,6 @@ import (
 // copiedLife is the life of the copies of a volume that is in use all the time: it is
 // frozen for each of them.
 func copiedLife() []step {
-	rpc := func(name string, do func(v *volume) error) step { return step{name: name, do: do} }
-	free := func(name string, do func(v *volume) error) step { return step{name: name, do: do, free: true} }
-	end := func(name string, do func(v *volume) error) step { return step{name: name, do: do, ends: true} }
 	return []step{
 		free("create", (*volume).create),
 		free("stage", (*volume).stage),
@@ -47,16 +44,13 @@ func copiedLife() []step {
 // stagedCopyLife is the life of a copy that is larger than its source, and whose filesystem
 // grows when it is mounted first.
 func stagedCopyLife() []step {
-	rpc := func(name string, do func(v *volume) error) step { return step{name: name, do: do} }
-	free := func(name string, do func(v *volume) error) step { return step{name: name, do: do, free: true} }
-	end := func(name string, do func(v *volume) error) step { return step{name: name, do: do, ends: true} }
 	return []step{
 		free("create", (*volume).create),
 		free("stage", (*volume).stage),
 		free("publish", func(v *volume) error { return v.publish(0) }),
 		free("write", (*volume).write),
 		free("clone", func(v *volume) error { return v.larger().create() }),
-		rpc("stage clone", func(v *volume) error { return v.stageLarger() }),
+		rpc("stage clone", (*volume).stageLarger),
 		end("unstage clone", func(v *volume) error { return v.larger().unstage() }),
 		free("prove clone", func(v *volume) error { return prove(v.larger()) }),
 		free("delete clone", func(v *volume) error { return v.larger().remove() }),

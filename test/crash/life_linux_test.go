@@ -20,12 +20,15 @@ type step struct {
 	ends bool
 }
 
+func rpc(name string, do func(v *volume) error) step { return step{name: name, do: do} }
+
+func free(name string, do func(v *volume) error) step { return step{name: name, do: do, free: true} }
+
+func end(name string, do func(v *volume) error) step { return step{name: name, do: do, ends: true} }
+
 // life is the whole life of a volume of kind k. To add an RPC to the tests, add it
 // here, and what it makes to leftovers.
 func (k kind) life() []step {
-	rpc := func(name string, do func(v *volume) error) step { return step{name: name, do: do} }
-	free := func(name string, do func(v *volume) error) step { return step{name: name, do: do, free: true} }
-	end := func(name string, do func(v *volume) error) step { return step{name: name, do: do, ends: true} }
 	publish, unpublish := func(v *volume) error { return v.publish(0) }, func(v *volume) error { return v.unpublish(0) }
 	if k.ephemeral { // its data goes with its one publication
 		return []step{rpc("publish", publish), free("write", (*volume).write), end("unpublish", unpublish)}
