@@ -105,7 +105,8 @@ func (d *Driver) fullBinding(info loop.Info, encrypted bool) (binding, error) {
 
 // recoveredBinding is fullBinding for a staging whose record does not tell that it was
 // done. A mapping whose content is not finished does not count: it would be used, and
-// made anew by the staging after that. A filesystem is mounted only when it is finished.
+// made anew by the staging after that. That of a filesystem counts: it may be mounted, also
+// before it is the volume's own (growCopy), and is found by that.
 // Any other mapping counts, whatever its header says by now: it may be in use, and it is
 // by its numbers that publications of it are found.
 func (d *Driver) recoveredBinding(ctx context.Context, info loop.Info, r stageRecord) (binding, error) {
@@ -122,7 +123,7 @@ func (d *Driver) recoveredBinding(ctx context.Context, info loop.Info, r stageRe
 
 // inForce says whether a staging can be handed out: what the record describes is alive,
 // and the device of a raw block volume is held. A start that could not look into the
-// volume's pool takes up what a crash left, so that it can be taken down; of an
+// volume's pool may take up what a crash left, so that it can be taken down; of an
 // encrypted raw block volume it may be a mapping whose content the next staging would
 // make anew, or the device with the ciphertext. Neither is handed out.
 func (d *Driver) inForce(ctx context.Context, r stageRecord) (bool, error) {

@@ -77,8 +77,6 @@ func TestEncryptedCrash(t *testing.T) {
 				key := badKey // nobody has data under the other one
 				if at == "after relabel" || strings.HasSuffix(at, "closeLast") {
 					e.clean() // the start has taken down what nobody was told of
-				}
-				if at == "after relabel" || strings.HasSuffix(at, "closeLast") {
 					e.wantCode(e.stage(id, c, e.key(key)), codes.InvalidArgument, "does not open the volume")
 					key = goodKey
 				}

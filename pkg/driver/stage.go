@@ -100,12 +100,12 @@ func (d *Driver) alreadyStaged(ctx context.Context, want *stageRecord) (bool, er
 	if err != nil {
 		return false, err
 	}
-	if !live && have.Device.none() {
-		if done, err := d.endUnfinished(ctx, have); err != nil || done {
-			return false, err
+	if !live { // stage anew
+		if have.Device.none() {
+			if done, err := d.endUnfinished(ctx, have); err != nil || done {
+				return false, err
+			}
 		}
-	}
-	if !live { // a record without its device: stage anew
 		if err := d.releaseCleared(have); err != nil {
 			return false, err
 		}
