@@ -358,6 +358,15 @@ func within(tb testing.TB, d time.Duration, what string, ok func() bool) {
 	}
 }
 
+// holdBack holds something up until it is opened, or the test ends: one that fails
+// before must not wait for what it holds itself.
+func holdBack(tb testing.TB) (open func(), opened <-chan struct{}) {
+	held := make(chan struct{})
+	open = sync.OnceFunc(func() { close(held) })
+	context.AfterFunc(tb.Context(), open) // before any Cleanup
+	return open, held
+}
+
 // fakePool is a disk: it outlives the node's process.
 type fakePool struct {
 	id, name string

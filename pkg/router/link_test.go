@@ -137,18 +137,20 @@ func TestLostAnswer(t *testing.T) {
 func TestCutInCreate(t *testing.T) {
 	c := newCluster(t)
 	r := newRelay(t, c.address)
-	a, b := c.node("a", newDisk(t, "default", 10*gib)), c.node("b", newDisk(t, "default", gib)).up()
-	c.router.cfg.Self = r.address() // so that the node keeps to the relay
-	a.address = r.address()
-	begun, finish := make(chan struct{}, 2), make(chan struct{})
+	c.router.cfg.Self = r.address() // so that the nodes keep to the relay
+	a, b := c.node("a", newDisk(t, "default", 10*gib)), c.node("b", newDisk(t, "default", gib))
+	a.address, b.address = r.address(), r.address()
+	begun := make(chan struct{}, 2)
+	finish, finished := holdBack(t)
 	a.hook = func(_ context.Context, step string) error {
 		if step == "before" {
 			begun <- struct{}{}
-			<-finish // deaf to its context, as mkfs is
+			<-finished // deaf to its context, as mkfs is
 		}
 		return nil
 	}
 	a.up()
+	b.up()
 	c.linked(a, b)
 	answer := make(chan error)
 	go func() {
@@ -164,10 +166,17 @@ func TestCutInCreate(t *testing.T) {
 	})
 	r.cut()
 	code(t, <-answer, codes.Unavailable)
-	c.linked(a, b) // the node does not wait for its call to end
-	_, err := c.csi.CreateVolume(t.Context(), create("x", 1, nil))
-	code(t, err, codes.Aborted)
-	close(finish)
+	// The node does not wait for its call to end before it dials again.
+	eventually(t, "the call meets the one that goes on", func() bool {
+		_, err := c.csi.CreateVolume(t.Context(), create("x", 1, nil))
+		if status.Code(err) == codes.Unavailable {
+			return false // the first link still counts, or none does
+		}
+		code(t, err, codes.Aborted)
+		return true
+	})
+	c.linked(a, b)
+	finish()
 	eventually(t, "the call is answered", func() bool {
 		_, err := c.csi.CreateVolume(t.Context(), create("x", 1, nil))
 		if err != nil {
@@ -184,11 +193,12 @@ func TestCutInCreate(t *testing.T) {
 func TestControllerRestartInCreate(t *testing.T) {
 	c := newCluster(t)
 	a, b := c.node("a", newDisk(t, "default", 10*gib)), c.node("b", newDisk(t, "default", gib)).up()
-	begun, finish := make(chan struct{}, 1), make(chan struct{})
+	begun := make(chan struct{}, 1)
+	finish, finished := holdBack(t)
 	a.hook = func(_ context.Context, step string) error {
 		if step == "before" {
 			begun <- struct{}{}
-			<-finish // deaf to its context
+			<-finished // deaf to its context
 		}
 		return nil
 	}
@@ -219,7 +229,7 @@ func TestControllerRestartInCreate(t *testing.T) {
 	c.linked(a, b)
 	_, err := c.csi.CreateVolume(t.Context(), create("x", 1, nil))
 	code(t, err, codes.Aborted)
-	close(finish)
+	finish()
 	<-stopped
 	eventually(t, "it is made", func() bool {
 		_, err := c.csi.CreateVolume(t.Context(), create("x", 1, nil))
@@ -788,11 +798,12 @@ func TestReplicas(t *testing.T) {
 func TestOrderlyStop(t *testing.T) {
 	c := newCluster(t)
 	a := c.node("a", newDisk(t, "default", gib))
-	begun, finish := make(chan struct{}), make(chan struct{})
+	begun := make(chan struct{})
+	finish, finished := holdBack(t)
 	a.hook = func(_ context.Context, step string) error {
 		if step == "before" {
 			close(begun)
-			<-finish
+			<-finished
 		}
 		return nil
 	}
@@ -810,7 +821,7 @@ func TestOrderlyStop(t *testing.T) {
 		close(stopped)
 	}()
 	c.linked()
-	close(finish)
+	finish()
 	if err := <-answer; err != nil && status.Code(err) != codes.Unavailable {
 		t.Error(err)
 	}

@@ -262,10 +262,10 @@ func TestEndlessDescription(t *testing.T) {
 func TestCopyOutlivesItsCall(t *testing.T) {
 	c := newCluster(t)
 	a, b, id, content := twoNodes(t, c)
-	gate := make(chan struct{})
+	open, opened := holdBack(t)
 	a.sending = func(_ context.Context, n int) error {
 		if n == 3 {
-			<-gate
+			<-opened
 		}
 		return nil
 	}
@@ -280,7 +280,7 @@ func TestCopyOutlivesItsCall(t *testing.T) {
 		_, err = c.csi.CreateVolume(t.Context(), restore("v", id, b.fakeNode))
 		code(t, err, codes.Aborted)
 	}
-	close(gate)
+	open()
 	c.repeated(t, restore("v", id, b.fakeNode))
 	if b.count("copy") != 1 || a.sent() != 1 || !bytes.Equal(b.got("v"), content) {
 		t.Errorf("%d copies, sent %d times", b.count("copy"), a.sent())
@@ -338,10 +338,10 @@ func TestCopyMeetsAnotherReplica(t *testing.T) {
 	c := newCluster(t)
 	r := c.replica()
 	a, b, id, content := twoNodes(t, c)
-	gate := make(chan struct{})
+	open, opened := holdBack(t)
 	a.sending = func(_ context.Context, n int) error {
 		if n == 3 {
-			<-gate
+			<-opened
 		}
 		return nil
 	}
@@ -356,7 +356,7 @@ func TestCopyMeetsAnotherReplica(t *testing.T) {
 	code(t, err, codes.Aborted)
 	_, err = r.csi.CreateVolume(t.Context(), restore("v", id, b.fakeNode))
 	code(t, err, codes.Aborted)
-	close(gate)
+	open()
 	r.repeated(t, restore("v", id, b.fakeNode))
 	if b.count("copy") != 1 || a.sent() != 1 || !bytes.Equal(b.got("v"), content) {
 		t.Errorf("%d copies, sent %d times", b.count("copy"), a.sent())
