@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
@@ -67,7 +68,9 @@ func TestReportWithoutEnd(t *testing.T) {
 	c := newCluster(t)
 	a, b := c.node("a", newDisk(t, "default", gib)), c.node("b", newDisk(t, "default", gib))
 	var m report.Machine
-	c.router.reports.most = 2 * link.MaxAnswer // what it is takes long to send under the race detector
+	// What these are takes long to send under the race detector.
+	c.router.reports.most = 2 * link.MaxAnswer
+	c.router.reports.patience = time.Minute
 	text := strings.Repeat("x", link.MaxAnswer/report.PageSize*3/4)
 	for i := range c.router.reports.most / len(text) {
 		m.Volumes = append(m.Volumes, report.Volume{ID: fmt.Sprintf("%s.%06d", a.pools[0].id, i), Name: text})

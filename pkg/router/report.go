@@ -29,12 +29,15 @@ const (
 
 // reports makes one report at a time.
 type reports struct {
-	most int            // bytes of one node's; maxReport but in tests
-	busy chan struct{}  // capacity 1; full while somebody makes one
-	last report.Cluster // guarded by busy
+	most     int            // bytes of one node's; maxReport but in tests
+	patience time.Duration  // with one node; reportTime but in tests
+	busy     chan struct{}  // capacity 1; full while somebody makes one
+	last     report.Cluster // guarded by busy
 }
 
-func newReports() reports { return reports{most: maxReport, busy: make(chan struct{}, 1)} }
+func newReports() reports {
+	return reports{most: maxReport, patience: reportTime, busy: make(chan struct{}, 1)}
+}
 
 // Report asks all linked nodes what is on them. It is at most 3 s old. A node that
 // does not answer is in it with the reason; the error is ctx's. The lists are shared,
@@ -80,7 +83,7 @@ func (r *Router) look(ctx context.Context) report.Cluster {
 			continue
 		}
 		group.Go(func() error {
-			ctx, cancel := context.WithTimeout(ctx, reportTime)
+			ctx, cancel := context.WithTimeout(ctx, r.reports.patience)
 			defer cancel()
 			var err error
 			if n.Machine, err = r.reportOf(ctx, s); err != nil {
