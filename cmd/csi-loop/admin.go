@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -85,6 +86,14 @@ func (o *operator) show(out io.Writer, v any, table func(w io.Writer)) error {
 	return w.Flush()
 }
 
+// row writes one of a table. Nodes, which may be anybody's, chose some of the words.
+func row(w io.Writer, cells ...string) {
+	for i := range cells {
+		cells[i] = printable(cells[i])
+	}
+	fmt.Fprintln(w, strings.Join(cells, "\t"))
+}
+
 func age(t time.Time) string {
 	if t.IsZero() {
 		return "-"
@@ -123,14 +132,14 @@ func nodeTable(w io.Writer, nodes []router.Node) {
 	for _, n := range nodes {
 		version := or(n.Version, "-")
 		if len(n.Pools) == 0 {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t-\t-\t-\t-\n", n.Name, n.State, age(n.Since), version)
+			row(w, n.Name, n.State, age(n.Since), version, "-", "-", "-", "-")
 		}
 		for _, p := range n.Pools {
 			free := size(p.Free)
 			if p.ServedBy != "" {
 				free = "refused: a copy of the pool on " + p.ServedBy
 			}
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s\n", n.Name, n.State, age(n.Since), version, p.Name, p.ID, p.Volumes, free)
+			row(w, n.Name, n.State, age(n.Since), version, p.Name, p.ID, strconv.Itoa(p.Volumes), free)
 		}
 	}
 }

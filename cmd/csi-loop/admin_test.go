@@ -118,6 +118,13 @@ func TestTables(t *testing.T) {
 			t.Errorf("%q is not in\n%s", want, b.String())
 		}
 	}
+	// A node's words do not move the cursor, nor make lines.
+	b.Reset()
+	orphanTable(&b, router.OrphanReport{Orphans: []router.Orphan{{ID: "p.v\x1b[2J\nn\tp.w", Node: "n", Reason: router.OrphanElsewhere}}})
+	nodeTable(&b, []router.Node{{Name: "n", State: router.NodeLinked, Version: "v1\r\x9b"}})
+	if strings.Count(b.String(), "\n") != 4 || strings.ContainsAny(b.String(), "\x1b\r\u009b") {
+		t.Errorf("%q", b.String())
+	}
 }
 
 func TestChoose(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"maps"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -30,9 +31,12 @@ and everything goes on by itself. Delete the Node object first (kubectl delete n
 NAME), which ends its pods; for the CSINode, which Kubernetes deletes after it, forget
 waits a minute. Without --apply it says what it would do, and does nothing.
 
-The snapshots are those of the pools of the volumes, by the ID that a handle begins
-with. Those of a pool that has no volume are found with --pool-id. A pool that has a
-volume on another node was moved there, and its snapshots are passed over.
+Which pool a volume or a snapshot is in is the ID that its handle begins with, and is
+listed. With --pool-id only what is in the pools that are named is deleted, also the
+snapshots of one that has no volume left. --apply asks for it where the volumes are of
+several pools: one of them may be alive, on a node that was made anew under the name, or
+on a disk that is to be moved. A pool that has a volume on another node was moved there,
+and its snapshots are passed over.
 
 With --apply all PersistentVolumes, VolumeSnapshotContents, with the policy Retain, and
 their claims and VolumeSnapshots are written to the file --save, which must not be
@@ -74,7 +78,7 @@ func newForgetCommand() *cobra.Command {
 	f.cluster.register(c.Flags())
 	c.Flags().StringVar(&f.driver, "driver-name", driver.DefaultName, "name of the driver")
 	c.Flags().StringVar(&f.save, "save", "", "file for what is deleted (default: csi-loop-forget-<NODE>.yaml, or -2.yaml and so on)")
-	c.Flags().StringSliceVar(&f.pools, "pool-id", nil, "ID of a pool that the node had, for snapshots of pools without volumes; may be repeated")
+	c.Flags().StringSliceVar(&f.pools, "pool-id", nil, "ID of a pool that is lost: only what was in it is deleted; may be repeated")
 	c.Flags().BoolVar(&f.claims, "claims", false, "delete the claims of the volumes, and the VolumeSnapshots, too")
 	c.Flags().BoolVar(&f.apply, "apply", false, "do it")
 	c.RunE = func(c *cobra.Command, args []string) error {
@@ -97,6 +101,12 @@ type lost struct {
 	claim *corev1.PersistentVolumeClaim // nil: there is none
 }
 
+// pool is the ID of its pool, "" where the handle has none: no volume of csi-loop.
+func (l lost) pool() string {
+	id, _, _ := image.ParseID(l.pv.Spec.CSI.VolumeHandle)
+	return id
+}
+
 // run deletes, or says what would be deleted.
 func (f *forgetting) run(ctx context.Context, client kubeapi.Interface, out io.Writer) error {
 	if err := f.gone(ctx, client); err != nil {
@@ -106,11 +116,11 @@ func (f *forgetting) run(ctx context.Context, client kubeapi.Interface, out io.W
 	if err != nil {
 		return err
 	}
-	pools, err := f.lostPools(all, elsewhere, out)
+	all, pools, err := f.lostPools(all, elsewhere, out)
 	if err != nil {
 		return err
 	}
-	snapshots, err := f.lostSnapshots(ctx, pools)
+	snapshots, err := f.lostSnapshots(ctx, f.withoutMoved(pools, elsewhere, out))
 	if err != nil {
 		return err
 	}
@@ -121,10 +131,10 @@ func (f *forgetting) run(ctx context.Context, client kubeapi.Interface, out io.W
 			what = "claim " + l.claim.Namespace + "/" + l.claim.Name
 		}
 		if l.claim != nil && !f.claims {
-			fmt.Fprintf(out, "%s\t%s\tpassed over: --claims deletes the claim too\n", l.pv.Name, what)
+			fmt.Fprintf(out, "%s\t%s\t%s\tpassed over: --claims deletes the claim too\n", l.pv.Name, l.pool(), what)
 			continue
 		}
-		fmt.Fprintf(out, "%s\t%s\n", l.pv.Name, what)
+		fmt.Fprintf(out, "%s\t%s\t%s\n", l.pv.Name, l.pool(), what)
 		chosen = append(chosen, l)
 	}
 	ended := f.choose(snapshots, out)
@@ -137,8 +147,14 @@ func (f *forgetting) run(ctx context.Context, client kubeapi.Interface, out io.W
 		fmt.Fprintln(out, "Nothing to do.")
 		return nil
 	case !f.apply:
-		fmt.Fprintf(out, "%s would be deleted; --apply does it.\n", count)
+		how := "--apply does it"
+		if len(f.pools) == 0 && len(pools) > 1 {
+			how = "--apply does it once --pool-id names those of the pools that are lost: " + strings.Join(pools, ", ")
+		}
+		fmt.Fprintf(out, "%s would be deleted; %s.\n", count, how)
 		return nil
+	case len(f.pools) == 0 && len(pools) > 1:
+		return usagef("the volumes are of %d pools: name those that are lost, each with --pool-id: %s", len(pools), strings.Join(pools, ", "))
 	}
 	saved, err := f.keep(chosen, ended)
 	if err != nil {

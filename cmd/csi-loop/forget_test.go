@@ -91,7 +91,7 @@ func TestForgetSaysWhatItWouldDo(t *testing.T) {
 	if err := f.run(t.Context(), kubeapitest.Of(client), &out); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"bound\tclaim shop/bound\tpassed over", "released\tno claim\n", "reused\tno claim\n", "2 PersistentVolumes would be deleted"} {
+	for _, want := range []string{"bound\t" + movedPool + "\tclaim shop/bound\tpassed over", "released\t" + movedPool + "\tno claim\n", "reused\t" + movedPool + "\tno claim\n", "2 PersistentVolumes would be deleted"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("%q is not in\n%s", want, out.String())
 		}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -55,6 +56,7 @@ type lostSnapshot struct {
 	version          string
 	content, request *unstructured.Unstructured // the request is nil where there is none
 	handle           string                     // "": it was never taken
+	pool             string                     // ID
 }
 
 func (s *lostSnapshot) resource(name string) schema.GroupVersionResource {
@@ -69,31 +71,46 @@ func (s *lostSnapshot) String() string {
 	return s.kind.what + " " + s.request.GetNamespace() + "/" + s.request.GetName()
 }
 
-// lostPools are the pools whose snapshots are lost with the node: those of its volumes,
-// and those that were named. A pool with volumes elsewhere was moved with its disk.
-func (f *forgetting) lostPools(all []lost, elsewhere map[string]string, out io.Writer) ([]string, error) {
-	var pools []string
+// lostPools are those that were named, and otherwise those of the volumes. Of the volumes
+// it returns those that are in them, and says which are not.
+func (f *forgetting) lostPools(all []lost, elsewhere map[string]string, out io.Writer) (volumes []lost, pools []string, err error) {
+	here := map[string]bool{}
+	for _, l := range all {
+		if id := l.pool(); id != "" {
+			here[id] = true
+		}
+	}
+	if len(f.pools) == 0 {
+		return all, slices.Sorted(maps.Keys(here)), nil
+	}
 	for _, id := range f.pools {
 		if _, _, ok := image.ParseID(image.VolumeID(id, "x")); !ok {
-			return nil, usagef("--pool-id %q: is not the ID of a pool", id)
+			return nil, nil, usagef("--pool-id %q: is not the ID of a pool", id)
 		}
-		if pv, ok := elsewhere[id]; ok {
-			return nil, fmt.Errorf("--pool-id %s: the pool is not lost: PersistentVolume %s of it is not on node %s", id, pv, f.node)
+		if pv, ok := elsewhere[id]; ok && !here[id] {
+			return nil, nil, fmt.Errorf("--pool-id %s: the pool is not lost: PersistentVolume %s of it is not on node %s", id, pv, f.node)
 		}
-		pools = append(pools, id)
 	}
 	for _, l := range all {
-		if id, _, ok := image.ParseID(l.pv.Spec.CSI.VolumeHandle); ok && !slices.Contains(pools, id) {
-			pools = append(pools, id)
+		if slices.Contains(f.pools, l.pool()) {
+			volumes = append(volumes, l)
+		} else {
+			fmt.Fprintf(out, "%s\t%s\tpassed over: of another pool\n", l.pv.Name, l.pool())
 		}
 	}
-	return slices.DeleteFunc(pools, func(id string) bool {
+	return volumes, f.pools, nil
+}
+
+// withoutMoved leaves out, and says, of which pools the snapshots are not lost: one that
+// has volumes elsewhere was moved with its disk.
+func (f *forgetting) withoutMoved(pools []string, elsewhere map[string]string, out io.Writer) []string {
+	return slices.DeleteFunc(slices.Clone(pools), func(id string) bool {
 		pv, ok := elsewhere[id]
 		if ok {
 			fmt.Fprintf(out, "pool %s\tits snapshots are passed over: PersistentVolume %s of it is not on node %s\n", id, pv, f.node)
 		}
 		return ok
-	}), nil
+	})
 }
 
 // lostSnapshots lists the snapshots of pools. A cluster that does not know a kind has none.
@@ -112,8 +129,8 @@ func (f *forgetting) lostSnapshots(ctx context.Context, pools []string) ([]lostS
 			if of == "" {
 				of = stringAt(s.content, k.volumes...)
 			}
-			pool, _, ok := image.ParseID(of)
-			if stringAt(s.content, []string{"spec", "driver"}) != f.driver || !ok || !slices.Contains(pools, pool) {
+			var ok bool
+			if s.pool, _, ok = image.ParseID(of); stringAt(s.content, []string{"spec", "driver"}) != f.driver || !ok || !slices.Contains(pools, s.pool) {
 				continue
 			}
 			if s.request, err = f.request(ctx, &s); err != nil {
@@ -131,10 +148,10 @@ func (f *forgetting) choose(all []lostSnapshot, out io.Writer) []lostSnapshot {
 	for i := range all {
 		s := &all[i]
 		if s.request != nil && !f.claims {
-			fmt.Fprintf(out, "%s\t%s\tpassed over: --claims deletes the %s too\n", s.content.GetName(), s, s.kind.what)
+			fmt.Fprintf(out, "%s\t%s\t%s\tpassed over: --claims deletes the %s too\n", s.content.GetName(), s.pool, s, s.kind.what)
 			continue
 		}
-		fmt.Fprintf(out, "%s\t%s\n", s.content.GetName(), s)
+		fmt.Fprintf(out, "%s\t%s\t%s\n", s.content.GetName(), s.pool, s)
 		chosen = append(chosen, *s)
 	}
 	return chosen

@@ -180,7 +180,8 @@ func TestForgetSaysWhichSnapshotsItWouldEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		"bound\tsnapshot shop/nightly\tpassed over: --claims", "retained\tno snapshot\n", "never\tsnapshot shop/untaken\tpassed over", "pair\tgroup snapshot shop/both\tpassed over",
+		"bound\t" + lostPool + "\tsnapshot shop/nightly\tpassed over: --claims", "retained\t" + lostPool + "\tno snapshot\n",
+		"never\t" + lostPool + "\tsnapshot shop/untaken\tpassed over", "pair\t" + lostPool + "\tgroup snapshot shop/both\tpassed over",
 		"pool aaaaaaaaaaaaaaaaaaaa\tits snapshots are passed over: PersistentVolume elsewhere", "3 PersistentVolumes and 1 contents of snapshots would be deleted",
 	} {
 		if !strings.Contains(out.String(), want) {
@@ -200,7 +201,7 @@ func TestForgetSaysWhichSnapshotsItWouldEnd(t *testing.T) {
 // Without --claims only what no VolumeSnapshot has goes.
 func TestForgetEndsContentsWithoutSnapshots(t *testing.T) {
 	client, f, s := lossy(ofLostPool()), forgets(t), snapshots(t, everySnapshot)
-	f.dynamic, f.apply = s, true
+	f.dynamic, f.apply, f.pools = s, true, []string{movedPool, lostPool}
 	if err := f.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}); err != nil {
 		t.Fatal(err)
 	}
@@ -213,7 +214,7 @@ func TestForgetEndsContentsWithoutSnapshots(t *testing.T) {
 // there can be made again.
 func TestForgetEndsSnapshots(t *testing.T) {
 	client, f, s := lossy(ofLostPool()), forgets(t), snapshots(t, everySnapshot)
-	f.dynamic, f.apply, f.claims = s, true, true
+	f.dynamic, f.apply, f.claims, f.pools = s, true, true, []string{movedPool, lostPool}
 	if err := f.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}); err != nil {
 		t.Fatal(err)
 	}
@@ -277,26 +278,68 @@ func TestForgetEndsSnapshots(t *testing.T) {
 	}
 }
 
-// A pool of which no volume is left is named, but not one that is on another node.
-func TestForgetSnapshotsOfNamedPools(t *testing.T) {
-	client, f, s := lossy(), forgets(t), snapshots(t, everySnapshot)
+// A pool of which no volume is left is named, but not one that is on another node. What is
+// in pools that are not named stays.
+func TestForgetNamedPools(t *testing.T) {
+	const another = "bbbbbbbbbbbbbbbbbbbb"
+	moved := persistent("moved", another, "b", corev1.PersistentVolumeReclaimDelete)
+	client, f, s := lossy(moved), forgets(t), snapshots(t, everySnapshot)
 	f.dynamic, f.apply, f.claims = s, true, true
-	for id, want := range map[string]string{movedPool: "the pool is not lost: PersistentVolume elsewhere", "c": "is not the ID of a pool"} {
+	for id, want := range map[string]string{another: "the pool is not lost: PersistentVolume moved", "c": "is not the ID of a pool"} {
 		f.pools = []string{id}
 		if err := f.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v does not say %q", id, err, want)
 		}
 	}
-	wantLeft(t, client, everyVolume, everyClaim)
+	volumes := strings.Replace(everyVolume, "foreign ", "foreign moved ", 1)
+	wantLeft(t, client, volumes, everyClaim)
 	if got := leftOf(t, s); got != allSnapshots {
 		t.Errorf("left: %s", got)
 	}
 	f.pools = []string{lostPool}
+	var out bytes.Buffer
+	if err := f.run(t.Context(), kubeapitest.Of(client), &out); err != nil {
+		t.Fatal(err)
+	}
+	if want := "bound\t" + movedPool + "\tpassed over: of another pool\n"; !strings.Contains(out.String(), want) {
+		t.Errorf("%q is not in\n%s", want, out.String())
+	}
+	wantLeft(t, client, volumes, everyClaim)
+	if got := leftOf(t, s); got != othersOnly {
+		t.Errorf("left: %s; want %s", got, othersOnly)
+	}
+}
+
+// A node that was made anew under its name has volumes that live beside those that are
+// lost: which pool is lost, only who asks can know.
+func TestForgetOfSeveralPools(t *testing.T) {
+	alive := persistent("alive", lostPool, "a", corev1.PersistentVolumeReclaimDelete)
+	client, f, s := lossy(alive), forgets(t), snapshots(t, everySnapshot)
+	f.dynamic, f.claims = s, true
+	var out bytes.Buffer
+	if err := f.run(t.Context(), kubeapitest.Of(client), &out); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"alive\t" + lostPool + "\tno claim\n", "once --pool-id names those of the pools that are lost: " + movedPool + ", " + lostPool} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("%q is not in\n%s", want, out.String())
+		}
+	}
+	f.apply = true
+	if err := f.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}); !errors.As(err, new(*usageError)) || !strings.Contains(err.Error(), "2 pools") {
+		t.Error(err)
+	}
+	wantLeft(t, client, "alive "+everyVolume, everyClaim)
+	if _, err := os.Stat(f.save); !os.IsNotExist(err) {
+		t.Error("it saved something", err)
+	}
+	f.pools = []string{movedPool}
 	if err := f.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}); err != nil {
 		t.Fatal(err)
 	}
-	if got := leftOf(t, s); got != othersOnly {
-		t.Errorf("left: %s; want %s", got, othersOnly)
+	wantLeft(t, client, "alive elsewhere foreign", "elsewhere reused")
+	if got := leftOf(t, s); got != allSnapshots {
+		t.Errorf("left: %s", got)
 	}
 }
 
@@ -333,7 +376,7 @@ func TestForgetWithoutSnapshotCRDs(t *testing.T) {
 	f.dynamic = s
 	s.PrependReactor("list", "*", missing("groupsnapshot.storage.k8s.io/v1"))
 	var out bytes.Buffer
-	if err := f.run(t.Context(), kubeapitest.Of(client), &out); err != nil || !strings.Contains(out.String(), "pair\tgroup snapshot shop/both") {
+	if err := f.run(t.Context(), kubeapitest.Of(client), &out); err != nil || !strings.Contains(out.String(), "pair\t"+lostPool+"\tgroup snapshot shop/both") {
 		t.Errorf("%v, %s", err, out.String())
 	}
 }
@@ -342,7 +385,7 @@ func TestForgetWithoutSnapshotCRDs(t *testing.T) {
 func TestForgetKeepsVolumesWhoseSnapshotsStay(t *testing.T) {
 	for verb, changed := range map[string]string{"list": "", "patch": "Retain"} {
 		client, f, s := lossy(ofLostPool()), forgets(t), snapshots(t, everySnapshot)
-		f.dynamic, f.apply, f.claims = s, true, true
+		f.dynamic, f.apply, f.claims, f.pools = s, true, true, []string{movedPool, lostPool}
 		s.PrependReactor(verb, "volumesnapshotcontents", func(a clienttesting.Action) (bool, runtime.Object, error) {
 			p, is := a.(clienttesting.PatchAction)
 			return !is || strings.Contains(string(p.GetPatch()), changed), nil, errors.New("it was modified")

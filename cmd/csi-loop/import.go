@@ -88,7 +88,7 @@ func (f *importFlags) check() (namespace, claim string, err error) {
 	case !ok || len(validation.IsDNS1123Label(namespace)) > 0 || len(validation.IsDNS1123Subdomain(claim)) > 0:
 		return "", "", usagef("--claim %q: is not NAMESPACE/NAME", f.claim)
 	case f.name == "":
-		f.name = namespace + "-" + claim
+		f.name = namespace + "." + claim // no namespace has a dot: no two claims have one name
 	}
 	switch {
 	case len(validation.IsDNS1123Subdomain(f.name)) > 0 || len(f.name) > 128:

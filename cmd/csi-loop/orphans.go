@@ -38,7 +38,7 @@ until somebody removes them.
 			}
 			err = o.show(c.OutOrStdout(), report, func(w io.Writer) { orphanTable(w, report) })
 			if len(report.Unseen) > 0 {
-				fmt.Fprintln(c.ErrOrStderr(), "Not looked at, because they are not linked or did not answer: "+strings.Join(report.Unseen, ", "))
+				fmt.Fprintln(c.ErrOrStderr(), "Not looked at, because they are not linked or did not answer: "+printable(strings.Join(report.Unseen, ", ")))
 			}
 			return err
 		})
@@ -63,7 +63,7 @@ func orphanTable(w io.Writer, report router.OrphanReport) {
 		if v.PV != "" {
 			reason += ": its claim has " + v.PV
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", v.Node, v.ID, size(v.Size), age(v.Since), reason)
+		row(w, v.Node, v.ID, size(v.Size), age(v.Since), reason)
 	}
 }
 

@@ -98,7 +98,8 @@ func served(ctx context.Context, endpoint string, work func(context.Context, ste
 func (s *stewardCommand) alone(ctx context.Context, c config, work func(context.Context, steward) error) (err error) {
 	c.Mode = modeAll
 	c.linkConfig = defaultLinkConfig()
-	if c.Endpoint == "" {
+	asked := c.Endpoint != ""
+	if !asked {
 		c.Endpoint = "unix:///none.sock" // not opened
 	}
 	p, err := c.resolve(thisBuild().Version)
@@ -118,6 +119,9 @@ func (s *stewardCommand) alone(ctx context.Context, c config, work func(context.
 	defer func() { err = errors.Join(err, loops.Close()) }()
 	images, err := image.Open(ctx, p.pools, image.WithRefresh(0))
 	if err != nil {
+		if !asked {
+			return fmt.Errorf("no csi-loop was asked, as no --endpoint and no --config name its socket, and the pools cannot be opened: %w", err)
+		}
 		return fmt.Errorf("no csi-loop answers on its socket, and the pools cannot be opened: %w", err)
 	}
 	defer func() { err = errors.Join(err, images.Close()) }()
@@ -183,7 +187,15 @@ func (f *contentFlags) request(path string) (r driver.TakeInRequest, err error) 
 	defer file.Close()
 	id, err := loop.FileIDOf(file)
 	r.Dev, r.Ino = id.Dev, id.Ino
-	return r, failed(err)
+	if err != nil || r.Method == image.Move {
+		return r, failed(err)
+	}
+	st, err := file.Stat()
+	if err != nil {
+		return r, failed(err)
+	}
+	r.Modified = st.ModTime().UnixNano()
+	return r, nil
 }
 
 // whereItWas is what filepath.EvalSymlinks made of a path while there was a file: a volume
@@ -213,8 +225,10 @@ func whereItWas(path string) string {
 func takeIn(ctx context.Context, s steward, r driver.TakeInRequest, show io.Writer) (driver.TakeInProgress, error) {
 	bar := newProgress(show)
 	defer bar.end()
+	r.Begin = true
 	for {
 		p, err := s.TakeIn(ctx, r)
+		r.Begin = false
 		if err == nil && !p.Done {
 			bar.show(p.Copied, p.All)
 			continue

@@ -91,6 +91,15 @@ func (j *jobs) end(key, method, wish string) {
 	}
 }
 
+// forget forgets how a job ended that nobody waits for any more.
+func (j *jobs) forget(key, method string) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if job, ok := j.all[key]; ok && job.method == method && job.ended() {
+		j.drop(key, job)
+	}
+}
+
 // join finds the job, or starts it.
 func (j *jobs) join(ctx context.Context, key, method, wish string, prepare func() (func(ctx context.Context) error, error)) (*job, error) {
 	j.mu.Lock()

@@ -27,10 +27,12 @@ type TakeInRequest struct {
 	Pool     string `json:"pool,omitempty"`     // "" is the default pool
 
 	// File is an absolute path, as this process sees it; Dev and Ino say which file the
-	// asker means.
-	File string `json:"file"`
-	Dev  uint64 `json:"dev"`
-	Ino  uint64 `json:"ino"`
+	// asker means, and Modified when it was changed last, in nanoseconds since 1970: it is
+	// another request once the file has changed. 0 for a file that is moved.
+	File     string `json:"file"`
+	Dev      uint64 `json:"dev"`
+	Ino      uint64 `json:"ino"`
+	Modified int64  `json:"modified,omitempty"`
 	// The range: a partition, or what is from Offset on, Length bytes or all.
 	Partition int   `json:"partition,omitempty"`
 	Offset    int64 `json:"offset,omitempty"`
@@ -44,6 +46,9 @@ type TakeInRequest struct {
 	DirectIO   string       `json:"directIO,omitempty"`   // "" is auto
 	BlockSize  int          `json:"blockSize,omitempty"`  // 0 is what fits the content
 
+	// Begin: the asker has not asked before. The request may go on for somebody else, and
+	// is joined then; how it ended for one who did not wait for that is no answer.
+	Begin  bool `json:"begin,omitempty"`
 	Cancel bool `json:"cancel,omitempty"` // end the same request, which was made before
 }
 
@@ -93,8 +98,8 @@ const takeInPatience = time.Second
 // is not what the request says, FAILED_PRECONDITION for one that is in use, or that no
 // volume can be made of.
 func (d *Driver) TakeIn(ctx context.Context, r TakeInRequest) (TakeInProgress, error) {
-	cancel := r.Cancel
-	r.Cancel = false
+	begin, cancel := r.Begin, r.Cancel
+	r.Begin, r.Cancel = false, false
 	wish, err := json.Marshal(r)
 	if err != nil {
 		return TakeInProgress{}, err
@@ -109,6 +114,9 @@ func (d *Driver) TakeIn(ctx context.Context, r TakeInRequest) (TakeInProgress, e
 	if cancel {
 		d.jobs.end(key, adminTakeIn, string(wish))
 		return TakeInProgress{}, nil
+	}
+	if begin {
+		d.jobs.forget(key, adminTakeIn)
 	}
 	count, _ := d.takingIn.LoadOrStore(key, &takeInCount{})
 	counted, _ := count.(*takeInCount)
@@ -189,8 +197,8 @@ func (d *Driver) prepareTakeIn(r TakeInRequest, key string, count *takeInCount) 
 	}
 	return func(ctx context.Context) error {
 		defer unlock()
-		if d.movedBefore(r) {
-			return nil
+		if moved, err := d.movedBefore(r); moved || err != nil {
+			return err
 		}
 		f, err := openTakeIn(r)
 		if err != nil {
@@ -228,12 +236,23 @@ func (d *Driver) prepareTakeIn(r TakeInRequest, key string, count *takeInCount) 
 
 // movedBefore tells whether the request is a move that was completed: then there is no
 // file any more.
-func (d *Driver) movedBefore(r TakeInRequest) bool {
+func (d *Driver) movedBefore(r TakeInRequest) (bool, error) {
 	have, ok := d.images.Find(r.Name)
 	if _, err := os.Lstat(r.File); !ok || r.Template || r.Method != image.Move || !errors.Is(err, os.ErrNotExist) {
-		return false
+		return false, nil
 	}
-	return have.Source != nil && have.Source.File == r.File
+	if have.Source == nil || have.Source.File != r.File {
+		return false, nil
+	}
+	// Its old name may be gone, and not yet durably so.
+	parent, err := os.Open(filepath.Dir(r.File))
+	if err != nil {
+		if errors.Is(err, os.ErrNotExist) {
+			err = nil
+		}
+		return true, err
+	}
+	return true, errors.Join(parent.Sync(), parent.Close())
 }
 
 // openTakeIn opens the file that the request means.

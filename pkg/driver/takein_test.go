@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -159,6 +160,47 @@ func TestTakeInChangedFile(t *testing.T) {
 	n.must(Admin{Conn: n.conn}.RemoveTemplate(t.Context(), "", "golden"))
 	_, err = n.takeIn(r)
 	n.must(err)
+}
+
+// TestTakeInEndedUnseen: how a request ended whose asker went away is no answer to one who
+// asks anew, of a file that has changed since.
+func TestTakeInEndedUnseen(t *testing.T) {
+	n := newFake(t)
+	path := n.golden("golden.img", "mkfs.ext4", "-q", "-F")
+	for _, r := range []TakeInRequest{
+		{Name: "golden", File: path, Template: true, Method: image.Copy},
+		{Name: "golden", File: path, Method: image.Copy},
+		{Name: "missing", File: path + "-none", Method: image.Copy},
+	} {
+		gone, leave := context.WithCancel(t.Context())
+		leave()
+		if p, err := n.d.TakeIn(gone, r); p.Done {
+			t.Fatal("it was waited for", err) // the job ends later
+		}
+		n.d.jobs.mu.Lock()
+		running := maps.Clone(n.d.jobs.all)
+		n.d.jobs.mu.Unlock()
+		for _, job := range running {
+			<-job.done
+		}
+		if len(running) != 1 {
+			t.Fatalf("%d requests go on", len(running))
+		}
+		want := image.ErrIncompatible.Error()
+		if r.Name == "missing" {
+			n.must(os.WriteFile(r.File, make([]byte, mib), 0o600))
+			want = "unknown filesystem"
+		} else {
+			f, err := os.OpenFile(path, os.O_WRONLY, 0)
+			n.must(err)
+			_, err = f.WriteAt([]byte("other"), 100)
+			n.must(errors.Join(err, f.Close()))
+		}
+		r.Begin = true
+		if _, err := n.takeIn(r); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s, template: %t: asked anew: %v", r.Name, r.Template, err)
+		}
+	}
 }
 
 // TestTakeInFromThePoolsMount: a file in a pool's directory for that is moved, and what

@@ -42,6 +42,24 @@ func (e *erasers) stop() {
 	e.work.Wait()
 }
 
+// Erased waits until nothing that was removed is being erased any more, or for ctx, with
+// its error. Precondition: no calls are made meanwhile.
+func (s *Store) Erased(ctx context.Context) error {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for _, p := range s.Pools() {
+			p.erasers.work.Wait()
+		}
+	}()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // discard removes what is not a volume or snapshot yet, or no more: work below the
 // pool's root that nobody knows. It waits for that, but not longer than patience. What
 // cannot be removed is a problem of the pool's health.

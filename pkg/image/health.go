@@ -216,6 +216,20 @@ func RecordProblem(err error) Problem {
 	return either(err, reasonRecordUnreadable, reasonRecordNewer).problemf(Inaccessible, "%v", err)
 }
 
+// SnapshotProblem is what the error of a snapshot or a template that is refused means for
+// it. damaged says that it is of no more use, and not just written by a newer csi-loop,
+// or not to be looked at now.
+func SnapshotProblem(err error) (problem Problem, damaged bool) {
+	switch {
+	case errors.Is(err, errNewer):
+		return reasonSnapshotNewer.problemf(Inaccessible, "%v", err), false
+	case errors.Is(err, ErrDamaged):
+		return reasonSnapshotRefused.problemf(Inaccessible, "%v", err), true
+	default:
+		return reasonNotChecked.problemf(Inaccessible, "it cannot be looked at: %v", err), false
+	}
+}
+
 func sortProblems(all []Problem) {
 	slices.SortFunc(all, func(a, b Problem) int {
 		if a.Kind != b.Kind {

@@ -178,7 +178,7 @@ func (p *Pool) finishMove(dir string, c FileContent) error {
 		return nil
 	}
 	st, err := p.imageStat(dir)
-	if err != nil || st.Links == 1 { // it was moved before
+	if err != nil {
 		return opError("look at", imageFile, err)
 	}
 	parent, err := openPath(filepath.Dir(c.Path))
@@ -186,6 +186,9 @@ func (p *Pool) finishMove(dir string, c FileContent) error {
 		return opError("open", filepath.Dir(c.Path), err)
 	}
 	defer parent.Close()
+	if st.Links == 1 { // it was moved before, but perhaps not durably
+		return opError("sync", parent.Name(), parent.Sync())
+	}
 	name := filepath.Base(c.Path)
 	if at, err := statAt(parent, name); err != nil || at.Dev != st.Dev || at.Ino != st.Ino {
 		return fmt.Errorf("%w: %s was renamed meanwhile: remove its new name, as the file is the image of a volume", ErrContent, c.Path)

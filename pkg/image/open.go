@@ -44,7 +44,7 @@ func (p *Pool) open(ctx context.Context) error {
 		return err
 	}
 	if other, ok := set.byID[p.ID()]; ok {
-		return conflict(p.config, "it has the same ID %s as pool %q at %s: one is a copy of the other; remove the copy, or its pool.json and volumes",
+		return conflict(p.config, "it has the same ID %s as pool %q at %s: one is a copy of the other. Take one of them out of the configuration; if both are needed, the copy gets an ID of its own with csi-loop pool reinit",
 			p.ID(), other.Name(), other.Path())
 	}
 	return p.openContent(ctx, uuid)

@@ -61,7 +61,7 @@ var reasonTable = [reasons]struct{ word, action string }{
 	reasonRecordNewer:      {"RecordUnreadable", newerCSILoop},
 	reasonPoolInaccessible: {"PoolInaccessible", "mend the pool first: the kernel log of the node says why its disk failed; then restart csi-loop there"},
 	reasonImageMissing: {
-		"ImageMissing", "as long as a loop device shows it, its data is there: copy it from the device before the pods are deleted; else restore it from a snapshot or a backup" + brokenImage,
+		"ImageMissing", "as long as a loop device shows it, its data is there: hold the device open before the pods are deleted, and copy it from there; else restore it from a snapshot or a backup" + brokenImage,
 	},
 	reasonImageUnreadable:   {"ImageUnreadable", "the kernel log of the node says whether the disk fails: copy what can be read, and restore the rest from a snapshot or a backup"},
 	reasonImageTruncated:    {"ImageTruncated", "what was cut off is lost: stop the pods, save what is left, and restore it from a snapshot or a backup" + brokenImage},

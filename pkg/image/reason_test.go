@@ -29,7 +29,7 @@ func TestActionsMend(t *testing.T) {
 		"missing": {
 			damage: func(d string) error { return os.Remove(filepath.Join(d, imageFile)) },
 			mend:   func(d string) error { return os.Rename(filepath.Join(d, whole), filepath.Join(d, imageFile)) },
-			reason: "ImageMissing", says: "copy it from the device before the pods are deleted; else restore it",
+			reason: "ImageMissing", says: "hold the device open before the pods are deleted, and copy it from there; else restore it",
 		},
 		"truncated": {
 			damage: func(d string) error { return os.Truncate(filepath.Join(d, imageFile), MiB) },

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/csi-loop/csi-loop/internal/roottest"
@@ -202,14 +203,17 @@ func TestSite(t *testing.T) {
 		"a mapped one that did not grow": {change: func(s *Site, _ *Config) { s.Devices[0].small, s.Records[0].Mapped = true, "/img" }},
 		"as many devices as allowed":     {change: func(_ *Site, c *Config) { c.MaxDevices = 1 }, want: []string{"warning loop devices: 1 are attached, the limit is 1"}},
 		"snapshots": {change: func(s *Site, _ *Config) {
-			s.Snapshots = []Snapshot{{ID: "a", State: Ready}, {ID: "b", State: Refused, Problem: "p"}, {ID: "c", State: Damaged, Problem: "q"}, {ID: "d", State: Unfinished, Group: "g"}}
-		}, want: []string{"problem snapshot b: refused: p", "problem snapshot c: damaged: q", "warning snapshot d: it is part of a group snapshot (g)"}},
+			s.Snapshots = []Snapshot{{ID: "a", State: Ready}, {ID: "b", State: Refused, Problem: "p", fix: "do so"}, {ID: "c", State: Damaged, Problem: "q"}, {ID: "d", State: Unfinished, Group: "g"}}
+		}, want: []string{"problem snapshot b: refused: p -> do so", "problem snapshot c: damaged: q", "warning snapshot d: it is part of a group snapshot (g)"}},
 		"a group snapshot under way": {change: func(s *Site, _ *Config) {
 			s.Snapshots = []Snapshot{{ID: "d", State: Unfinished, Group: "g"}}
 		}, serving: true, want: []string{"note snapshot d"}},
 		"templates": {change: func(s *Site, _ *Config) {
-			s.Pools[0].Templates = []image.TemplateView{{ID: "a.sound"}, {ID: "a.refused", Err: image.ErrDamaged}, {ID: "a.short", ImageErr: image.ErrDamaged}}
-		}, want: []string{"problem template a.refused: damaged -> stop csi-loop, rm -r /p/templates/refused", "problem template a.short: damaged"}},
+			s.Pools[0].Templates = []image.TemplateView{{ID: "a.sound"}, {ID: "a.refused", Err: image.ErrDamaged}, {ID: "a.short", ImageErr: image.ErrDamaged}, {ID: "a.deaf", ImageErr: syscall.EIO}}
+		}, want: []string{
+			"problem template a.refused: damaged -> stop csi-loop on the node and restore the directory from a backup", "problem template a.short: damaged",
+			"problem template a.deaf: input/output error -> csi-loop stops, or the kernel could not answer just then",
+		}},
 		"what cannot be looked at": {change: func(s *Site, _ *Config) {
 			s.Blind, s.Devices = []error{os.ErrPermission}, nil
 		}, want: []string{"problem node: cannot look: permission denied"}},

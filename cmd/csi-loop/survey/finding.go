@@ -192,7 +192,7 @@ func (f *findings) snapshot(v Snapshot, serving bool) {
 	subject := "snapshot " + v.ID
 	switch v.State {
 	case Refused, Damaged:
-		f.addf(Problem, subject, "make another snapshot; restore this one's directory from a backup if it is needed", "%s: %s", v.State, v.Problem)
+		f.addf(Problem, subject, v.fix, "%s: %s", v.State, v.Problem)
 	case Unfinished:
 		level := Warning
 		if serving {
@@ -219,7 +219,11 @@ func (f *findings) template(p image.PoolView, v image.TemplateView) {
 	}
 	_, dir, _ := strings.Cut(v.ID, ".")
 	path := Quote(filepath.Join(p.Path, "templates", dir))
-	f.addf(Problem, "template "+v.ID, "stop csi-loop, rm -r "+path+", start it, and make the template anew: no volume needs the old one", "%v", err)
+	fix, damaged := image.SnapshotProblem(err)
+	if damaged {
+		fix.Action += "; the template is " + path + ", and no volume needs it: where its source is still there, stop csi-loop, rm -r " + path + ", start it, and make the template anew"
+	}
+	f.addf(Problem, "template "+v.ID, fix.Action, "%v", err)
 }
 
 func (f *findings) devices(s *Site) {

@@ -83,6 +83,8 @@ type Snapshot struct {
 	Created    *time.Time `json:"created,omitempty"`
 	State      string     `json:"state"`
 	Problem    string     `json:"problem,omitempty"`
+
+	fix string // of the problem
 }
 
 // Device is a bound loop device.
@@ -284,7 +286,7 @@ func (s *Site) volume(v image.VolumeView) Volume {
 func snapshot(v image.SnapshotView) Snapshot {
 	out := Snapshot{ID: v.ID, Pool: v.Pool, State: Ready}
 	if v.Err != nil {
-		out.State, out.Problem = Refused, v.Err.Error()
+		out.refuse(Refused, v.Err)
 		return out
 	}
 	out.Name, out.Source, out.Group, out.Size, out.Allocated = v.Name, v.Source, v.Group, v.Volume.Content(), v.Allocated
@@ -293,9 +295,14 @@ func snapshot(v image.SnapshotView) Snapshot {
 	case v.Unfinished:
 		out.State = Unfinished
 	case v.ImageErr != nil:
-		out.State, out.Problem = Damaged, v.ImageErr.Error()
+		out.refuse(Damaged, v.ImageErr)
 	}
 	return out
+}
+
+func (s *Snapshot) refuse(state string, err error) {
+	problem, _ := image.SnapshotProblem(err)
+	s.State, s.Problem, s.fix = state, err.Error(), problem.Action
 }
 
 // names tells whether a record is that of a volume of a pool. A record of an inline
@@ -374,6 +381,9 @@ func repair(ctx context.Context, cfg image.Config) error {
 		return fmt.Errorf("left alone: %w", err)
 	}
 	var left []error
+	if err := store.Erased(ctx); err != nil {
+		left = append(left, fmt.Errorf("not finished: %w", err))
+	}
 	for _, p := range store.Pools() {
 		for _, problem := range p.Health() {
 			if problem.Reason == image.CannotRemove {
