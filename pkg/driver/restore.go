@@ -134,13 +134,16 @@ func (d *Driver) local(src *image.Source) bool {
 // createCopy makes a volume from a snapshot or a volume, or finds the one that an
 // earlier call of the same name made.
 func (d *Driver) createCopy(ctx context.Context, req *csi.CreateVolumeRequest, want wanted, size capacity) (*csi.CreateVolumeResponse, error) {
+	// A job may go on, or have ended, for a call that asked for another place.
+	if _, ok := d.images.Find(want.Name); !ok {
+		if err := d.suits(req, want); err != nil {
+			return nil, err
+		}
+	}
 	err := d.copyJob(ctx, req, func(key string) (func(context.Context) error, error) {
 		if have, ok := d.images.Find(want.Name); ok {
 			// The tuning follows when the job is done, under the volume's lock.
 			return func(context.Context) error { return nil }, d.same(req, have, want, size)
-		}
-		if err := d.suits(req, want); err != nil {
-			return nil, err
 		}
 		if offer := transfer.OfferOf(ctx); offer != nil && !d.local(want.Source) {
 			return d.prepareFetch(want, key, offer)
@@ -155,6 +158,9 @@ func (d *Driver) createCopy(ctx context.Context, req *csi.CreateVolumeRequest, w
 		return nil, abortedf("volume %q was removed meanwhile", want.Name)
 	}
 	if want.Mutable.IsZero() {
+		if err := d.same(req, have, want, size); err != nil {
+			return nil, err
+		}
 		return &csi.CreateVolumeResponse{Volume: d.csiVolume(have)}, nil
 	}
 	unlock, err := d.locks.lock(image.DirName(want.Name), "CreateVolume")

@@ -1,6 +1,8 @@
 package driver
 
 import (
+	"context"
+	"sync"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -120,4 +122,37 @@ func TestCloneInUse(t *testing.T) {
 	c := volume{n: n, id: made.GetVolumeId(), cap: v.cap}.up("pod-c")
 	c.down("pod-c")
 	v.down("pod")
+}
+
+// A copy that goes on, or ended, for a call that asked for another place, or for another
+// volume of the name, is no answer.
+func TestCopyForAnotherCall(t *testing.T) {
+	n := newFake(t)
+	v := n.create("v", 16*mib, mountCap("ext4", oneWriter), nil)
+	req := &csi.CreateVolumeRequest{
+		Name: "x", VolumeContentSource: v.asSource(), VolumeCapabilities: []*csi.VolumeCapability{mountCap("ext4", oneWriter)},
+	}
+	held := make(chan struct{})
+	finish := sync.OnceFunc(func() { close(held) })
+	context.AfterFunc(t.Context(), finish) // a test that fails does not wait for itself
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	err := n.d.copyJob(gone, req, func(string) (func(context.Context) error, error) {
+		return func(context.Context) error { <-held; return nil }, nil
+	})
+	if err == nil {
+		t.Fatal("it was waited for")
+	}
+	n.d.jobs.mu.Lock()
+	job := n.d.jobs.all[image.DirName("x")]
+	n.d.jobs.mu.Unlock()
+	elsewhere, _ := proto.Clone(req).(*csi.CreateVolumeRequest)
+	elsewhere.AccessibilityRequirements = &csi.TopologyRequirement{Requisite: []*csi.Topology{{Segments: map[string]string{n.d.topologyKey(): "elsewhere"}}}}
+	_, err = n.ctrl.CreateVolume(t.Context(), elsewhere)
+	code(t, err, codes.ResourceExhausted)
+	finish()
+	<-job.done
+	n.create("x", 16*mib, mountCap("ext4", oneWriter), nil)
+	_, err = n.ctrl.CreateVolume(t.Context(), req)
+	code(t, err, codes.AlreadyExists)
 }
