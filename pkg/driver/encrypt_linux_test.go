@@ -2,9 +2,11 @@ package driver
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -64,7 +66,7 @@ func TestEncryptedFilesystem(t *testing.T) {
 			t.Run(fs+" "+allocation, func(t *testing.T) {
 				e := newEncrypting(t)
 				c, size := mountCap(fs, oneWriter), encryptedSizes[fs]
-				id := e.create("v", c, size, nil, map[string]string{"allocation": allocation})
+				id := e.create("v", c, size, nil, map[string]string{"allocation": allocation, "readAhead": "2Mi"})
 				e.refusals(id, c)
 				e.life(id, c, size)
 				e.copies(id, c, size)
@@ -86,6 +88,22 @@ func (e *encrypting) refusals(id string, c *csi.VolumeCapability) {
 	}
 }
 
+// readsAhead checks the read-ahead, in KiB, of the mapping of a volume that is staged.
+func (e *encrypting) readsAhead(id string, want int) {
+	e.t.Helper()
+	r, _ := e.d.state.get(id)
+	loop := fmt.Sprintf("/sys/block/loop%d/", r.Device.Number)
+	mappings, err := filepath.Glob(loop + "holders/*/queue/read_ahead_kb")
+	if err != nil || len(mappings) != 1 {
+		e.t.Fatalf("the mappings of %s: %q, %v", loop, mappings, err)
+	}
+	got, err := os.ReadFile(mappings[0])
+	e.must(err)
+	if strings.TrimSpace(string(got)) != strconv.Itoa(want) {
+		e.t.Fatalf("%s: %s, want %d", mappings[0], got, want)
+	}
+}
+
 // life is the life of one volume.
 func (e *encrypting) life(id string, c *csi.VolumeCapability, size int64) {
 	e.t.Helper()
@@ -102,7 +120,9 @@ func (e *encrypting) life(id string, c *csi.VolumeCapability, size int64) {
 	e.healthy(id)
 	e.must(e.stage(id, c, e.key(goodKey)))
 	before := e.total(id, staging)
+	e.readsAhead(id, 2048)
 	e.expand(id, size+128*mib)
+	e.readsAhead(id, 2048)
 	if after := e.total(id, e.path("target", id)); after < before+100*mib {
 		e.t.Fatalf("%d bytes before the growth by 128 MiB, %d after", before, after)
 	}

@@ -137,6 +137,8 @@ func (d *Driver) nodeExpand(ctx context.Context, req *csi.NodeExpandVolumeReques
 		if err := d.growMapping(ctx, r.Device, v.Content()); err != nil {
 			return 0, err
 		}
+		// Linux 6.1 gives a mapping whose size changes the read-ahead of a new one.
+		d.applyTuning(ctx, v.ID)
 	}
 	if r.Block {
 		return v.Content(), nil
