@@ -41,9 +41,14 @@ func (d *Driver) unpublish(ctx context.Context, id, target string) error {
 	if err != nil {
 		return err
 	}
-	if r.Ephemeral && r.StagingPath == target {
-		if m, mounted, err := d.mtab.At(target); err == nil && mounted && r.Device.shownBy(m) {
-			d.thawLast(ctx, target)
+	if d.isInlineAt(r, target) {
+		// With a mount there mayUnpublish has proven that it shows the volume.
+		_, mounted, err := d.mtab.At(target)
+		if err == nil && mounted {
+			err = d.thawLast(ctx, target)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	if err := d.mounts.Remove(ctx, target); err != nil {
@@ -63,6 +68,16 @@ func (d *Driver) unpublish(ctx context.Context, id, target string) error {
 	}
 	d.unlimit(ctx, before, target) // now that nobody sets the limits again
 	return d.releaseReadDevice(ctx, r)
+}
+
+// isInlineAt says whether the target is where an inline ephemeral volume is mounted: its
+// filesystem's only mount. Where the record was lost, that of the volume says it.
+func (d *Driver) isInlineAt(r stageRecord, target string) bool {
+	if r.Ephemeral {
+		return r.StagingPath == target
+	}
+	v, ok := d.images.Find(r.VolumeID)
+	return ok && v.Ephemeral != nil && v.Ephemeral.Target == target
 }
 
 // mayUnpublish refuses to unmount what is not the volume. It returns the device

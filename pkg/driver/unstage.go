@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
 	"k8s.io/klog/v2"
 )
 
@@ -76,7 +77,9 @@ func (d *Driver) unmountStaging(ctx context.Context, r stageRecord) error {
 		return err
 	case mounted && r.Device.shownBy(m):
 		d.resetReadAhead(ctx, r, r.Device)
-		d.thawLast(ctx, r.StagingPath)
+		if err := d.thawLast(ctx, r.StagingPath); err != nil {
+			return err
+		}
 		if err := d.mounts.Unmount(ctx, r.StagingPath); err != nil {
 			return err
 		}
@@ -97,12 +100,19 @@ func (d *Driver) unmountStaging(ctx context.Context, r stageRecord) error {
 // thawLast thaws a volume's filesystem before its last mount goes. Frozen by its pod
 // (fsfreeze), it would keep its device, and only a mount can thaw it (fact 67). No snapshot
 // has it frozen: that holds the volume's lock. One that is dead cannot be opened, and need
-// not be thawed.
+// not be thawed; what cannot be asked for the moment, for want of descriptors, must stay
+// mounted.
 // Precondition: the volume is mounted there.
-func (d *Driver) thawLast(ctx context.Context, path string) {
-	if err := d.freezer.Thaw(path); err != nil {
+func (d *Driver) thawLast(ctx context.Context, path string) error {
+	err := d.freezer.Thaw(path)
+	switch codeOf(err) {
+	case codes.Aborted, codes.Unavailable:
+		return fmt.Errorf("thaw what its pod may have frozen: %w", err)
+	}
+	if err != nil {
 		klog.FromContext(ctx).V(2).Info("Cannot thaw", "path", path, "err", err.Error())
 	}
+	return nil
 }
 
 // detachBlock lets go of the devices of a raw block volume and clears them.
