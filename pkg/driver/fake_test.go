@@ -403,6 +403,7 @@ type fakePods struct {
 	broken error                        // what Limit answers; guarded by mu
 	limits map[string]map[string]string // by UID and device; guarded by mu
 	see    func(cgroup.Limits)          // told of each that is set; guarded by mu
+	hold   func(uid string)             // Limit waits for it, without mu, if it is not nil; guarded by mu
 }
 
 func newFakePods() *fakePods {
@@ -410,6 +411,12 @@ func newFakePods() *fakePods {
 }
 
 func (p *fakePods) Limit(uid string, d cgroup.Device, l cgroup.Limits) error {
+	p.mu.Lock()
+	hold := p.hold
+	p.mu.Unlock()
+	if hold != nil {
+		hold(uid)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.see != nil {

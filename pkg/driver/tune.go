@@ -25,25 +25,68 @@ const (
 	limitsEvery = 10 * time.Second
 	// limitsSoon is when to look again for the cgroup of a pod that is starting.
 	limitsSoon = 200 * time.Millisecond
+	// limitsPatience is how long the worker waits for one volume. The kernel holds a change
+	// up until the device has answered what it was asked before: not at all, on a pool that
+	// hangs.
+	limitsPatience = time.Second
 )
 
 // tuningState is what the driver knows of tuning that is not in force, and the
 // worker that sees to it.
 type tuningState struct {
-	// applying is held from reading what a volume's tuning is to the end of making
-	// it so, so that an older word never comes last. Lock order: the volume lock,
-	// then this one, then nodeState.mu.
-	applying sync.Mutex
-	kick     chan struct{} // a pod's cgroup is awaited
-	stop     context.CancelFunc
-	done     chan struct{}
+	kick chan struct{} // a pod's cgroup is awaited
+	stop context.CancelFunc
+	done chan struct{}
 
-	mu       sync.Mutex
-	problems map[string]map[string]string // by volume ID and part; guarded by mu
+	mu sync.Mutex
+	// All below is guarded by mu.
+	problems map[string]map[string]string // by volume ID and part
+	turns    map[string]*tuningTurn       // by volume ID, while somebody has or awaits one
+	looking  map[string]bool              // volumes that the worker looks at, or left behind
+}
+
+// tuningTurn is the turn to apply the limits of a volume.
+type tuningTurn struct {
+	taken chan struct{} // full while somebody has it
+	users int           // guarded by tuningState.mu
 }
 
 func newTuningState() *tuningState {
-	return &tuningState{kick: make(chan struct{}, 1), problems: make(map[string]map[string]string)}
+	return &tuningState{
+		kick: make(chan struct{}, 1), problems: make(map[string]map[string]string),
+		turns: make(map[string]*tuningTurn), looking: make(map[string]bool),
+	}
+}
+
+// turn is held from reading what a volume's limits are to the end of making them so, so that
+// an older word never comes last. Each volume has its own: the kernel may hold one up for
+// as long as its pool hangs. Lock order: the volume lock, then this one, then nodeState.mu.
+func (s *tuningState) turn(ctx context.Context, id string) (end func(), err error) {
+	s.mu.Lock()
+	t := s.turns[id]
+	if t == nil {
+		t = &tuningTurn{taken: make(chan struct{}, 1)}
+		s.turns[id] = t
+	}
+	t.users++
+	s.mu.Unlock()
+	leave := func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if t.users--; t.users == 0 {
+			delete(s.turns, id)
+		}
+	}
+	select {
+	case t.taken <- struct{}{}:
+		return func() {
+			<-t.taken
+			leave()
+		}, nil
+	case <-ctx.Done():
+		leave()
+		return nil, fmt.Errorf("an earlier change of the limits has not ended: %w", ctx.Err())
+	}
 }
 
 // ControllerModifyVolume changes mutable parameters of a volume, in use or not. The
@@ -142,8 +185,12 @@ func (d *Driver) retryReadAhead(ctx context.Context, id string) {
 // applyLimits makes the limits of a volume hold for the pods that it is published to.
 // It says whether the cgroup of one of them is still awaited.
 func (d *Driver) applyLimits(ctx context.Context, id string) (awaited bool) {
-	d.tuning.applying.Lock()
-	defer d.tuning.applying.Unlock()
+	end, err := d.tuning.turn(ctx, id)
+	if err != nil {
+		d.tuning.note(ctx, id, limitsPart, fmt.Errorf("limits: %w", err))
+		return false
+	}
+	defer end()
 	v, err := d.images.Get(id)
 	r, ok := d.state.get(id)
 	if err != nil || !ok {
@@ -152,6 +199,9 @@ func (d *Driver) applyLimits(ctx context.Context, id string) (awaited bool) {
 	}
 	err = d.limitPods(r, limitsOf(v.Tuning))
 	d.tuning.note(ctx, id, limitsPart, err)
+	if _, ok := d.state.get(id); !ok {
+		d.tuning.forget(id) // unstaged meanwhile, which may have forgotten before the note
+	}
 	return errors.Is(err, cgroup.ErrNoPod)
 }
 
@@ -189,8 +239,12 @@ func (d *Driver) unlimit(ctx context.Context, r stageRecord, path string) {
 			return // it has the volume at another place as well
 		}
 	}
-	d.tuning.applying.Lock()
-	defer d.tuning.applying.Unlock()
+	end, err := d.tuning.turn(ctx, r.VolumeID)
+	if err != nil {
+		klog.FromContext(ctx).V(2).Info("Limits stay with a pod that lost the volume", "volume", r.VolumeID, "pod", uid, "err", err.Error())
+		return
+	}
+	defer end()
 	off := cgroup.Limits{ReadIOPS: new(int64(0)), WriteIOPS: new(int64(0)), ReadBandwidth: new(int64(0)), WriteBandwidth: new(int64(0))}
 	if err := d.pods.Limit(uid, deviceNumbers(t.Device), off); err != nil && !errors.Is(err, cgroup.ErrNoPod) {
 		klog.FromContext(ctx).V(2).Info("Limits stay with a pod that lost the volume", "volume", r.VolumeID, "pod", uid, "err", err.Error())
@@ -251,6 +305,9 @@ func (d *Driver) setReadAhead(ctx context.Context, id string, want *int64) error
 				r.ReadAhead = make(map[int]int64)
 			}
 			r.ReadAhead[b.Number] = have
+			if err := ctx.Err(); err != nil { // the kernel took its time, and the driver may be closed
+				return err
+			}
 			if err := d.state.put(r); err != nil {
 				return err
 			}
@@ -287,7 +344,7 @@ func (d *Driver) startTuning(ctx context.Context) {
 	}()
 }
 
-// end stops the worker, if it was started.
+// end stops the worker, if it was started. What it left behind in the kernel is not waited for.
 func (s *tuningState) end() {
 	if s.stop != nil {
 		s.stop()
@@ -325,17 +382,55 @@ func (d *Driver) keepTuned(ctx context.Context) {
 }
 
 // limitAll looks at all volumes that have limits, or whose read-ahead could not be set,
-// and says whether a pod's cgroup is still awaited.
+// and says whether a pod's cgroup is still awaited. A volume that the kernel holds up is
+// left behind, so that the others have their turn.
 func (d *Driver) limitAll(ctx context.Context) (awaited bool) {
 	for _, r := range d.state.list() {
-		d.retryReadAhead(ctx, r.VolumeID)
-		v, err := d.images.Get(r.VolumeID)
-		if err != nil || limitsOf(v.Tuning).None() || len(r.Targets) == 0 {
+		if ctx.Err() != nil {
+			return false
+		}
+		end, ok := d.tuning.look(r.VolumeID)
+		if !ok {
 			continue
 		}
-		awaited = d.applyLimits(ctx, r.VolumeID) || awaited
+		answer := make(chan bool, 1)
+		go func() {
+			defer end()
+			answer <- d.limitOne(ctx, r)
+		}()
+		select {
+		case a := <-answer:
+			awaited = awaited || a
+		case <-time.After(limitsPatience):
+			klog.FromContext(ctx).Info("The kernel does not answer when the tuning of a volume is set: its pool may hang", "volume", r.VolumeID)
+		}
 	}
 	return awaited
+}
+
+// look begins a look of the worker at a volume, unless an earlier one has not ended.
+func (s *tuningState) look(id string) (end func(), ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.looking[id] {
+		return nil, false
+	}
+	s.looking[id] = true
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.looking, id)
+	}, true
+}
+
+// limitOne is limitAll for one volume.
+func (d *Driver) limitOne(ctx context.Context, r stageRecord) (awaited bool) {
+	d.retryReadAhead(ctx, r.VolumeID)
+	v, err := d.images.Get(r.VolumeID)
+	if err != nil || limitsOf(v.Tuning).None() || len(r.Targets) == 0 {
+		return false
+	}
+	return d.applyLimits(ctx, r.VolumeID)
 }
 
 // The parts of a volume's tuning that can fail each by itself.
@@ -365,10 +460,9 @@ func (s *tuningState) note(ctx context.Context, id, part string, err error) {
 	}
 }
 
-// forget drops what is known of a volume that is staged no more.
+// forget drops what is known of a volume that is staged no more: its record is gone, and
+// who notes after that finds so.
 func (s *tuningState) forget(id string) {
-	s.applying.Lock() // so that nobody notes what was so before
-	defer s.applying.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.problems, id)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -368,4 +369,101 @@ func TestTuningOfUnstagedVolumesIsForgotten(t *testing.T) {
 		t.Error(text)
 	}
 	n.must(v.delete())
+}
+
+// hang has the kernel hold up what is set for a pod, until the returned function is called.
+// It tells of each that hangs.
+func (p *fakePods) hang(uid string) (held <-chan struct{}, end func()) {
+	told, over := make(chan struct{}, 100), make(chan struct{})
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.hold = func(asked string) {
+		if asked == uid {
+			told <- struct{}{}
+			<-over
+		}
+	}
+	return told, sync.OnceFunc(func() { close(over) })
+}
+
+// within fails the test when something takes longer than anything but a hang does.
+func within(t *testing.T, what string, f func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f()
+	}()
+	select {
+	case <-done:
+	case <-time.After(30 * time.Second):
+		t.Fatalf("%s hangs", what)
+	}
+}
+
+// The kernel holds a change of io.max up until the device has answered all it was asked,
+// never on a pool that hangs. The volumes of others go on, in calls and in the background,
+// the volume itself can be unstaged, and the driver ends.
+func TestLimitsThatHang(t *testing.T) {
+	for _, background := range []bool{false, true} {
+		n := newFake(t)
+		limited := map[string]string{"readIOPS": "500"}
+		a := n.create("a", 16*mib, mountCap("ext4", manyWriters), limited).up("one")
+		b := n.create("b", 16*mib, mountCap("ext4", manyWriters), limited).up("two")
+		held, end := n.pods.hang("one")
+		defer end()
+		modified := make(chan error, 1)
+		if background {
+			n.d.tuning.hurry()
+			modified <- nil
+		} else {
+			go func() { modified <- a.modify(map[string]string{"readIOPS": "600"}) }()
+		}
+		within(t, "the first change", func() { <-held })
+		within(t, "modifying another volume", func() { n.must(b.modify(map[string]string{"readIOPS": "700"})) })
+		b.limits("two", b.device(), map[string]string{"riops": "700"})
+		n.pods.mu.Lock()
+		n.pods.limits = make(map[string]map[string]string) // made anew by the kubelet
+		n.pods.mu.Unlock()
+		within(t, "the work in the background", func() { n.d.limitAll(t.Context()) })
+		b.limits("two", b.device(), map[string]string{"riops": "700"})
+		within(t, "unstaging another volume", func() { b.down("two") })
+		// It is gone, as its pod, and its record is; what hangs knows nothing of that.
+		within(t, "forgetting the volume", func() { n.d.tuning.forget(a.id) })
+		if background {
+			within(t, "the end of the driver", n.halt)
+			end()
+			n.start()
+			a.n = n
+		}
+		end()
+		n.must(<-modified)
+		a.down("one")
+	}
+}
+
+// What a change that took long finds wrong with a volume that is unstaged by then is not kept.
+func TestLimitsThatEndAfterTheUnstage(t *testing.T) {
+	n := newFake(t)
+	a := n.create("a", 16*mib, mountCap("ext4", manyWriters), map[string]string{"readIOPS": "500"}).up("one")
+	held, end := n.pods.hang("one")
+	defer end()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		n.d.applyLimits(t.Context(), a.id)
+	}()
+	<-held
+	before, _ := n.d.state.get(a.id)
+	n.must(n.d.state.drop(a.id))
+	n.d.tuning.forget(a.id)
+	n.pods.set(errors.New("the device is gone"))
+	end()
+	<-done
+	if text := n.d.tuning.problem(a.id); text != "" {
+		t.Error(text)
+	}
+	n.pods.set(nil)
+	n.must(n.d.state.put(before))
+	a.down("one")
 }
