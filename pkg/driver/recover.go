@@ -120,7 +120,37 @@ func (d *Driver) recoverStaging(ctx context.Context, r *stageRecord) (found bool
 		r.ReadPending = false
 		r.ReadDevice, err = d.fullBinding(bound[1], r.Encrypted)
 	}
-	return true, err
+	return true, errors.Join(err, d.recoverNodes(r))
+}
+
+// recoverNodes completes r from where the nodes of the devices of its raw block volume are
+// mounted: its publications.
+func (d *Driver) recoverNodes(r *stageRecord) error {
+	if r.Targets == nil {
+		r.Targets = make(map[string]targetRecord)
+	}
+	for _, b := range r.devices() {
+		mounts, err := d.mtab.OfDevice(b.Device)
+		if err != nil {
+			return err
+		}
+		for _, m := range mounts {
+			// A filesystem that somebody has mounted from it is no publication.
+			if _, known := r.Targets[m.Path]; known || m.Root == "/" || isKubeletsOwn(m.Path) {
+				continue
+			}
+			r.Targets[m.Path] = targetRecord{ReadOnly: r.ReadOnly || b == r.ReadDevice, Device: b}
+		}
+	}
+	return nil
+}
+
+// isKubeletsOwn says whether a path is where the kubelet binds what a pod was published
+// (volumeDevices/NAME/dev/POD, from volumeDevices/publish/NAME/POD) once more, for itself.
+func isKubeletsOwn(path string) bool {
+	_, rest, ok := strings.Cut(path, "/volumeDevices/")
+	parts := strings.Split(rest, "/")
+	return ok && len(parts) == 3 && parts[1] == "dev"
 }
 
 // recoverMounts completes r from where its filesystem is mounted: at the staging
