@@ -160,6 +160,7 @@ type Driver struct {
 	// takingIn has a *takeInCount for each request to take a file in, by its job's key.
 	takingIn sync.Map
 
+	sys    string // where sysfs is
 	locks  volumeLocks
 	inline inlineRoom
 	state  *nodeState
@@ -229,7 +230,7 @@ func newDriver(cfg Config, images *image.Store, dirs *image.Dirs, loops loopDevi
 	}
 	return &Driver{
 		cfg: cfg, images: images, dirs: dirs, loops: loops, table: table, mounts: mounts, mtab: mtab, crypt: mappings,
-		freezer: freezer, jobs: newJobs(), trims: newTrims(), reports: newReporter(), state: state, stateLock: lock,
+		sys: "/sys", freezer: freezer, jobs: newJobs(), trims: newTrims(), reports: newReporter(), state: state, stateLock: lock,
 		held: make(map[loop.Ref]attached), up: make(chan struct{}), tuning: newTuningState(), sweeper: sweeper{every: sweepEvery},
 	}, nil
 }

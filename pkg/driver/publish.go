@@ -356,7 +356,7 @@ func (d *Driver) dropReadDevice(ctx context.Context, r *stageRecord) error {
 			return err
 		}
 	}
-	if err := d.loops.Detach(ctx, r.ReadDevice.ref()); err != nil {
+	if err := d.detach(ctx, r.ReadDevice); err != nil {
 		return err
 	}
 	delete(r.ReadAhead, r.ReadDevice.Number)

@@ -124,10 +124,10 @@ func (d *Driver) detachBlock(ctx context.Context, r stageRecord) error {
 		}
 		if r.Encrypted {
 			if err := d.closeMappings(ctx, b, r.Image); err != nil {
-				return err
+				return d.sayHolders(err, fmt.Sprintf("dm-%d", b.Mapping.Number))
 			}
 		}
-		if err := d.loops.Detach(ctx, b.ref()); err != nil {
+		if err := d.detach(ctx, b); err != nil {
 			return err
 		}
 	}
