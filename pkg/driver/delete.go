@@ -101,8 +101,11 @@ func (d *Driver) unattachedDamaged(ctx context.Context, pool *image.Pool, id str
 	if err != nil {
 		return err
 	}
-	all, err := d.table.FindAll(ctx)
+	all, silent, err := d.table.Survey(ctx)
 	if err != nil {
+		return err
+	}
+	if err := d.mayBeShown(silent, id, imageName); err != nil {
 		return err
 	}
 	for _, info := range all {

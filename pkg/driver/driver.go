@@ -94,7 +94,7 @@ type loopDevices interface {
 // loopTable tells what is bound to what, without changing it; *loop.Manager does.
 type loopTable interface {
 	Find(ctx context.Context, backing *os.File) ([]loop.Info, error)
-	FindAll(ctx context.Context) ([]loop.Info, error)
+	Survey(ctx context.Context) (bound, silent []loop.Info, err error)
 	Status(ctx context.Context, ref loop.Ref) (loop.Info, error)
 	Sync(ctx context.Context, ref loop.Ref) error
 	Counters(ref loop.Ref) (loop.Counters, error)

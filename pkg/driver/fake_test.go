@@ -42,6 +42,7 @@ type fakeKernel struct {
 	counted       map[int]loop.Counters // by number; guarded by mu
 	readAhead     map[int]int64         // by number, also of what is not bound; guarded by mu
 	grown         []mount.GrowSpec      // filesystems that were to grow; guarded by mu
+	silent        map[int]string        // the paths of what devices show that do not say it, by number; guarded by mu
 	stuck         bool                  // nothing can be unmounted; guarded by mu
 }
 
@@ -253,12 +254,30 @@ func (k *fakeKernel) FindAll(context.Context) ([]loop.Info, error) {
 	return all, nil
 }
 
+// Survey is FindAll, but for the devices that are silent.
+func (k *fakeKernel) Survey(ctx context.Context) (bound, silent []loop.Info, err error) {
+	all, err := k.FindAll(ctx)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, i := range all {
+		if path, ok := k.silent[i.Number]; ok {
+			silent = append(silent, loop.Info{Ref: i.Ref, State: i.State, Path: i.Path, Major: i.Major, Minor: i.Minor, BackingPath: path})
+		} else {
+			bound = append(bound, i)
+		}
+	}
+	return bound, silent, err
+}
+
 func (k *fakeKernel) Status(_ context.Context, ref loop.Ref) (loop.Info, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	d, ok := k.devices[ref.Number]
 	if !ok || d.info.Ref != ref {
 		return loop.Info{}, loop.ErrNotBound
+	}
+	if _, ok := k.silent[ref.Number]; ok {
+		return loop.Info{}, loop.ErrSilent
 	}
 	return d.info, nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"k8s.io/klog/v2"
 
@@ -27,14 +28,17 @@ import (
 // Devices and mounts that belong to no record are reported when they show an
 // image of ours, and left alone.
 func (d *Driver) Reconcile(ctx context.Context) error {
-	all, err := d.table.FindAll(ctx)
+	all, silent, err := d.table.Survey(ctx)
 	if err != nil {
 		return fmt.Errorf("reconcile: %w", err)
+	}
+	for _, i := range silent {
+		klog.FromContext(ctx).Info("A loop device does not say what it shows: the filesystem of its file hangs", "device", i.Path, "file", i.BackingPath)
 	}
 	errs := []error{d.thawLeft(ctx)}
 	explained := make(map[loop.Ref]bool)
 	for _, r := range d.state.list() {
-		if err := d.reconcileRecord(ctx, r, all, explained); err != nil {
+		if err := d.reconcileRecord(ctx, r, all, silent, explained); err != nil {
 			errs = append(errs, fmt.Errorf("reconcile volume %q: %w", r.VolumeID, err))
 		}
 	}
@@ -60,7 +64,7 @@ func (d *Driver) Reconcile(ctx context.Context) error {
 
 // reconcileRecord settles one record against all bound devices, and adds those
 // that it explains.
-func (d *Driver) reconcileRecord(ctx context.Context, r stageRecord, all []loop.Info, explained map[loop.Ref]bool) error {
+func (d *Driver) reconcileRecord(ctx context.Context, r stageRecord, all, silent []loop.Info, explained map[loop.Ref]bool) error {
 	if r.Device.none() && !r.Ephemeral {
 		if done, err := d.endUnfinished(ctx, r); err != nil || done {
 			return err
@@ -69,7 +73,7 @@ func (d *Driver) reconcileRecord(ctx context.Context, r stageRecord, all []loop.
 	var err error
 	switch {
 	case r.Block:
-		err = d.reconcileBlock(ctx, &r, all)
+		err = d.reconcileBlock(ctx, &r, all, silent)
 	case r.Device.none():
 		r, err = d.stagingRecord(ctx, r.VolumeID, r.StagingPath)
 	}
@@ -112,7 +116,17 @@ func (d *Driver) adopt(ctx context.Context, r stageRecord) error {
 
 // reconcileBlock finds the devices of a raw block volume that a crash kept from
 // being written down, and holds those that are bound.
-func (d *Driver) reconcileBlock(ctx context.Context, r *stageRecord, all []loop.Info) error {
+func (d *Driver) reconcileBlock(ctx context.Context, r *stageRecord, all, silent []loop.Info) error {
+	if r.Device.none() || r.ReadPending {
+		name := imageName
+		if r.Mapped != nil {
+			name = ""
+		}
+		silent = slices.DeleteFunc(slices.Clone(silent), func(i loop.Info) bool { return i.Ref == r.Device.ref() })
+		if err := d.mayBeShown(silent, r.VolumeID, name); err != nil {
+			return err
+		}
+	}
 	before := *r
 	for _, i := range all {
 		switch {

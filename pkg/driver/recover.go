@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 
@@ -213,9 +214,16 @@ func (d *Driver) devicesOf(ctx context.Context, r stageRecord) ([]loop.Info, err
 	if err == nil {
 		tag = poolTag(v.ID)
 	}
-	all, findErr := d.table.FindAll(ctx)
+	all, silent, findErr := d.table.Survey(ctx)
 	if findErr != nil {
 		return nil, findErr
+	}
+	name := imageName
+	if err != nil && !isPooled(r.VolumeID) {
+		name = "" // the file of a mapped volume has any
+	}
+	if err := d.mayBeShown(silent, r.VolumeID, name); err != nil {
+		return nil, err
 	}
 	tagged := slices.DeleteFunc(all, func(i loop.Info) bool { return i.Tag != tag })
 	want := r.Image
@@ -225,6 +233,30 @@ func (d *Driver) devicesOf(ctx context.Context, r stageRecord) ([]loop.Info, err
 		}
 	}
 	return slices.DeleteFunc(tagged, func(i loop.Info) bool { return want != (loop.FileID{}) && i.Image != want }), nil
+}
+
+// imageName is the name of the files that are the volumes of pools.
+const imageName = "disk.img"
+
+// mayBeShown returns an error if one of the devices that do not say what they show may be
+// over the file of the volume, of this name, or any if it is "". Those that are recorded for
+// other volumes are not.
+func (d *Driver) mayBeShown(silent []loop.Info, id, name string) error {
+	if len(silent) == 0 {
+		return nil
+	}
+	others := make(map[loop.Ref]bool)
+	for _, r := range d.state.list() {
+		for _, b := range r.devices() {
+			others[b.ref()] = r.VolumeID != id
+		}
+	}
+	for _, i := range silent {
+		if (name == "" || i.MayBe(name)) && !others[i.Ref] {
+			return fmt.Errorf("%s over %q may be the device of volume %q: %w", i.Path, i.BackingPath, id, loop.ErrSilent)
+		}
+	}
+	return nil
 }
 
 // imageOf is the identity of a volume's image, none if it is gone or damaged.

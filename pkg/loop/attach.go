@@ -85,7 +85,7 @@ func (m *Manager) attachShared(ctx context.Context, backing *os.File, image File
 			return nil, err
 		}
 		if dev == nil {
-			reused, err := m.reuse(ctx, image, want)
+			reused, err := m.reuse(ctx, backing, image, want)
 			switch {
 			case errors.Is(err, ErrNotBound):
 				continue // unbound since the scan: autoclear, or somebody's losetup -d
@@ -98,7 +98,7 @@ func (m *Manager) attachShared(ctx context.Context, backing *os.File, image File
 				return nil, err
 			}
 		}
-		alone, err := m.alone(ctx, dev, want)
+		alone, err := m.alone(ctx, backing, dev, want)
 		if err != nil {
 			return nil, err
 		}
@@ -115,8 +115,8 @@ func (m *Manager) attachShared(ctx context.Context, backing *os.File, image File
 }
 
 // reuse adopts a device that shows what is wanted; nil if a new one is to be bound.
-func (m *Manager) reuse(ctx context.Context, image FileID, want Mapping) (*Device, error) {
-	found, err := m.scan(ctx, image)
+func (m *Manager) reuse(ctx context.Context, backing *os.File, image FileID, want Mapping) (*Device, error) {
+	found, err := m.scan(ctx, backing, image)
 	if err != nil {
 		return nil, err
 	}
@@ -129,8 +129,8 @@ func (m *Manager) reuse(ctx context.Context, image FileID, want Mapping) (*Devic
 
 // alone tells whether a device that was just bound may stay beside all others over
 // the same image.
-func (m *Manager) alone(ctx context.Context, dev *Device, want Mapping) (bool, error) {
-	found, err := m.scan(ctx, dev.info.Image)
+func (m *Manager) alone(ctx context.Context, backing *os.File, dev *Device, want Mapping) (bool, error) {
+	found, err := m.scan(ctx, backing, dev.info.Image)
 	if err != nil {
 		return false, err
 	}

@@ -23,6 +23,9 @@ var (
 	// ErrDirectIO: direct I/O was required or forbidden and the kernel decided
 	// otherwise.
 	ErrDirectIO = errors.New("direct I/O not as required")
+	// ErrSilent: a device does not say what it shows, because the filesystem of its file
+	// hangs. Nothing is known of it.
+	ErrSilent = errors.New("the filesystem of its file does not answer")
 	// ErrIdentity: a device or file is not what it was a moment ago.
 	ErrIdentity = errors.New("not the same any more")
 )

@@ -55,11 +55,12 @@ type fake struct {
 	privateDev                                    bool // no devtmpfs nodes
 
 	mu    sync.Mutex
-	loops map[int]*fakeLoop // guarded by mu
-	nodes map[string]string // path -> "major:minor"; guarded by mu
-	seq   uint64            // guarded by mu
-	open  int               // handles and locks; guarded by mu
-	calls map[string]int    // guarded by mu
+	loops map[int]*fakeLoop     // guarded by mu
+	nodes map[string]string     // path -> "major:minor"; guarded by mu
+	seq   uint64                // guarded by mu
+	hang  map[int]chan struct{} // Status of these numbers waits; guarded by mu
+	open  int                   // handles and locks; guarded by mu
+	calls map[string]int        // guarded by mu
 }
 
 type fakeState int
@@ -456,6 +457,12 @@ func (l *fakeLoop) resize() {
 func (h *fakeHandle) Status() (status, error) {
 	if err := h.k.enter("Status"); err != nil {
 		return status{}, err
+	}
+	h.k.mu.Lock()
+	hung := h.k.hang[h.l.number]
+	h.k.mu.Unlock()
+	if hung != nil {
+		<-hung
 	}
 	h.k.mu.Lock()
 	defer h.k.mu.Unlock()

@@ -25,13 +25,13 @@ func (m *Manager) Find(ctx context.Context, backing *os.File) ([]Info, error) {
 	if sole, err := m.kernel.Sole(backing, looking); err == nil && sole {
 		return nil, nil
 	}
-	return m.scan(ctx, st.ID)
+	return m.scan(ctx, backing, st.ID)
 }
 
 // FindAll returns every bound device on the machine, by number, in one pass.
 // Devices of others are among them. State is Bound for each: whether an autoclear
 // device is mounted is not looked at, because looking could make somebody else's
-// mount fail; Inspect does, for one device.
+// mount fail; Inspect does, for one device. ErrSilent if one does not answer; see Survey.
 func (m *Manager) FindAll(ctx context.Context) ([]Info, error) {
 	return m.each(ctx, func(n int) (Info, error) {
 		h, path, err := m.open(n, forReading)
@@ -67,8 +67,9 @@ func (m *Manager) Inspect(ctx context.Context, number int) (Info, error) {
 	return info, nil
 }
 
-// scan looks at each bound device and returns those over the image, with State.
-func (m *Manager) scan(ctx context.Context, image FileID) ([]Info, error) {
+// scan looks at each bound device and returns those over the image, with State. ErrSilent
+// if one does not answer that may be among them.
+func (m *Manager) scan(ctx context.Context, backing *os.File, image FileID) ([]Info, error) {
 	found, err := m.each(ctx, func(n int) (Info, error) {
 		h, path, err := m.open(n, forReading)
 		if err != nil {
@@ -79,6 +80,12 @@ func (m *Manager) scan(ctx context.Context, image FileID) ([]Info, error) {
 		st, err := h.Status()
 		if errors.Is(err, syscall.ENXIO) {
 			return Info{}, opError("get status", n, err)
+		}
+		if errors.Is(err, ErrSilent) {
+			if may, err := m.mayShow(n, backing); err != nil || may {
+				return Info{}, opError("get status", n, errors.Join(ErrSilent, err))
+			}
+			return Info{}, ErrNotBound
 		}
 		// The kernel asks the file's filesystem, which may be dead. That of this image
 		// answered a moment ago.
@@ -133,7 +140,8 @@ func absent(err error) bool {
 
 // describe reads all there is to know from an open device, except whether somebody
 // claims it: State is Bound. While h is open the binding cannot be replaced, so all
-// of it is about one binding. ErrNotBound, with the Ref, if there is none.
+// of it is about one binding. ErrNotBound, with the Ref, if there is none; ErrSilent, with
+// what describeDead finds, if it does not say what it shows.
 func (m *Manager) describe(number int, path string, h handle) (Info, error) {
 	seq, err := h.DiskSeq()
 	if err != nil {
@@ -147,7 +155,11 @@ func (m *Manager) describe(number int, path string, h handle) (Info, error) {
 	if errors.Is(err, syscall.ENXIO) {
 		return info, opError("get status", number, ErrNotBound)
 	} else if err != nil {
-		return m.describeDead(info, h)
+		silent := errors.Is(err, ErrSilent)
+		if info, err = m.describeDead(info, h); err == nil && silent {
+			err = opError("get status", number, ErrSilent)
+		}
+		return info, err
 	}
 	info.Image, info.Tag = st.Image, st.Tag
 	info.Offset, info.SizeLimit = int64(st.Offset), int64(st.SizeLimit)

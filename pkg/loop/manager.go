@@ -33,8 +33,10 @@ type Manager struct {
 	// seen holds the numbers known to be registered, registered those of them that
 	// came into being for us. Guarded by mu.
 	seen, registered map[int]bool
-	deleting         int  // removals under way; guarded by mu
-	closed           bool // guarded by mu
+	questions        map[int]*question // by number; guarded by mu
+	silent           int               // questions that took too long and are under way; guarded by mu
+	deleting         int               // removals under way; guarded by mu
+	closed           bool              // guarded by mu
 }
 
 // New makes a manager after checking that the kernel can do what it needs. If not,
@@ -162,7 +164,7 @@ func (m *Manager) open(number int, how access) (handle, string, error) {
 	if err != nil {
 		return nil, "", opError("open", number, err)
 	}
-	return h, path, nil
+	return &patient{handle: h, m: m, number: number}, path, nil
 }
 
 // note remembers that the kernel gave us a number. If it is new it counts as

@@ -24,6 +24,8 @@ type Retry struct {
 	// Settle bounds the wait for a device or an image that somebody else uses, so
 	// that a busy one is reported within the caller's deadline. Default 5 s.
 	Settle time.Duration
+	// Answer bounds the wait for a device to say what it shows. Default 3 s.
+	Answer time.Duration
 }
 
 // WithWarm sets how many idle devices Warm registers ahead and Trim leaves. The

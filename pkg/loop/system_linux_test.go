@@ -587,7 +587,7 @@ func TestAutoclearSurvivesNoCrash(t *testing.T) {
 	want.Autoclear = true
 	d := m.attach(t, manager, "a", want)
 	// What the kernel does at exit is close the descriptor.
-	check(t, unix.Close(int(d.handle.(linuxHandle))))
+	check(t, unix.Close(int(d.handle.(*patient).handle.(linuxHandle))))
 	check(t, manager.WaitUnbound(t.Context(), d.Ref()))
 	d.handle = nil
 	if _, err := manager.Hold(t.Context(), d.Ref()); !errors.Is(err, ErrNotBound) {
