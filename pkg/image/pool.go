@@ -42,6 +42,9 @@ type Pool struct {
 
 	copies copies
 
+	probing  sync.Mutex           // held while it is tried whether files can share blocks, and taken before mu
+	reflinks atomic.Pointer[bool] // whether they can; nil until it is known
+
 	mu       sync.Mutex
 	records  map[string]record  // guarded by mu; by directory
 	damaged  map[string]error   // guarded by mu; by directory
@@ -54,7 +57,6 @@ type Pool struct {
 	templateRecords map[string]templateRecord // guarded by mu; by directory
 	recounts        map[string]time.Time      // guarded by mu; when a volume's sharing may be looked at again
 	looks           map[string]look           // guarded by mu; how fragmented images are, by their lock's key
-	reflinks        *bool                     // guarded by mu; nil until it is known
 	checking        *checking                 // guarded by mu; nil when nobody looks at the pool
 }
 

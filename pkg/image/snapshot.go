@@ -22,22 +22,30 @@ type Quiesce func(ctx context.Context) (resume func() error, err error)
 // CanReflink tells whether copies in this pool share blocks, and so are instant. It
 // was tried, not guessed.
 func (p *Pool) CanReflink() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.reflinks == nil {
-		p.reflinks = p.probeReflink()
-	}
-	return p.reflinks != nil && *p.reflinks
+	can := p.tryReflink()
+	return can != nil && *can
 }
 
 // mayReflink is CanReflink, and true when that cannot be told now.
 func (p *Pool) mayReflink() bool {
-	if p.CanReflink() {
-		return true
+	can := p.tryReflink()
+	return can == nil || *can
+}
+
+// tryReflink returns nil when it cannot be told now; then the next call tries again. What
+// needs only the pool's records does not wait for a disk that hangs meanwhile.
+func (p *Pool) tryReflink() *bool {
+	if can := p.reflinks.Load(); can != nil {
+		return can
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.reflinks == nil
+	p.probing.Lock()
+	defer p.probing.Unlock()
+	if can := p.reflinks.Load(); can != nil {
+		return can
+	}
+	can := p.probeReflink()
+	p.reflinks.Store(can)
+	return can
 }
 
 // probeReflink returns nil when it cannot be told now.
@@ -62,6 +70,7 @@ func (p *Pool) probeReflink() *bool {
 		return nil
 	}
 	defer to.Close()
+	p.store.kill("reflink: made")
 	return canReflink(reflink(to, from))
 }
 

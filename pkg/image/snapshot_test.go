@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -271,5 +272,40 @@ func TestReflinkThatFailsOnce(t *testing.T) {
 		if got := canReflink(err); !cmp.Equal(got, want) {
 			t.Errorf("%v: %v", err, got)
 		}
+	}
+}
+
+// TestProbeThatHangs: while a disk hangs that is tried whether it can reflink, the records
+// of its pool are there for those who need no disk, as the calls for other pools.
+func TestProbeThatHangs(t *testing.T) {
+	hung, hold := make(chan struct{}), make(chan struct{})
+	s, p := openPool(t, poolDir(t), withKill(func(point string) {
+		if point == "reflink: made" {
+			close(hung)
+			<-hold
+		}
+	}))
+	v := create(t, p, Spec{Name: "v", Size: MiB})
+	probed := make(chan bool)
+	go func() { probed <- p.CanReflink() }()
+	<-hung
+	found := make(chan bool)
+	go func() {
+		_, ok := s.Find("v")
+		_, other := s.Find("other")
+		_, err := s.Get(v.ID)
+		found <- ok && !other && err == nil && len(p.Health()) == 0
+	}()
+	select {
+	case ok := <-found:
+		if !ok {
+			t.Error("not what there is")
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("they wait for the disk")
+	}
+	close(hold)
+	if can := <-probed; can != p.CanReflink() {
+		t.Errorf("%v, and then not", can)
 	}
 }
