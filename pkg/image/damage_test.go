@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 func TestDamagedRecordIsRefusedOthersServed(t *testing.T) {
@@ -230,5 +231,53 @@ func TestHealthOfABusyVolume(t *testing.T) {
 	health("ImageMissing", "PoolInaccessible")
 	if err := os.Rename(dir+"-away", dir); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestHealthOnAPoolThatHangs: whoever asks for the health of a volume waits no longer than
+// there is time for a look at the pool, and keeps nobody from the volume meanwhile.
+func TestHealthOnAPoolThatHangs(t *testing.T) {
+	dir := poolDir(t)
+	_, p := openPool(t, dir)
+	v := create(t, p, Spec{Name: "v", Size: MiB})
+	if err := os.Remove(filepath.Join(dir, "volumes/v/disk.img")); err != nil { // not to be looked at
+		t.Fatal(err)
+	}
+	hang := func(since time.Duration) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.checking = &checking{began: time.Now().Add(-since), done: make(chan struct{})}
+	}
+	for _, c := range []struct {
+		since time.Duration
+		want  string
+	}{{0, "NotChecked"}, {2 * checkPatience, "PoolInaccessible"}} {
+		hang(c.since)
+		over, cancel := context.WithCancel(ctx)
+		cancel()
+		found := make(chan []Problem)
+		go func() { found <- p.VolumeHealth(over, v.ID) }()
+		for deadline := time.Now().Add(healthPatience / 2); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+			unlock, free := p.locks.tryLock("v")
+			if !free {
+				t.Error("it keeps the volume's lock")
+				break
+			}
+			unlock()
+		}
+		select {
+		case got := <-found:
+			if len(got) != 1 || got[0].Reason != c.want {
+				t.Errorf("%+v, want %s", got, c.want)
+			}
+		case <-time.After(checkPatience):
+			t.Fatal("it waits for the pool")
+		}
+	}
+	p.mu.Lock()
+	p.checking = nil
+	p.mu.Unlock()
+	if got := p.VolumeHealth(ctx, v.ID); len(got) != 1 || got[0].Reason != "ImageMissing" {
+		t.Errorf("%+v", got)
 	}
 }

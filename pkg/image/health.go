@@ -54,18 +54,34 @@ func (p *Pool) Check(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	_, err := p.checkNow(ctx)
+	return err
+}
+
+// checkNow is Check. answered is that there was a look, whatever it found.
+func (p *Pool) checkNow(ctx context.Context) (answered bool, err error) {
 	// What began before this call is not the look that it asks for.
 	began := time.Now()
 	for {
 		c, err := p.checkOnce()
 		if err != nil {
-			return err
+			return false, err
 		}
 		over, err := c.wait(ctx, p)
 		if !over || !c.began.Before(began) {
-			return err
+			return over, err
 		}
 	}
+}
+
+// checkFor is checkNow for the health of a volume: whoever has no time left, as in a long
+// list, has healthPatience all the same. A pool that is well answers within that.
+func (p *Pool) checkFor(ctx context.Context) (answered bool, err error) {
+	until, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	t := time.AfterFunc(healthPatience, func() { context.AfterFunc(ctx, cancel) })
+	defer t.Stop()
+	return p.checkNow(until)
 }
 
 // checkPatience is how long a pool may take to be looked at. A disk that is merely busy
@@ -246,7 +262,8 @@ const healthPatience = time.Second
 // VolumeHealth looks at one volume and its pool, and returns what is wrong with
 // it, worst first. It reads no data. A volume that does not exist is an
 // Inaccessible one. Of one that a call works on for longer than healthPatience, or
-// until ctx ends, its image is not judged, as LookAt does not.
+// until ctx ends, its image is not judged, as LookAt does not; nor is that of one whose
+// pool does not answer.
 func (p *Pool) VolumeHealth(ctx context.Context, id string) []Problem {
 	dir, ok := p.dirOf(id)
 	if !ok {
@@ -256,27 +273,42 @@ func (p *Pool) VolumeHealth(ctx context.Context, id string) []Problem {
 		return []Problem{reasonNotChecked.problemf(Inaccessible, "%v", err)}
 	}
 	defer p.store.leave()
+	if _, err := p.get(dir); err != nil {
+		return []Problem{lookupProblem(err)}
+	}
+	// Before the lock, which nobody should wait for because the pool hangs.
+	var all []Problem
+	answered, err := p.checkFor(ctx)
+	switch {
+	case outOfDescriptors(err):
+		return []Problem{reasonNoDescriptors.problemf(Degraded, "it cannot be looked at: %v", err)}
+	case !answered && errors.Is(err, context.Canceled): // ctx has ended
+		return []Problem{reasonNotChecked.problemf(Degraded, "its pool has not answered yet")}
+	case err != nil:
+		all = append(all, reasonPoolInaccessible.problemf(Inaccessible, "%v", err))
+	}
+	if !answered {
+		return all
+	}
 	unlock, free := p.idle(ctx, dir)
 	defer unlock()
 	r, err := p.get(dir)
-	switch {
-	case errors.Is(err, ErrNotFound):
-		return []Problem{reasonNotFound.problemf(Inaccessible, "%v", err)}
-	case err != nil:
-		return []Problem{RecordProblem(err)}
-	}
-	var all []Problem
-	switch err := p.check(); {
-	case outOfDescriptors(err):
-		return []Problem{reasonNoDescriptors.problemf(Degraded, "it cannot be looked at: %v", err)}
-	case err != nil:
-		all = append(all, reasonPoolInaccessible.problemf(Inaccessible, "%v", err))
+	if err != nil { // removed meanwhile
+		return []Problem{lookupProblem(err)}
 	}
 	if free {
 		all = append(all, p.imageHealth(dir, r)...)
 	}
 	sortProblems(all)
 	return all
+}
+
+// lookupProblem is what it means for a volume that its record is not found, or refused.
+func lookupProblem(err error) Problem {
+	if errors.Is(err, ErrNotFound) {
+		return reasonNotFound.problemf(Inaccessible, "%v", err)
+	}
+	return RecordProblem(err)
 }
 
 // idle takes a volume's lock, if it is free soon.
