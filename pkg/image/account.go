@@ -368,6 +368,17 @@ func (a *account) share(dir string, shared int64) {
 	}
 }
 
+// shareMore is share for who does not hold the volume's lock: the account may know of more
+// by now, of a volume that was grown or a snapshot that was made of it.
+func (a *account) shareMore(dir string, shared int64) {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	if c, ok := a.charges[dir]; ok && c.shared < shared {
+		c.shared = shared
+		a.set(dir, &c)
+	}
+}
+
 // sharedOf returns what share recorded.
 func (a *account) sharedOf(dir string) int64 {
 	a.ledger.mu.Lock()

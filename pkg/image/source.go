@@ -177,7 +177,7 @@ func (p *Pool) copyTo(ctx context.Context, f *os.File, r record, o *origin, quie
 	defer func() {
 		if err != nil && thick && reflinked && o.volume != "" {
 			// The source shares with what is left until that is erased, which may take long.
-			o.p.account.share(o.volume, o.spec.Size)
+			o.p.account.shareMore(o.volume, o.spec.Size)
 			o.used = true
 		}
 	}()

@@ -144,3 +144,51 @@ func mountOptions(v Volume) []string {
 	}
 	return nil
 }
+
+// late is a context that ends when its function says so.
+type late struct {
+	context.Context
+	err func() error
+}
+
+func (l late) Err() error { return l.err() }
+
+// TestFailedCloneLeavesItsSourcesClaim: the source of a clone that fails was let go of, so
+// it may have been grown and a snapshot made of it, which the failed call knows nothing of.
+func TestFailedCloneLeavesItsSourcesClaim(t *testing.T) {
+	roottest.Require(t)
+	const size int64 = 64 * MiB
+	_, p := openPool(t, scratch(t, "xfs", 1024*MiB))
+	v := create(t, p, Spec{Name: "v", Size: size})
+	fill(t, p, v.ID, 0, int(size))
+	linked, over := false, false
+	unlock := func() {}
+	end := late{ctx, func() error {
+		switch {
+		case over:
+			return context.Canceled
+		case !linked:
+			return nil
+		}
+		over = true
+		if _, err := p.Grow(ctx, v.ID, 2*size); err != nil {
+			t.Fatal(err)
+		}
+		fill(t, p, v.ID, size, int(size))
+		snap(t, p, "s", v.ID)
+		var free bool
+		if unlock, free = p.locks.tryLock("v"); !free { // so that nobody counts
+			t.Fatal("busy")
+		}
+		return context.Canceled
+	}}
+	quiesce := func(context.Context) (func() error, error) {
+		return func() error { linked = true; return nil }, nil
+	}
+	_, err := p.CreateFrom(end, Spec{Name: "r", Size: size, Source: &Source{Volume: v.ID}}, quiesce)
+	wantError(t, err, context.Canceled)
+	defer unlock()
+	if got := p.account.sharedOf("v"); got != 2*size {
+		t.Errorf("its claim is %d, it shares %d", got, 2*size)
+	}
+}
