@@ -132,12 +132,8 @@ func (s *Store) newCutting(spec SnapshotSpec) (*cutting, error) {
 // prepare does all that can be done before the writers hold still. held is what the
 // other snapshots of the group have reserved.
 func (c *cutting) prepare(ctx context.Context, group string, held []*reservation) error {
-	for _, key := range []string{snapshotLock(c.dir), c.volume} {
-		leave, err := c.p.enter(ctx, key)
-		if err != nil {
-			return err
-		}
-		c.leave = append(c.leave, leave)
+	if err := c.hold(ctx, snapshotLock(c.dir)); err != nil {
+		return err
 	}
 	r, err := c.p.getSnapshot(c.dir)
 	switch {
@@ -145,6 +141,12 @@ func (c *cutting) prepare(ctx context.Context, group string, held []*reservation
 		c.made, c.record = true, r
 		return equalSnapshot(r, c.spec, group)
 	case !errors.Is(err, ErrNotFound):
+		return err
+	}
+	if err := c.p.clearCut(ctx, c.dir); err != nil {
+		return err
+	}
+	if err := c.hold(ctx, c.volume); err != nil {
 		return err
 	}
 	if c.source, err = c.p.get(c.volume); err != nil {
@@ -164,6 +166,15 @@ func (c *cutting) prepare(ctx context.Context, group string, held []*reservation
 		return err
 	}
 	return c.make()
+}
+
+// hold takes a lock for as long as the snapshot is made.
+func (c *cutting) hold(ctx context.Context, key string) error {
+	leave, err := c.p.enter(ctx, key)
+	if err == nil {
+		c.leave = append(c.leave, leave)
+	}
+	return err
 }
 
 // reserve takes the space that the snapshot will need: of a copy the data, of a

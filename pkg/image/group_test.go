@@ -339,3 +339,77 @@ func TestGroupRemovedWhileItIsSettled(t *testing.T) {
 	}
 	wantNoGroup(t, s, p, spec.Name)
 }
+
+// TestGroupAgainAfterAFailedRemoval: what could not be removed of a group that is gone, or
+// never was, is not in the way of a group of the same name.
+func TestGroupAgainAfterAFailedRemoval(t *testing.T) {
+	t.Run("of a killed call, by the start", func(t *testing.T) {
+		dir, broken := poolDir(t), &sabotage{t: t, point: "remove: unlinking"}
+		left := 2
+		s, _, spec := pair(t, dir, withKill(func(point string) {
+			if point == "snapshot: committed" {
+				if left--; left == 0 {
+					panic(errCrash)
+				}
+			}
+		}))
+		func() {
+			defer func() {
+				if r := recover(); r != errCrash { //nolint:errorlint // a recovered value
+					t.Fatal(r)
+				}
+			}()
+			_, _ = s.SnapshotGroup(ctx, spec, nil)
+		}()
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		var starting *Store
+		s, p := openPool(t, dir, func(s *Store) { starting = s }, withKill(func(point string) {
+			// The first is being removed. The second cannot be.
+			if pools := starting.set.Load().pools; broken.whole == nil && point == broken.point && len(pools) == 1 {
+				broken.dir = &pools[0].snapshots
+				broken.at(point)
+			}
+		}))
+		broken.mend()
+		wantGroupAgain(t, s, p, spec, 1)
+	})
+	t.Run("as asked", func(t *testing.T) {
+		dir, broken := poolDir(t), &sabotage{t: t, point: "remove group: committed"}
+		s, p, spec := pair(t, dir, withKill(broken.at))
+		g, err := s.SnapshotGroup(ctx, spec, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		broken.dir = &p.snapshots
+		if s.RemoveGroup(ctx, g.ID) == nil {
+			t.Fatal("removed without a disk")
+		}
+		broken.mend()
+		wantGroupAgain(t, s, p, spec, 2)
+	})
+}
+
+// wantGroupAgain makes a group of which so many snapshots are left, and removes it.
+func wantGroupAgain(t *testing.T, s *Store, p *Pool, spec GroupSpec, left int) {
+	t.Helper()
+	if n := p.snapshotEntries(t); n != left || len(s.ListSnapshots()) != 0 {
+		t.Fatalf("%d are left, and %v there: the test shows nothing", n, s.ListSnapshots())
+	}
+	g, err := s.SnapshotGroup(ctx, spec, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := s.GetGroup(g.ID); err != nil || len(got.Snapshots) != len(spec.Sources) || len(s.ListSnapshots()) != len(spec.Sources) {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if err := s.RemoveGroup(ctx, g.ID); err != nil {
+		t.Fatal(err)
+	}
+	if n := p.snapshotEntries(t); n != 0 || len(s.ListSnapshots()) != 0 {
+		t.Errorf("%d are left", n)
+	}
+	wantClean(t, p.Path())
+	wantAccount(t, s, p)
+}

@@ -241,6 +241,19 @@ func (p *Pool) dropCut(ctx context.Context, dir string, r snapshotRecord) {
 	delete(p.unsettled, dir)
 }
 
+// clearCut removes what is left of a snapshot whose group is gone, and which could not be
+// removed before: it has the name of one that is about to be made.
+// Precondition: the snapshot's lock is held, and there is no such snapshot.
+func (p *Pool) clearCut(ctx context.Context, dir string) error {
+	p.mu.Lock()
+	r, left := p.unsettled[dir]
+	p.mu.Unlock()
+	if !left {
+		return nil
+	}
+	return p.removeSnapshot(ctx, dir, r)
+}
+
 // loadGroups reads the records of group snapshots. One that cannot be read keeps
 // its snapshots from being served, and from being removed but with the group.
 func (p *Pool) loadGroups() error {

@@ -127,7 +127,7 @@ func (p *Pool) RemoveSnapshot(ctx context.Context, id string) error {
 
 // Precondition: the snapshot's lock is held.
 func (p *Pool) removeSnapshot(ctx context.Context, dir string, r snapshotRecord) error {
-	p.log(ctx).Info("Removing a snapshot, as asked", "snapshot", VolumeID(p.ID(), dir), "source", r.Source)
+	p.log(ctx).Info("Removing a snapshot", "snapshot", VolumeID(p.ID(), dir), "source", r.Source, "group", r.Group)
 	gone := gonePrefix + dir + "-" + rand.Text()[:8]
 	err := renameNew(p.snapshots, dir, p.root, gone)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // removed by hand: then only forget it
