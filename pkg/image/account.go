@@ -21,7 +21,7 @@ type Usage struct {
 	Reserved int64 // kept free for others, by configuration
 	Pending  int64 // promised to calls under way, on this filesystem
 
-	Volumes         int
+	Volumes         int   // without those that are refused, as in the sums
 	Thick           int64 // sum of the sizes of thick volumes
 	ThinProvisioned int64 // sum of the sizes of thin volumes
 	ThinAllocated   int64 // what they have got, as last seen
@@ -36,6 +36,7 @@ type charge struct {
 	allocated int64 // at most size
 	thick     bool
 	shared    int64 // of allocated, what a write would take anew (fact 69)
+	refused   bool  // only its image is known
 }
 
 // unwritten is what the volume may still take from the pool. A thick volume that
@@ -132,6 +133,7 @@ type account struct {
 	thinUnwritten int64
 	thickMissing  int64 // blocks that thick volumes should have to themselves and do not
 	shared        int64
+	refused       int // how many
 }
 
 // takePatience is how long a call waits for space that others may give up. They may
@@ -358,6 +360,33 @@ func (a *account) swap(dir string, c charge, r *reservation) error {
 	return nil
 }
 
+// keep is put for a volume that is refused: its pod goes on, so what was promised to it is
+// kept, as if it were thick. What it was found to share stays.
+func (a *account) keep(dir string, size, allocated int64) {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	c := a.charges[dir]
+	a.set(dir, &charge{size: size, allocated: allocated, thick: true, shared: c.shared, refused: true})
+}
+
+// anyRefused tells whether there are volumes of which only the image is known.
+func (a *account) anyRefused() bool {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	return a.refused > 0
+}
+
+// sizes are those of all volumes.
+func (a *account) sizes() map[string]int64 {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	all := make(map[string]int64, len(a.charges))
+	for dir, c := range a.charges {
+		all[dir] = c.size
+	}
+	return all
+}
+
 // share records how many bytes a volume shares with other files.
 func (a *account) share(dir string, shared int64) {
 	a.ledger.mu.Lock()
@@ -449,6 +478,11 @@ func (a *account) set(dir string, c *charge) {
 // Precondition: ledger.mu is held.
 func (a *account) add(c charge, sign int64) {
 	a.shared += sign * c.shared
+	if c.refused {
+		a.refused += int(sign)
+		a.thickMissing += sign * c.unwritten()
+		return
+	}
 	if c.thick {
 		a.thick += sign * c.size
 		a.thickMissing += sign * c.unwritten()
@@ -490,7 +524,7 @@ func (a *account) usage() (Usage, error) {
 		Free:            s.Free,
 		Reserved:        a.reserve.of(s.Size),
 		Pending:         a.ledger.pending,
-		Volumes:         len(a.charges),
+		Volumes:         len(a.charges) - a.refused,
 		Thick:           a.thick,
 		ThinProvisioned: a.thin,
 		ThinAllocated:   a.thinAllocated,
@@ -505,7 +539,7 @@ func (a *account) leave() {
 	a.ledger.promised -= a.promise()
 	a.ledger.blocks -= a.thinAllocated
 	a.ledger.accounts = slices.DeleteFunc(a.ledger.accounts, func(o *account) bool { return o == a })
-	a.charges = map[string]charge{}
+	a.charges, a.refused = map[string]charge{}, 0
 	a.thick, a.thin, a.thinAllocated, a.thinUnwritten, a.thickMissing, a.shared = 0, 0, 0, 0, 0, 0
 }
 

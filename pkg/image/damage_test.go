@@ -281,3 +281,86 @@ func TestHealthOnAPoolThatHangs(t *testing.T) {
 		t.Errorf("%+v", got)
 	}
 }
+
+// TestRefusedVolumeIsCharged: what was promised to a volume is not given away while its
+// record is refused, since its pod goes on.
+func TestRefusedVolumeIsCharged(t *testing.T) {
+	dir := poolDir(t)
+	open := func() (*Store, *Pool) {
+		s, p := openPool(t, dir)
+		d := &fakeDisk{size: 100 * MiB, free: 20*MiB + overhead}
+		p.account.statfs = d.statfs
+		return s, p
+	}
+	s, p := open()
+	create(t, p, Spec{Name: "thick", Size: 4 * MiB})
+	thin := create(t, p, Spec{Name: "thin", Size: 8 * MiB, Allocation: Thin})
+	fill(t, p, thin.ID, 0, 1<<20)
+	p.refreshOne("thin")
+	want := func(capacity int64, volumes int) {
+		t.Helper()
+		if got := p.Capacity(Thick); got != capacity*MiB {
+			t.Errorf("capacity is %d MiB, want %d", got/MiB, capacity)
+		}
+		if got := p.Usage().Volumes; got != volumes {
+			t.Errorf("%d volumes are counted, want %d", got, volumes)
+		}
+	}
+	damage := func(old, with string) {
+		t.Helper()
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"thick", "thin"} {
+			if err := replaceIn(filepath.Join(dir, volumesDir, name, recordFile), old, with); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s, p = open()
+	}
+	want(13, 2)
+	damage(`"formatVersion": 1`, `"formatVersion": 9`)
+	want(13, 0)
+	if v := inspect(t, Config{Name: "default", Path: dir})[0]; v.Usage.Volumes != 0 || v.Usage.Shared != p.Usage().Shared {
+		t.Errorf("seen as %+v, is %+v", v.Usage, p.Usage())
+	}
+	f, err := os.OpenFile(filepath.Join(dir, volumesDir, "thin", imageFile), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.WriteAt(make([]byte, 2*MiB), 4*MiB)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	want(13, 0)
+	p.refreshRefused(ctx)
+	want(15, 0)
+	damage(`"formatVersion": 9`, `"formatVersion": 1`) // and so mends
+	want(15, 2)
+	wantAccount(t, s, p)
+	damage(`"formatVersion": 1`, `"formatVersion": 9`)
+	want(15, 0)
+	if err := os.RemoveAll(filepath.Join(dir, volumesDir, "thin")); err != nil {
+		t.Fatal(err)
+	}
+	p.refreshRefused(ctx)
+	want(20, 0)
+}
+
+// TestSharingThatCannotBeCounted: a volume whose image cannot be looked at is looked at
+// once before a refusal, and not for ever.
+func TestSharingThatCannotBeCounted(t *testing.T) {
+	dir := poolDir(t)
+	_, p := openPool(t, dir)
+	create(t, p, Spec{Name: "v", Size: MiB})
+	p.account.share("v", MiB)
+	if err := os.Remove(filepath.Join(dir, volumesDir, "v", imageFile)); err != nil {
+		t.Fatal(err)
+	}
+	if !p.recount(ctx) || p.recount(ctx) {
+		t.Error("it is not looked at once")
+	}
+	if p.account.sharedOf("v") != MiB {
+		t.Error("its claim is gone")
+	}
+}

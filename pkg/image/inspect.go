@@ -202,6 +202,7 @@ func (p *Pool) inspectVolume(dir string) (VolumeView, bool) {
 		v.Err = fmt.Errorf("%s/%s/%s: %w", p.Path(), volumesDir, dir, err)
 		if st, err := p.imageStat(dir); err == nil && st.Mode.IsRegular() {
 			v.Dev, v.Ino = st.Dev, st.Ino // a device may show it all the same
+			p.chargeRefused(dir)
 		}
 		return v, true
 	}

@@ -118,13 +118,13 @@ func (p *Pool) inspectSharing() {
 	if !p.copied() || !reflinks(p.root, p.fsType) {
 		return
 	}
-	for dir, r := range p.records {
-		d, f, err := p.openVolume(dir, r, false)
+	for dir, size := range p.account.sizes() {
+		d, f, err := p.openVolume(dir, record{Size: size}, false)
 		if err != nil {
 			continue // one of the volume's problems
 		}
 		var shared int64
-		err = extents(f, 0, r.Size, 0, func(e extent) bool {
+		err = extents(f, 0, size, 0, func(e extent) bool {
 			if e.shared {
 				shared += e.end - e.start
 			}

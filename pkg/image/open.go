@@ -247,12 +247,35 @@ func (p *Pool) load(ctx context.Context) error {
 			err = fmt.Errorf("%s/%s/%s: %w", p.Path(), volumesDir, dir, err)
 			p.once("refuse "+dir).Error(err, "Refusing a volume", "volume", VolumeID(p.ID(), dir))
 			p.damaged[dir] = err
+			p.chargeRefused(dir)
 			continue
 		}
 		p.records[dir] = r
 		p.account.put(dir, r.charge(allocated), nil)
 	}
 	return nil
+}
+
+// chargeRefused brings up to date what is kept for a volume that is refused.
+func (p *Pool) chargeRefused(dir string) {
+	st, err := p.imageStat(dir)
+	switch is := err == nil && st.Mode.IsRegular(); {
+	case !validDir(dir):
+	case is:
+		p.account.keep(dir, st.Size, st.Allocated)
+	case err == nil, errors.Is(err, fs.ErrNotExist): // removed by hand
+		p.account.drop(dir)
+	}
+}
+
+// refreshRefused is chargeRefused for all of them.
+func (p *Pool) refreshRefused(ctx context.Context) {
+	for dir := range p.Damaged() {
+		if ctx.Err() != nil {
+			return
+		}
+		p.chargeRefused(dir)
+	}
 }
 
 // loadOne reads one record; ErrDamaged when it was looked at and is not sound.

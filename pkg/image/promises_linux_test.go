@@ -24,6 +24,11 @@ func keepsItsPromise(t *testing.T, p *Pool, id string, bytes int64) {
 		t.Fatal(err)
 	}
 	defer f.Close()
+	fileKeepsItsPromise(t, p, f, bytes)
+}
+
+func fileKeepsItsPromise(t *testing.T, p *Pool, f *os.File, bytes int64) {
+	t.Helper()
 	if size := p.Capacity(Thick); size > 0 {
 		create(t, p, Spec{Name: "other", Size: size})
 	}
@@ -151,4 +156,29 @@ func TestClaimAfterACancelledClone(t *testing.T) {
 		}
 	}
 	keepsItsPromise(t, p, v.ID, v.Size)
+}
+
+// TestPromiseToARefusedVolume: the pod of a volume whose record is refused goes on, and
+// writes what the volume shares with a snapshot, too.
+func TestPromiseToARefusedVolume(t *testing.T) {
+	onEach(t, 640*MiB, func(t *testing.T, _, dir string) {
+		s, p := openPool(t, dir)
+		v := create(t, p, Spec{Name: "v", Size: 128 * MiB})
+		fill(t, p, v.ID, 0, 64<<20)
+		snap(t, p, "s", v.ID)
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := replaceIn(filepath.Join(dir, volumesDir, "v", recordFile), `"formatVersion": 1`, `"formatVersion": 9`); err != nil {
+			t.Fatal(err)
+		}
+		_, p = openPool(t, dir)
+		p.recount(ctx)
+		f, err := os.OpenFile(filepath.Join(dir, volumesDir, "v", imageFile), os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		fileKeepsItsPromise(t, p, f, v.Size)
+	})
 }

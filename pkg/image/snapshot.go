@@ -319,19 +319,20 @@ func (p *Pool) loadSharing(ctx context.Context) error {
 	if !p.copied() || !p.mayReflink() {
 		return nil
 	}
-	for dir, r := range p.records {
+	for dir, size := range p.account.sizes() {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		p.account.share(dir, r.Size)
+		p.account.share(dir, size)
 		p.recountOne(dir)
 	}
 	return nil
 }
 
-// copied tells whether the pool has snapshots, or volumes that began as copies.
+// copied tells whether the pool has snapshots, or volumes that began as copies, as those
+// that are refused may have.
 func (p *Pool) copied() bool {
-	if p.leftovers || len(p.cuts)+len(p.unsettled)+len(p.damagedCut) > 0 {
+	if p.leftovers || p.account.anyRefused() || len(p.cuts)+len(p.unsettled)+len(p.damagedCut) > 0 {
 		return true
 	}
 	for _, r := range p.records {
@@ -446,11 +447,20 @@ func (p *Pool) volumeOf(src *Source) string {
 // recountOne is recount for one volume.
 // Precondition: its lock is held: what a snapshot adds meanwhile would be lost.
 func (p *Pool) recountOne(dir string) {
-	start := time.Now()
 	r, err := p.get(dir)
 	if err != nil {
+		r.Size = p.account.of(dir).size // of one that is refused, which its image had; else 0
+	}
+	if r.Size == 0 {
 		return
 	}
+	// Also when it fails: recount, before a refusal, would look at it again and again.
+	start := time.Now()
+	defer func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.recounts[dir] = p.store.now().Add(max(recountPause, recountShare*time.Since(start)))
+	}()
 	d, f, err := p.openVolume(dir, r, false)
 	if err != nil {
 		return // OpenImage and VolumeHealth report it; the account keeps the larger claim
@@ -462,7 +472,4 @@ func (p *Pool) recountOne(dir string) {
 		return
 	}
 	p.account.share(dir, s.shared)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.recounts[dir] = p.store.now().Add(max(recountPause, recountShare*time.Since(start)))
 }

@@ -115,6 +115,7 @@ func (s *Store) start(ctx context.Context) {
 				continue
 			}
 			p.refresh(ctx)
+			p.refreshRefused(ctx)
 			p.recount(ctx)
 			p.countFragments(ctx)
 		}
