@@ -67,34 +67,54 @@ func newLedger() *ledger { return &ledger{settled: make(chan struct{}), together
 
 // look brings what thin volumes have up to date, of all accounts. It ends early once stop,
 // which may be nil, is closed.
+//
+// Volumes are written to and discard meanwhile, so each is looked at before the free space
+// and after it, and the smaller counts: else what one wrote, which is not free any more,
+// would be hidden by what another one discards after it was looked at.
 func (l *ledger) look(stop <-chan struct{}, statfs func() (space, error)) {
 	l.looking.Lock()
 	defer l.looking.Unlock()
 	l.mu.Lock()
-	before, err := statfs()
-	used := l.used
 	accounts := slices.Clone(l.accounts)
 	l.mu.Unlock()
-	if err != nil {
+	if !lookAll(stop, accounts, false) {
 		return
 	}
-	for _, a := range accounts {
-		for _, dir := range a.thinDirs() {
-			select {
-			case <-stop:
-				return
-			default:
-			}
-			if a.look != nil {
-				a.look(dir)
-			}
-		}
+	l.mu.Lock()
+	between, err := statfs()
+	used := l.used
+	l.mu.Unlock()
+	if err != nil || !lookAll(stop, accounts, true) {
+		return
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if after, err := statfs(); err == nil {
-		l.together = min(before.Free-(l.used-used), after.Free) + l.blocks
+		l.together = min(between.Free-(l.used-used), after.Free) + l.blocks
 	}
+}
+
+// lookAll looks at each thin volume; again is that the smaller of what it had then and has
+// now counts. It tells whether it came to the end.
+func lookAll(stop <-chan struct{}, accounts []*account, again bool) bool {
+	for _, a := range accounts {
+		for _, dir := range a.thinDirs() {
+			select {
+			case <-stop:
+				return false
+			default:
+			}
+			if a.look == nil {
+				continue
+			}
+			had := a.allocatedOf(dir)
+			a.look(dir)
+			if again {
+				a.atMost(dir, had)
+			}
+		}
+	}
+	return true
 }
 
 // lookAgain is look, if there is more free than the account lets count. It tells whether
@@ -453,6 +473,17 @@ func (a *account) seen(dir string, before charge, allocated int64) {
 	a.ledger.mu.Lock()
 	defer a.ledger.mu.Unlock()
 	if c, ok := a.charges[dir]; ok && c == before {
+		c.allocated = allocated
+		a.set(dir, &c)
+	}
+}
+
+// atMost lets a thin volume have no more blocks than that. One that came to be just now
+// has more again at the next look.
+func (a *account) atMost(dir string, allocated int64) {
+	a.ledger.mu.Lock()
+	defer a.ledger.mu.Unlock()
+	if c, ok := a.charges[dir]; ok && !c.thick && c.allocated > allocated {
 		c.allocated = allocated
 		a.set(dir, &c)
 	}

@@ -129,6 +129,43 @@ func TestDiscardBeforeUse(t *testing.T) {
 	}
 }
 
+// TestDiscardHidesAWrite: what one thin volume writes during a look is not free any more,
+// also when another one discards as much after it was looked at.
+func TestDiscardHidesAWrite(t *testing.T) {
+	const gib = 1 << 30
+	for _, pass := range []int{1, 2} {
+		d := &fakeDisk{size: 100 * gib, free: 10*gib + overhead}
+		a := newAccount(newLedger(), d.statfs, Reserve{}, 1)
+		allocated := map[string]int64{"one": 10 * gib, "two": 10 * gib}
+		for dir := range allocated {
+			a.put(dir, charge{size: 14 * gib, allocated: 10 * gib}, nil)
+		}
+		a.ledger.look(nil, d.statfs)
+		looks, first := 0, ""
+		a.look = func(dir string) {
+			looks++
+			during := looks == 2*pass
+			if during { // the first one was looked at
+				d.use(4 * gib)
+				allocated[dir] += 4 * gib
+			}
+			sawBlocks(a, dir, allocated[dir])
+			if during {
+				d.use(-6 * gib)
+				allocated[first] -= 6 * gib
+			}
+			first = dir
+		}
+		a.ledger.look(nil, d.statfs)
+		if r, err := a.take(ctx, Thick, 3*gib); err == nil {
+			r.release()
+			t.Errorf("in pass %d: what was promised is given away", pass)
+		} else {
+			wantError(t, err, ErrNoSpace)
+		}
+	}
+}
+
 // TestDiscardBesideARemoval: the blocks of a thin volume that is being removed are not free
 // yet, and nor is what another one discarded.
 func TestDiscardBesideARemoval(t *testing.T) {
