@@ -124,19 +124,7 @@ func (f *forgetting) run(ctx context.Context, client kubeapi.Interface, out io.W
 	if err != nil {
 		return err
 	}
-	var chosen []lost
-	for _, l := range all {
-		what := "no claim"
-		if l.claim != nil {
-			what = "claim " + l.claim.Namespace + "/" + l.claim.Name
-		}
-		if l.claim != nil && !f.claims {
-			fmt.Fprintf(out, "%s\t%s\t%s\tpassed over: --claims deletes the claim too\n", l.pv.Name, l.pool(), what)
-			continue
-		}
-		fmt.Fprintf(out, "%s\t%s\t%s\n", l.pv.Name, l.pool(), what)
-		chosen = append(chosen, l)
-	}
+	chosen := f.chooseVolumes(all, out)
 	ended := f.choose(snapshots, out)
 	count := fmt.Sprintf("%d PersistentVolumes", len(chosen))
 	if len(ended) > 0 {
@@ -178,6 +166,23 @@ func (f *forgetting) run(ctx context.Context, client kubeapi.Interface, out io.W
 	}
 	fmt.Fprintf(out, "%s deleted. They are in %s.\n", count, saved)
 	return nil
+}
+
+// chooseVolumes says which there are, and keeps those that are to be deleted.
+func (f *forgetting) chooseVolumes(all []lost, out io.Writer) (chosen []lost) {
+	for _, l := range all {
+		what := "no claim"
+		if l.claim != nil {
+			what = "claim " + l.claim.Namespace + "/" + l.claim.Name
+		}
+		if l.claim != nil && !f.claims {
+			fmt.Fprintf(out, "%s\t%s\t%s\tpassed over: --claims deletes the claim too\n", l.pv.Name, l.pool(), what)
+			continue
+		}
+		fmt.Fprintf(out, "%s\t%s\t%s\n", l.pv.Name, l.pool(), what)
+		chosen = append(chosen, l)
+	}
+	return chosen
 }
 
 // gone returns an error unless Kubernetes has no such node.
