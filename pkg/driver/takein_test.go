@@ -3,8 +3,8 @@ package driver
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
-	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -167,40 +167,39 @@ func TestTakeInChangedFile(t *testing.T) {
 func TestTakeInEndedUnseen(t *testing.T) {
 	n := newFake(t)
 	path := n.golden("golden.img", "mkfs.ext4", "-q", "-F")
-	for _, r := range []TakeInRequest{
-		{Name: "golden", File: path, Template: true, Method: image.Copy},
-		{Name: "golden", File: path, Method: image.Copy},
-		{Name: "missing", File: path + "-none", Method: image.Copy},
-	} {
-		gone, leave := context.WithCancel(t.Context())
-		leave()
-		if p, err := n.d.TakeIn(gone, r); p.Done {
-			t.Fatal("it was waited for", err) // the job ends later
+	unseen := func(r TakeInRequest, end error) {
+		t.Helper()
+		wish, err := json.Marshal(r)
+		n.must(err)
+		key := image.DirName(r.Name)
+		if r.Template {
+			key = "template/" + key
 		}
-		n.d.jobs.mu.Lock()
-		running := maps.Clone(n.d.jobs.all)
-		n.d.jobs.mu.Unlock()
-		for _, job := range running {
-			<-job.done
-		}
-		if len(running) != 1 {
-			t.Fatalf("%d requests go on", len(running))
-		}
-		want := image.ErrIncompatible.Error()
-		if r.Name == "missing" {
-			n.must(os.WriteFile(r.File, make([]byte, mib), 0o600))
-			want = "unknown filesystem"
-		} else {
-			f, err := os.OpenFile(path, os.O_WRONLY, 0)
-			n.must(err)
-			_, err = f.WriteAt([]byte("other"), 100)
-			n.must(errors.Join(err, f.Close()))
-		}
+		job, err := n.d.jobs.join(t.Context(), key, adminTakeIn, string(wish), func() (func(context.Context) error, error) {
+			return func(context.Context) error { return end }, nil
+		})
+		n.must(err)
+		<-job.done
+	}
+	for _, template := range []bool{true, false} {
+		r := TakeInRequest{Name: "golden", File: path, Template: template, Method: image.Copy}
+		_, err := n.takeIn(r)
+		n.must(err)
+		unseen(r, nil)
+		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+		n.must(err)
+		_, err = f.WriteAt([]byte("other"), 100)
+		n.must(errors.Join(err, f.Close()))
 		r.Begin = true
-		if _, err := n.takeIn(r); err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("%s, template: %t: asked anew: %v", r.Name, r.Template, err)
+		if _, err := n.takeIn(r); err == nil || !strings.Contains(err.Error(), image.ErrIncompatible.Error()) {
+			t.Errorf("template: %t: asked anew: %v", template, err)
 		}
 	}
+	r := TakeInRequest{Name: "attached", File: path, Method: image.Copy}
+	unseen(r, preconditionf("it is attached"))
+	r.Begin = true
+	_, err := n.takeIn(r)
+	n.must(err)
 }
 
 // TestTakeInFromThePoolsMount: a file in a pool's directory for that is moved, and what
