@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -18,11 +19,11 @@ var mkfs = map[string][]string{
 
 // Pool mounts a new file system of the given type ("ext4", "xfs" or "btrfs") and
 // returns its mount point. Size is that of the file behind it in bytes; xfs
-// wants 300 MiB, btrfs 128 MiB at least. It calls Require.
+// wants 300 MiB, btrfs 128 MiB at least. Options are for mkfs. It calls Require.
 //
 // The test's clean-up unmounts it, and fails the test when that does not succeed
 // within a minute or its loop device stays: somebody still uses the pool.
-func Pool(tb testing.TB, fsType string, size int64) string {
+func Pool(tb testing.TB, fsType string, size int64, options ...string) string {
 	tb.Helper()
 	Require(tb)
 	tool, ok := mkfs[fsType]
@@ -42,7 +43,7 @@ func Pool(tb testing.TB, fsType string, size int64) string {
 	if cerr := f.Close(); err != nil || cerr != nil {
 		tb.Fatal(err, cerr)
 	}
-	Run(tb, append(tool, image)...)
+	Run(tb, slices.Concat(tool, options, []string{image})...)
 	retry(tb, "mount", "-o", "loop", "-t", fsType, image, mountPoint)
 	tb.Cleanup(func() {
 		retry(tb, "umount", mountPoint)

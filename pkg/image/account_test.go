@@ -87,7 +87,7 @@ func TestDiscardBeforeUse(t *testing.T) {
 	const gib = 1 << 30
 	for _, late := range []string{"before", "after", "during the look"} {
 		t.Run(late, func(t *testing.T) {
-			d := &fakeDisk{size: 100 * gib, free: 10*gib + overhead}
+			d := &fakeDisk{size: 100 * gib, free: 10*gib + overhead + extentsOf(100*gib)}
 			a := newAccount(newLedger(), d.statfs, Reserve{}, 1)
 			allocated := int64(20 * gib)
 			looked := func() {}
@@ -134,7 +134,7 @@ func TestDiscardBeforeUse(t *testing.T) {
 func TestDiscardHidesAWrite(t *testing.T) {
 	const gib = 1 << 30
 	for _, pass := range []int{1, 2} {
-		d := &fakeDisk{size: 100 * gib, free: 10*gib + overhead}
+		d := &fakeDisk{size: 100 * gib, free: 10*gib + overhead + extentsOf(100*gib)}
 		a := newAccount(newLedger(), d.statfs, Reserve{}, 1)
 		allocated := map[string]int64{"one": 10 * gib, "two": 10 * gib}
 		for dir := range allocated {
@@ -170,7 +170,7 @@ func TestDiscardHidesAWrite(t *testing.T) {
 // yet, and nor is what another one discarded.
 func TestDiscardBesideARemoval(t *testing.T) {
 	const gib = 1 << 30
-	d := &fakeDisk{size: 100 * gib, free: 10*gib + overhead}
+	d := &fakeDisk{size: 100 * gib, free: 10*gib + overhead + extentsOf(100*gib)}
 	a := newAccount(newLedger(), d.statfs, Reserve{}, 1)
 	allocated := int64(20 * gib)
 	a.look = func(dir string) {
@@ -378,4 +378,23 @@ func TestLargeRemovalGoesOnWithoutTheCaller(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantClean(t, dir)
+}
+
+// Something is kept back for the extents of large filesystems, unless the reserve is larger.
+func TestRoomForExtents(t *testing.T) {
+	for _, c := range []struct {
+		size    int64
+		reserve Reserve
+		want    int64
+	}{
+		{1 << 30, Reserve{}, 1<<30 - overhead},
+		{100 << 30, Reserve{}, 100<<30 - 504*MiB - overhead},
+		{100 << 30, Reserve{Bytes: MiB}, 100<<30 - 504*MiB - overhead},
+		{100 << 30, Reserve{Percent: 1}, 99<<30 - overhead},
+	} {
+		a := newAccount(newLedger(), func() (space, error) { return space{Size: c.size, Free: c.size}, nil }, c.reserve, 1)
+		if got := a.capacity(Thick); got != c.want {
+			t.Errorf("%d, reserve %v: room for %d bytes, want %d", c.size, c.reserve, got, c.want)
+		}
+	}
 }
