@@ -13,7 +13,7 @@ import (
 // XFS keeps 8192 blocks for that itself, here small ones. They suffice for the short form, and
 // for 2.5 GiB they do not: so much takes a minute.
 func TestWritesFarFromEachOther(t *testing.T) {
-	size := int64(320 * MiB)
+	size := 320 * MiB
 	if os.Getenv("CSI_LOOP_LONG") == "1" {
 		size = 2560 * MiB
 	}
