@@ -292,3 +292,39 @@ func TestPoolThatHangs(t *testing.T) {
 		time.Sleep(20 * time.Millisecond)
 	}
 }
+
+// TestCopyForReadersWithoutRecovery: a larger copy grows before it is mounted for readers,
+// with options that the kernel takes for reading only.
+func TestCopyForReadersWithoutRecovery(t *testing.T) {
+	for fs, c := range map[string]struct {
+		option string
+		size   int64
+	}{"xfs": {"norecovery", 320 * mib}, "btrfs": {"rescue=nologreplay", 128 * mib}} {
+		t.Run(fs, func(t *testing.T) {
+			n := newRealNode(t)
+			capability := mountCap(fs, reader)
+			capability.GetMount().MountFlags = []string{c.option}
+			v := volume{n: n.node, cap: mountCap(fs, oneWriter)}
+			made := func(v *volume, name string, size int64, src *csi.VolumeContentSource) {
+				resp, err := (&controllerServer{d: n.d}).CreateVolume(t.Context(), &csi.CreateVolumeRequest{
+					Name: name, CapacityRange: &csi.CapacityRange{RequiredBytes: size}, VolumeContentSource: src,
+					VolumeCapabilities: []*csi.VolumeCapability{v.cap},
+				})
+				n.must(err)
+				v.id = resp.GetVolume().GetVolumeId()
+			}
+			made(&v, "v", c.size, nil)
+			n.must(n.staged(v))
+			n.must(n.unstaged(v))
+			copied := volume{n: n.node, cap: capability}
+			made(&copied, "copy", c.size+128*mib, v.asSource())
+			n.must(n.staged(copied))
+			var st unix.Statfs_t
+			n.must(unix.Statfs(copied.staging(), &st))
+			if size := int64(st.Blocks) * st.Bsize; size < c.size+64*mib || st.Flags&unix.ST_RDONLY == 0 {
+				t.Errorf("%d bytes, flags %#x", size, st.Flags)
+			}
+			n.must(n.unstaged(copied))
+		})
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 
 	"k8s.io/klog/v2"
 
@@ -64,10 +65,21 @@ func (d *Driver) growCopy(ctx context.Context, src source, want stageRecord, sho
 }
 
 // writableSpec is a spec of the same mount for writing. Of ro and rw the last holds, also
-// where ro stands in a list with others.
+// where ro stands in a list with others. What the kernel allows for reading only is left out:
+// the log that it passes over is empty, for the copy was given its identity.
 func writableSpec(spec mount.Spec) mount.Spec {
 	spec.ReadOnly = false
-	spec.Options = append(slices.Clone(spec.Options), "rw")
+	var options []string
+	for _, list := range spec.Options {
+		kept := slices.DeleteFunc(strings.Split(list, ","), func(o string) bool {
+			name, _, _ := strings.Cut(o, "=")
+			return slices.Contains([]string{"norecovery", "nologreplay", "noload", "rescue"}, name)
+		})
+		if len(kept) > 0 {
+			options = append(options, strings.Join(kept, ","))
+		}
+	}
+	spec.Options = append(options, "rw")
 	return spec
 }
 
