@@ -69,17 +69,18 @@ func (d *Driver) growCopy(ctx context.Context, src source, want stageRecord, sho
 // the log that it passes over is empty, for the copy was given its identity.
 func writableSpec(spec mount.Spec) mount.Spec {
 	spec.ReadOnly = false
-	var options []string
-	for _, list := range spec.Options {
+	options := spec.Options
+	spec.Options = nil
+	for _, list := range options {
 		kept := slices.DeleteFunc(strings.Split(list, ","), func(o string) bool {
 			name, _, _ := strings.Cut(o, "=")
 			return slices.Contains([]string{"norecovery", "nologreplay", "noload", "rescue"}, name)
 		})
 		if len(kept) > 0 {
-			options = append(options, strings.Join(kept, ","))
+			spec.Options = append(spec.Options, strings.Join(kept, ","))
 		}
 	}
-	spec.Options = append(options, "rw")
+	spec.Options = append(spec.Options, "rw")
 	return spec
 }
 
