@@ -53,7 +53,7 @@ func TestImportCommand(t *testing.T) {
 			if _, same, _ := strings.Cut(again, "apiVersion: "); same != manifests {
 				t.Errorf("the first time:\n%s\nagain:\n%s", out, again)
 			}
-			for _, want := range []string{"kind: PersistentVolume\n", "kind: PersistentVolumeClaim\n", "fsType: " + fs, "name: shop-data", "volumeHandle: "} {
+			for _, want := range []string{"kind: PersistentVolume\n", "kind: PersistentVolumeClaim\n", "fsType: " + fs, "name: shop.data", "volumeHandle: "} {
 				if !strings.Contains(out, want) {
 					t.Errorf("the manifests lack %q:\n%s", want, out)
 				}
