@@ -35,8 +35,9 @@ Which pool a volume or a snapshot is in is the ID that its handle begins with, a
 listed. With --pool-id only what is in the pools that are named is deleted, also the
 snapshots of one that has no volume left. --apply asks for it where the volumes are of
 several pools: one of them may be alive, on a node that was made anew under the name, or
-on a disk that is to be moved. A pool that has a volume on another node was moved there,
-and its snapshots are passed over.
+on a disk that is to be moved. Mapped volumes are in no pool, which --pool-id=none names.
+A pool that has a volume on another node was moved there, and its snapshots are passed
+over.
 
 With --apply all PersistentVolumes, VolumeSnapshotContents, with the policy Retain, and
 their claims and VolumeSnapshots are written to the file --save, which must not be
@@ -78,7 +79,7 @@ func newForgetCommand() *cobra.Command {
 	f.cluster.register(c.Flags())
 	c.Flags().StringVar(&f.driver, "driver-name", driver.DefaultName, "name of the driver")
 	c.Flags().StringVar(&f.save, "save", "", "file for what is deleted (default: csi-loop-forget-<NODE>.yaml, or -2.yaml and so on)")
-	c.Flags().StringSliceVar(&f.pools, "pool-id", nil, "ID of a pool that is lost: only what was in it is deleted; may be repeated")
+	c.Flags().StringSliceVar(&f.pools, "pool-id", nil, "ID of a pool that is lost, or none: only what was in it is deleted; may be repeated")
 	c.Flags().BoolVar(&f.claims, "claims", false, "delete the claims of the volumes, and the VolumeSnapshots, too")
 	c.Flags().BoolVar(&f.apply, "apply", false, "do it")
 	c.RunE = func(c *cobra.Command, args []string) error {
@@ -101,10 +102,15 @@ type lost struct {
 	claim *corev1.PersistentVolumeClaim // nil: there is none
 }
 
-// pool is the ID of its pool, "" where the handle has none: no volume of csi-loop.
+// noPool stands for the pool of volumes that are in none: mapped ones.
+const noPool = "none"
+
+// pool is the ID of its pool, or noPool.
 func (l lost) pool() string {
-	id, _, _ := image.ParseID(l.pv.Spec.CSI.VolumeHandle)
-	return id
+	if id, _, ok := image.ParseID(l.pv.Spec.CSI.VolumeHandle); ok {
+		return id
+	}
+	return noPool
 }
 
 // run deletes, or says what would be deleted.

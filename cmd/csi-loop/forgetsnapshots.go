@@ -76,15 +76,13 @@ func (s *lostSnapshot) String() string {
 func (f *forgetting) lostPools(all []lost, elsewhere map[string]string, out io.Writer) (volumes []lost, pools []string, err error) {
 	here := map[string]bool{}
 	for _, l := range all {
-		if id := l.pool(); id != "" {
-			here[id] = true
-		}
+		here[l.pool()] = true
 	}
 	if len(f.pools) == 0 {
 		return all, slices.Sorted(maps.Keys(here)), nil
 	}
 	for _, id := range f.pools {
-		if _, _, ok := image.ParseID(image.VolumeID(id, "x")); !ok {
+		if _, _, ok := image.ParseID(image.VolumeID(id, "x")); !ok && id != noPool {
 			return nil, nil, usagef("--pool-id %q: is not the ID of a pool", id)
 		}
 		if pv, ok := elsewhere[id]; ok && !here[id] {

@@ -314,26 +314,38 @@ func TestForgetNamedPools(t *testing.T) {
 // lost: which pool is lost, only who asks can know.
 func TestForgetOfSeveralPools(t *testing.T) {
 	alive := persistent("alive", lostPool, "a", corev1.PersistentVolumeReclaimDelete)
-	client, f, s := lossy(alive), forgets(t), snapshots(t, everySnapshot)
+	mapped := persistent("mapped", movedPool, "a", corev1.PersistentVolumeReclaimRetain)
+	mapped.Spec.CSI.VolumeHandle = "golden"
+	client, f, s := lossy(alive, mapped), forgets(t), snapshots(t, everySnapshot)
 	f.dynamic, f.claims = s, true
 	var out bytes.Buffer
 	if err := f.run(t.Context(), kubeapitest.Of(client), &out); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"alive\t" + lostPool + "\tno claim\n", "once --pool-id names those of the pools that are lost: " + movedPool + ", " + lostPool} {
+	for _, want := range []string{"alive\t" + lostPool + "\tno claim\n", "once --pool-id names those of the pools that are lost: " + movedPool + ", " + lostPool + ", none"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("%q is not in\n%s", want, out.String())
 		}
 	}
 	f.apply = true
-	if err := f.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}); !errors.As(err, new(*usageError)) || !strings.Contains(err.Error(), "2 pools") {
+	if err := f.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}); !errors.As(err, new(*usageError)) || !strings.Contains(err.Error(), "3 pools") {
 		t.Error(err)
 	}
-	wantLeft(t, client, "alive "+everyVolume, everyClaim)
+	wantLeft(t, client, "alive "+strings.Replace(everyVolume, "foreign", "foreign mapped", 1), everyClaim)
 	if _, err := os.Stat(f.save); !os.IsNotExist(err) {
 		t.Error("it saved something", err)
 	}
 	f.pools = []string{movedPool}
+	if err := f.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}); err != nil {
+		t.Fatal(err)
+	}
+	wantLeft(t, client, "alive elsewhere foreign mapped", "elsewhere reused")
+	// What is left is of a pool, and of none.
+	f.pools, f.save = nil, f.save+"-2"
+	if err := f.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}); err == nil || !strings.Contains(err.Error(), lostPool+", none") {
+		t.Error(err)
+	}
+	f.pools = []string{"none"}
 	if err := f.run(t.Context(), kubeapitest.Of(client), &bytes.Buffer{}); err != nil {
 		t.Fatal(err)
 	}

@@ -130,9 +130,16 @@ func unattached(ctx context.Context, images []image.ImageFile) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, loops.Close()) }()
-	bound, err := loops.FindAll(ctx)
+	bound, silent, err := loops.Survey(ctx)
 	if err != nil {
 		return err
+	}
+	for _, s := range silent {
+		for _, i := range images {
+			if s.MayBe(i.Path) {
+				return fmt.Errorf("%s over %q may show %s: %w", s.Path, s.BackingPath, i.Path, loop.ErrSilent)
+			}
+		}
 	}
 	in := make(map[loop.FileID]string, len(images))
 	for _, i := range images {

@@ -151,7 +151,7 @@ func (d *Driver) recoverNodes(r *stageRecord) error {
 func isKubeletsOwn(path string) bool {
 	_, rest, ok := strings.Cut(path, "/volumeDevices/")
 	parts := strings.Split(rest, "/")
-	return ok && len(parts) == 3 && parts[1] == "dev"
+	return ok && len(parts) == 3 && parts[0] != "publish" && parts[1] == "dev"
 }
 
 // recoverMounts completes r from where its filesystem is mounted: at the staging

@@ -65,3 +65,20 @@ func TestLostStateOfAPublishedRawVolume(t *testing.T) {
 	n.must(v.publish("b", false))
 	v.down("a", "b", "r")
 }
+
+func TestIsKubeletsOwn(t *testing.T) {
+	const dir = "/var/lib/kubelet/plugins/kubernetes.io/csi/volumeDevices/"
+	for path, want := range map[string]bool{
+		dir + "pvc-1/dev/pod":         true,
+		dir + "publish/pvc-1/pod":     false,
+		dir + "publish/dev/pod":       false,
+		dir + "staging/pvc-1":         false,
+		"/somewhere/else/dev/pod":     false,
+		dir + "pvc-1/data/vol_data":   false,
+		dir + "pvc-1/dev/pod/further": false,
+	} {
+		if got := isKubeletsOwn(path); got != want {
+			t.Errorf("%s: %t", path, got)
+		}
+	}
+}

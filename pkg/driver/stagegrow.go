@@ -66,7 +66,7 @@ func (d *Driver) growCopy(ctx context.Context, src source, want stageRecord, sho
 
 // writableSpec is a spec of the same mount for writing. Of ro and rw the last holds, also
 // where ro stands in a list with others. What the kernel allows for reading only is left out:
-// the log that it passes over is empty, for the copy was given its identity.
+// a copy's log is replayed once, so that what readers see is whole.
 func writableSpec(spec mount.Spec) mount.Spec {
 	spec.ReadOnly = false
 	options := spec.Options

@@ -94,7 +94,7 @@ var sentinelCodes = []struct {
 	{crypt.ErrGone, codes.Aborted, "the mapping of an encrypted volume was removed by hand while it was used; it is tried again"},
 	{crypt.ErrBusy, codes.Aborted, "somebody has the mapping of an encrypted volume open; it is tried again. `fuser -v /dev/dm-N` on the node says who"},
 
-	{loop.ErrSilent, codes.Unavailable, "the disk or server with the backing file of the loop device that the message names hangs: mend it, or detach the device (`losetup -d`); it is tried again"},
+	{loop.ErrSilent, codes.Unavailable, "the disk or server with the backing file of the loop device that the message names hangs: mend that, or detach the device (`losetup -d`) and restart csi-loop, which waits for its answer and so keeps it; it is tried again"},
 	{loop.ErrBusy, codes.Aborted, "somebody has the loop device open; it is tried again. `fuser -vm` on the node says who"},
 	{loop.ErrLimit, codes.ResourceExhausted, "raise `--loop-devices-max` (`loopDevices.max` in the chart), or spread the pods: see [CSILoopDevicesRunOut](../operations.md#csiloopdevicesrunout)"},
 	{loop.ErrDirectIO, codes.FailedPrecondition, "the pool cannot do direct I/O with blocks of this size: use `directIO: auto`, or a `blockSize` that is not below that of the disk"},

@@ -192,17 +192,27 @@ func divide(n int64, ratio float64) int64 {
 // free is what a new volume may take now; it may be negative.
 // Precondition: ledger.mu is held.
 func (a *account) free() (int64, error) {
+	free, _, err := a.room()
+	return free, err
+}
+
+// room is free, and what is kept back beside the reserve for extents: what takes no more
+// space than there was before may have that, as on a pool that was full without it.
+// Precondition: ledger.mu is held.
+func (a *account) room() (free, forExtents int64, err error) {
 	s, err := a.statfs()
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	l := a.ledger
 	if l.blocks == 0 { // nobody has anything to give back
 		l.together = s.Free
 	}
 	l.together = min(l.together, s.Free+l.blocks)
-	free := min(s.Free, l.together-l.blocks)
-	return free - max(a.reserve.of(s.Size), extentsOf(s.Size)) - l.promised - l.pending - overhead, nil
+	free = min(s.Free, l.together-l.blocks)
+	reserve := a.reserve.of(s.Size)
+	forExtents = max(0, extentsOf(s.Size)-reserve)
+	return free - reserve - forExtents - l.promised - l.pending - overhead, forExtents, nil
 }
 
 // reservation is space that is spoken for and not yet to be seen in statfs.
@@ -277,11 +287,11 @@ func (a *account) tryTake(need int64, held []*reservation) (*reservation, <-chan
 			others -= r.bytes
 		}
 	}
-	free, err := a.free()
+	free, forExtents, err := a.room()
 	switch {
 	case err != nil:
 		return nil, nil, opError("look at the free space of", "the pool", err)
-	case need <= free:
+	case need <= free, need == 0 && free+forExtents >= 0:
 		l.pending += need
 		return &reservation{account: a, bytes: need}, nil, nil
 	case others > 0 && need <= free+others:
@@ -375,8 +385,8 @@ func (a *account) swap(dir string, c charge, r *reservation) error {
 	defer a.ledger.mu.Unlock()
 	old := a.charges[dir]
 	a.set(dir, &c)
-	free, err := a.free()
-	if lacking := -(free + overhead + r.bytes); err == nil && lacking > 0 {
+	free, forExtents, err := a.room()
+	if lacking := -(free + forExtents + overhead + r.bytes); err == nil && lacking > 0 {
 		err = fmt.Errorf("%w: %d bytes more are needed for what is shared", ErrNoSpace, lacking)
 	}
 	if err != nil {

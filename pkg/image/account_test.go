@@ -396,5 +396,15 @@ func TestRoomForExtents(t *testing.T) {
 		if got := a.capacity(Thick); got != c.want {
 			t.Errorf("%d, reserve %v: room for %d bytes, want %d", c.size, c.reserve, got, c.want)
 		}
+		// A pool that was full before it was kept back.
+		a.put("v", charge{size: c.want + max(0, c.size-c.reserve.of(c.size)-overhead-c.want), thick: true}, nil)
+		r, err := a.take(ctx, Thick, 0)
+		if err != nil {
+			t.Fatalf("%d, reserve %v: what needs nothing: %v", c.size, c.reserve, err)
+		}
+		r.release()
+		a.put("w", charge{size: MiB, thick: true}, nil)
+		_, err = a.take(ctx, Thick, 0)
+		wantError(t, err, ErrNoSpace)
 	}
 }

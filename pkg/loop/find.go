@@ -82,7 +82,7 @@ func (m *Manager) scan(ctx context.Context, backing *os.File, image FileID) ([]I
 			return Info{}, opError("get status", n, err)
 		}
 		if errors.Is(err, ErrSilent) {
-			if may, err := m.mayShow(n, backing); err != nil || may {
+			if may, err := m.mayShow(n, h, backing, image); err != nil || may {
 				return Info{}, opError("get status", n, errors.Join(ErrSilent, err))
 			}
 			return Info{}, ErrNotBound

@@ -33,10 +33,11 @@ type Manager struct {
 	// seen holds the numbers known to be registered, registered those of them that
 	// came into being for us. Guarded by mu.
 	seen, registered map[int]bool
-	questions        map[int]*question // by number; guarded by mu
-	silent           int               // questions that took too long and are under way; guarded by mu
-	deleting         int               // removals under way; guarded by mu
-	closed           bool              // guarded by mu
+	questions        map[Ref]*question     // guarded by mu
+	silent           int                   // questions that took too long and are under way; guarded by mu
+	shown            map[int]answeredImage // by number; guarded by mu
+	deleting         int                   // removals under way; guarded by mu
+	closed           bool                  // guarded by mu
 }
 
 // New makes a manager after checking that the kernel can do what it needs. If not,

@@ -27,20 +27,20 @@ type question struct {
 	silent bool          // it took too long; guarded by Manager.mu
 }
 
-// ask begins a question to a device. There is one at a time for each: whoever comes while
-// it is under way waits for it, and not at all once it took too long; then q is nil.
-func (m *Manager) ask(number int) (q *question) {
+// ask begins a question to a device. There is one at a time for each binding: whoever comes
+// while it is under way waits for it, and not at all once it took too long; then q is nil.
+func (m *Manager) ask(ref Ref) (q *question) {
 	deadline := time.NewTimer(m.answerTime())
 	defer deadline.Stop()
 	for {
 		m.mu.Lock()
-		before := m.questions[number]
+		before := m.questions[ref]
 		if before == nil {
 			if m.questions == nil {
-				m.questions = map[int]*question{}
+				m.questions = map[Ref]*question{}
 			}
 			q = &question{done: make(chan struct{})}
-			m.questions[number] = q
+			m.questions[ref] = q
 			m.mu.Unlock()
 			return q
 		}
@@ -57,34 +57,61 @@ func (m *Manager) ask(number int) (q *question) {
 	}
 }
 
-func (m *Manager) answered(number int, q *question) {
+func (m *Manager) answered(ref Ref, q *question) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	delete(m.questions, number)
+	delete(m.questions, ref)
 	close(q.done)
 	if q.silent {
 		m.silent--
 	}
 }
 
-func (m *Manager) gaveUp(number int, q *question) {
+// gaveUp returns false if it was answered meanwhile.
+func (m *Manager) gaveUp(ref Ref, q *question) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.questions[number] == q {
-		q.silent = true
-		m.silent++
+	if m.questions[ref] != q {
+		return false
 	}
+	q.silent = true
+	m.silent++
+	return true
 }
 
-// answerTime is short while some device is silent: a filesystem that hangs may have many.
+// answerTime is shorter while some device is silent: a filesystem that hangs may have many,
+// each of which is waited for once.
 func (m *Manager) answerTime() time.Duration {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	t := cmp.Or(m.retry.Answer, answerTime)
 	if m.silent > 0 {
-		t /= 10
+		t /= 3
 	}
 	return t
+}
+
+// answeredImage is the file of a number's binding, when it last said so. While it is bound
+// that does not change.
+type answeredImage struct {
+	seq   uint64
+	image FileID
+}
+
+func (m *Manager) remember(ref Ref, image FileID) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.shown == nil {
+		m.shown = map[int]answeredImage{}
+	}
+	m.shown[ref.Number] = answeredImage{ref.DiskSeq, image}
+}
+
+func (m *Manager) remembered(ref Ref) (image FileID, ok bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	a, ok := m.shown[ref.Number]
+	return a.image, ok && a.seq == ref.DiskSeq
 }
 
 // patient is a handle whose Status returns ErrSilent when it takes too long. The kernel's
@@ -100,7 +127,12 @@ type patient struct {
 }
 
 func (h *patient) Status() (status, error) {
-	q := h.m.ask(h.number)
+	seq, err := h.DiskSeq()
+	if err != nil {
+		return status{}, err
+	}
+	ref := Ref{Number: h.number, DiskSeq: seq}
+	q := h.m.ask(ref)
 	if q == nil {
 		return status{}, ErrSilent
 	}
@@ -121,7 +153,10 @@ func (h *patient) Status() (status, error) {
 		if closed {
 			_ = h.handle.Close()
 		}
-		h.m.answered(h.number, q)
+		if err == nil {
+			h.m.remember(ref, st.Image)
+		}
+		h.m.answered(ref, q)
 		answers <- answer{st, err}
 	}()
 	timer := time.NewTimer(h.m.answerTime())
@@ -130,8 +165,11 @@ func (h *patient) Status() (status, error) {
 	case a := <-answers:
 		return a.st, a.err
 	case <-timer.C:
-		h.m.gaveUp(h.number, q)
-		return status{}, ErrSilent
+		if h.m.gaveUp(ref, q) {
+			return status{}, ErrSilent
+		}
+		a := <-answers
+		return a.st, a.err
 	}
 }
 
@@ -157,9 +195,17 @@ func (i Info) MayBe(name string) bool {
 	return plain(i.BackingPath) == plain(name)
 }
 
-// mayShow says whether a silent device may show the file. Of a file with several names none
-// says that it is another.
-func (m *Manager) mayShow(number int, backing *os.File) (bool, error) {
+// mayShow says whether a silent device may show the file: it may have said before what it
+// shows, and else its file's name counts. Of a file with several names none says that it is
+// another.
+func (m *Manager) mayShow(number int, h handle, backing *os.File, image FileID) (bool, error) {
+	seq, err := h.DiskSeq()
+	if err != nil {
+		return true, err
+	}
+	if shows, ok := m.remembered(Ref{Number: number, DiskSeq: seq}); ok {
+		return shows == image, nil
+	}
 	path, err := m.kernel.Attr(number, attrBackingFile)
 	if absent(err) {
 		return false, nil // unbound meanwhile

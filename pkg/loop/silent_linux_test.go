@@ -36,6 +36,7 @@ func TestDeviceThatDoesNotAnswer(t *testing.T) {
 	check(t, err)
 	ours, err := attach("ours.img")
 	check(t, err)
+	manager.shown = nil // it was bound before this process was there
 	end := k.hangs(foreign.info.Number)
 
 	bound, silent, err := manager.Survey(ctx)
@@ -85,6 +86,18 @@ func TestDeviceThatDoesNotAnswer(t *testing.T) {
 	m.image(t, "linked.img")
 	check(t, os.Link(filepath.Join(m.dir, "linked.img"), filepath.Join(m.dir, "second.img")))
 	if found, err := manager.Find(ctx, m.image(t, "linked.img")); !errors.Is(err, ErrSilent) {
+		t.Errorf("found %v, %v", found, err)
+	}
+	// What it said before it fell silent is known.
+	manager.remember(foreign.Ref(), foreign.info.Image)
+	if found, err := manager.Find(ctx, m.image(t, "other/foreign.img")); err != nil || len(found) != 0 {
+		t.Errorf("found %v, %v", found, err)
+	}
+	if found, err := manager.Find(ctx, m.image(t, "foreign.img")); !errors.Is(err, ErrSilent) {
+		t.Errorf("found %v, %v", found, err)
+	}
+	manager.remember(Ref{Number: foreign.info.Number, DiskSeq: foreign.info.DiskSeq - 1}, foreign.info.Image)
+	if found, err := manager.Find(ctx, m.image(t, "other/foreign.img")); !errors.Is(err, ErrSilent) {
 		t.Errorf("found %v, %v", found, err)
 	}
 	// One question waits, however often it was asked.
