@@ -252,7 +252,7 @@ func (e *env) takesImages(r *reader, node string) {
 	if err != nil {
 		e.Fatal(err)
 	}
-	for _, want := range []string{"persistentvolume/" + e.namespace + "-data created", "persistentvolumeclaim/data created", golden} {
+	for _, want := range []string{"persistentvolume/" + e.namespace + ".data created", "persistentvolumeclaim/data created", golden} {
 		if !strings.Contains(out, want) {
 			e.Errorf("%q is not in\n%s", want, out)
 		}
@@ -263,5 +263,5 @@ func (e *env) takesImages(r *reader, node string) {
 	}
 	e.sh("user", "echo own > /data/data/file")
 	patch := []byte(`{"spec":{"persistentVolumeReclaimPolicy":"Delete"}}`) // import says Retain
-	must[*corev1.PersistentVolume](e)(e.client.CoreV1().PersistentVolumes().Patch(e.Context(), e.namespace+"-data", types.MergePatchType, patch, metav1.PatchOptions{}))
+	must[*corev1.PersistentVolume](e)(e.client.CoreV1().PersistentVolumes().Patch(e.Context(), e.namespace+".data", types.MergePatchType, patch, metav1.PatchOptions{}))
 }
