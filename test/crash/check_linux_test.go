@@ -316,7 +316,8 @@ func (s *site) unaccounted() []string {
 }
 
 // capacity compares GetCapacity with what the pool's filesystem and the records
-// give: free space, less what volumes may still take, less 1 MiB.
+// give: free space, less what volumes may still take, less 1 MiB, and less what is kept
+// back of large filesystems (fact 106).
 func (s *site) capacity(ctx context.Context) []string {
 	r, err := s.controller().GetCapacity(ctx, &csi.GetCapacityRequest{})
 	if err != nil {
@@ -328,7 +329,7 @@ func (s *site) capacity(ctx context.Context) []string {
 	}
 	// It may be less than what is free by as much: how many blocks a thin volume has,
 	// and how many a volume shares, is looked at now and then only.
-	free, late := int64(fs.Bavail)*fs.Bsize, int64(0)
+	free, late := int64(fs.Bavail)*fs.Bsize-max(0, int64(fs.Blocks)*fs.Bsize/200-8*mib), int64(0)
 	for _, record := range glob(s.pool + "/volumes/*/volume.json") {
 		least, most, err := s.claim(record)
 		if err != nil {

@@ -15,7 +15,8 @@ import (
 )
 
 // checkAccount compares GetCapacity with what the pool's filesystem and the records
-// give: free space, less what volumes may still take, less 1 MiB.
+// give: free space, less what volumes may still take, less 1 MiB, and less what is kept
+// back of large filesystems (fact 106).
 func (c *churn) checkAccount() error {
 	var got int64
 	err := call(func(ctx context.Context) error {
@@ -30,7 +31,7 @@ func (c *churn) checkAccount() error {
 	if err := unix.Statfs(pool, &fs); err != nil {
 		return err
 	}
-	free := int64(fs.Bavail) * fs.Bsize
+	free := int64(fs.Bavail)*fs.Bsize - max(0, int64(fs.Blocks)*fs.Bsize/200-8*mib)
 	for _, record := range glob(pool + "/csi/volumes/*/volume.json") {
 		claimed, err := claim(record)
 		if err != nil {
