@@ -91,7 +91,7 @@ func (j *jobs) end(key, method, wish string) {
 	}
 }
 
-// forget forgets how a job ended that nobody waits for any more.
+// forget forgets how a job ended. Who waited for it is told all the same.
 func (j *jobs) forget(key, method string) {
 	j.mu.Lock()
 	defer j.mu.Unlock()

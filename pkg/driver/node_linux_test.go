@@ -121,7 +121,7 @@ func TestDeadPoolConcernsItsVolumesOnly(t *testing.T) {
 
 	works := func(when string) {
 		t.Helper()
-		if _, err := n.loops.FindAll(t.Context()); err != nil {
+		if _, _, err := n.loops.Survey(t.Context()); err != nil {
 			t.Errorf("%s: the list of devices: %v", when, err)
 		}
 		for range 2 { // also when it is not staged, for which all devices are looked at

@@ -76,10 +76,10 @@ func (d *Driver) unmountStaging(ctx context.Context, r stageRecord) error {
 	case err != nil:
 		return err
 	case mounted && r.Device.shownBy(m):
-		d.resetReadAhead(ctx, r, r.Device)
 		if err := d.thawLast(ctx, r.StagingPath); err != nil {
 			return err
 		}
+		d.resetReadAhead(ctx, r, r.Device)
 		if err := d.mounts.Unmount(ctx, r.StagingPath); err != nil {
 			return err
 		}

@@ -91,9 +91,11 @@ func TestGroupThatCouldNotBeTakenBack(t *testing.T) {
 	}
 }
 
-// A group that is gone has no snapshots, also if they could not be removed with it.
-func TestNoSnapshotOfAGroupThatIsGone(t *testing.T) {
-	dir, broken := poolDir(t), &sabotage{t: t, point: "remove group: committed"}
+// goneButForItsSnapshots is a store with a group that was removed, whose two snapshots could
+// not be.
+func goneButForItsSnapshots(t *testing.T, dir string) (*Store, *Pool, GroupSpec, Group) {
+	t.Helper()
+	broken := &sabotage{t: t, point: "remove group: committed"}
 	s, p, spec := pair(t, dir, withKill(broken.at))
 	g, err := s.SnapshotGroup(ctx, spec, nil)
 	if err != nil {
@@ -104,6 +106,13 @@ func TestNoSnapshotOfAGroupThatIsGone(t *testing.T) {
 		t.Fatal("removed without a disk")
 	}
 	broken.mend()
+	return s, p, spec, g
+}
+
+// A group that is gone has no snapshots, also if they could not be removed with it.
+func TestNoSnapshotOfAGroupThatIsGone(t *testing.T) {
+	dir := poolDir(t)
+	s, p, spec, g := goneButForItsSnapshots(t, dir)
 	if p.snapshotEntries(t) != 2 {
 		t.Fatal("its snapshots were removed: the test shows nothing")
 	}
@@ -376,17 +385,7 @@ func TestGroupAgainAfterAFailedRemoval(t *testing.T) {
 		wantGroupAgain(t, s, p, spec, 1)
 	})
 	t.Run("as asked", func(t *testing.T) {
-		dir, broken := poolDir(t), &sabotage{t: t, point: "remove group: committed"}
-		s, p, spec := pair(t, dir, withKill(broken.at))
-		g, err := s.SnapshotGroup(ctx, spec, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		broken.dir = &p.snapshots
-		if s.RemoveGroup(ctx, g.ID) == nil {
-			t.Fatal("removed without a disk")
-		}
-		broken.mend()
+		s, p, spec, _ := goneButForItsSnapshots(t, poolDir(t))
 		wantGroupAgain(t, s, p, spec, 2)
 	})
 }

@@ -106,8 +106,8 @@ func BenchmarkFind(b *testing.B) {
 	})
 	b.Run("all/bound=200", func(b *testing.B) {
 		for b.Loop() {
-			if found := must(manager.FindAll(b.Context()))(b); len(found) < 200 {
-				b.Fatal(len(found))
+			if found, _, err := manager.Survey(b.Context()); err != nil || len(found) < 200 {
+				b.Fatal(len(found), err)
 			}
 		}
 	})

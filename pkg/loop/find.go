@@ -28,19 +28,27 @@ func (m *Manager) Find(ctx context.Context, backing *os.File) ([]Info, error) {
 	return m.scan(ctx, backing, st.ID)
 }
 
-// FindAll returns every bound device on the machine, by number, in one pass.
-// Devices of others are among them. State is Bound for each: whether an autoclear
-// device is mounted is not looked at, because looking could make somebody else's
-// mount fail; Inspect does, for one device. ErrSilent if one does not answer; see Survey.
-func (m *Manager) FindAll(ctx context.Context) ([]Info, error) {
-	return m.each(ctx, func(n int) (Info, error) {
+// Survey returns every bound device on the machine, by number, in one pass. Devices of
+// others are among them. State is Bound for each: whether an autoclear device is mounted is
+// not looked at, because looking could make somebody else's mount fail; Inspect does, for
+// one device. Those that do not say in time what they show, because the filesystem of their
+// file hangs, are returned apart, with what the kernel knows by itself: Image is zero and
+// Tag empty. They may show any file that MayBe does not rule out.
+func (m *Manager) Survey(ctx context.Context) (bound, silent []Info, err error) {
+	bound, err = m.each(ctx, func(n int) (Info, error) {
 		h, path, err := m.open(n, forReading)
 		if err != nil {
 			return Info{}, err
 		}
 		defer h.Close()
-		return m.describe(n, path, h)
+		info, err := m.describe(n, path, h)
+		if errors.Is(err, ErrSilent) {
+			silent = append(silent, info)
+			return Info{}, ErrNotBound
+		}
+		return info, err
 	})
+	return bound, silent, err
 }
 
 // Inspect returns what a device is. ErrNotExist if there is none with the number,

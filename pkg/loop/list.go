@@ -7,7 +7,7 @@ import (
 	"path/filepath"
 )
 
-// List returns every bound device on the machine, by number, as FindAll does, for
+// List returns every bound device on the machine, by number, as Survey does, for
 // programs that only look: it needs no loop-control and no idle device. WithDev,
 // WithSysfs and WithNodeDir apply. The error is ErrSilent, and names them, if some do not say
 // what they show; the others are returned.
@@ -26,7 +26,7 @@ func List(ctx context.Context, opts ...Option) ([]Info, error) {
 		}
 		o.kernel = k
 	}
-	m := &Manager{kernel: o.kernel, dev: o.dev, nodeDir: o.nodeDir}
+	m := &Manager{kernel: o.kernel, dev: o.dev, nodeDir: o.nodeDir, retry: o.retry}
 	bound, silent, err := m.Survey(ctx)
 	errs := []error{err}
 	for _, i := range silent {

@@ -7,7 +7,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-func TestListShowsWhatFindAllShows(t *testing.T) {
+func TestListShowsWhatFindShows(t *testing.T) {
 	onEveryMachine(t, func(t *testing.T, m *machine) {
 		manager := m.manager(t)
 		d := m.attach(t, manager, "a", whole)

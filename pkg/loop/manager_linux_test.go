@@ -305,20 +305,22 @@ func TestHoldAfterARestart(t *testing.T) {
 
 		second := m.manager(t)
 		var found []Info
-		for _, in := range must(second.FindAll(t.Context()))(t) {
+		all, _, err := second.Survey(t.Context())
+		check(t, err)
+		for _, in := range all {
 			if in.Ref == ref {
 				found = append(found, in)
 			}
 		}
 		if diff := cmp.Diff([]Info{d.Info()}, found); diff != "" {
-			t.Errorf("FindAll: -want +got\n%s", diff)
+			t.Errorf("Survey: -want +got\n%s", diff)
 		}
 		held := must(second.Hold(t.Context(), ref))(t)
 		if !held.Reused() || second.Attached() != 1 {
 			t.Errorf("reused %v, attached %d", held.Reused(), second.Attached())
 		}
 		m.detach(t, second, held)
-		_, err := second.Hold(t.Context(), ref)
+		_, err = second.Hold(t.Context(), ref)
 		wantErr(t, "hold a stale ref", err, ErrNotBound)
 		_, err = second.Grow(t.Context(), ref)
 		wantErr(t, "grow a stale ref", err, ErrNotBound)

@@ -2,7 +2,6 @@ package loop
 
 import (
 	"cmp"
-	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -228,24 +227,4 @@ func (m *Manager) mayShow(number int, h handle, backing *os.File, image FileID) 
 		return true, errors.Join(cerr, err)
 	}
 	return Info{BackingPath: path}.MayBe(name), nil
-}
-
-// Survey is FindAll that goes on where a device does not say in time what it shows, because
-// the filesystem of its file hangs. Those are returned apart, with what the kernel knows by
-// itself: Image is zero and Tag empty. They may show any file that MayBe does not rule out.
-func (m *Manager) Survey(ctx context.Context) (bound, silent []Info, err error) {
-	bound, err = m.each(ctx, func(n int) (Info, error) {
-		h, path, err := m.open(n, forReading)
-		if err != nil {
-			return Info{}, err
-		}
-		defer h.Close()
-		info, err := m.describe(n, path, h)
-		if errors.Is(err, ErrSilent) {
-			silent = append(silent, info)
-			return Info{}, ErrNotBound
-		}
-		return info, err
-	})
-	return bound, silent, err
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 )
@@ -45,8 +46,9 @@ func TestDeviceThatDoesNotAnswer(t *testing.T) {
 		filepath.Base(silent[0].BackingPath) != "foreign.img" || silent[0].Image != (FileID{}) {
 		t.Errorf("bound %+v, silent %+v", bound, silent)
 	}
-	if _, err := manager.FindAll(ctx); !errors.Is(err, ErrSilent) {
-		t.Errorf("FindAll: %v", err)
+	listed, err := List(ctx, withKernel(k), WithRetry(Retry{Answer: 50 * time.Millisecond}))
+	if len(listed) != 1 || listed[0].Ref != ours.Ref() || !errors.Is(err, ErrSilent) || !strings.Contains(err.Error(), foreign.info.Path) {
+		t.Errorf("List: %v, %v", listed, err)
 	}
 	if _, err := manager.Status(ctx, foreign.Ref()); !errors.Is(err, ErrSilent) {
 		t.Errorf("Status: %v", err)
@@ -101,7 +103,7 @@ func TestDeviceThatDoesNotAnswer(t *testing.T) {
 		t.Errorf("found %v, %v", found, err)
 	}
 	// One question waits, however often it was asked.
-	if n := k.openHandles(); n != 3 { // foreign, ours, and the question's
+	if n := k.openHandles(); n != 4 { // foreign, ours, the question's, and that of List
 		t.Errorf("%d handles are open", n)
 	}
 
@@ -113,8 +115,8 @@ func TestDeviceThatDoesNotAnswer(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if all, err := manager.FindAll(ctx); err != nil || len(all) != 2 {
-		t.Errorf("%v, %v", all, err)
+	if all, silent, err := manager.Survey(ctx); err != nil || len(all) != 2 || len(silent) != 0 {
+		t.Errorf("%v, %v, %v", all, silent, err)
 	}
 	for _, dev := range []*Device{foreign, ours} {
 		check(t, dev.Close())

@@ -157,3 +157,43 @@ func TestJudge(t *testing.T) {
 		}
 	}
 }
+
+// looseRow returns the number of the first line that ends a table without an empty line:
+// mostly a row that has lost its first bar. 0 is none.
+func looseRow(text string) int {
+	var inTable, inCode bool
+	for i, line := range strings.Split(text, "\n") {
+		if strings.HasPrefix(line, "```") {
+			inCode = !inCode
+		}
+		row := !inCode && strings.HasPrefix(line, "|")
+		if inTable && !row && line != "" && !strings.HasPrefix(line, "<!--") || row && !strings.HasSuffix(line, "|") {
+			return i + 1
+		}
+		inTable = row
+	}
+	return 0
+}
+
+func TestTablesAreWhole(t *testing.T) {
+	for text, want := range map[string]int{
+		"| a |\n|---|\n| b |\n\nc": 0, "| a |\nb | c |": 2, "| a |\n| b": 2, "```\n| a\nb\n```": 0,
+	} {
+		if got := looseRow(text); got != want {
+			t.Errorf("%q: line %d, want %d", text, got, want)
+		}
+	}
+	pages, err := filepath.Glob(filepath.Join(root, "docs", "*.md"))
+	if err != nil || len(pages) == 0 {
+		t.Fatalf("%d pages, %v", len(pages), err)
+	}
+	for _, page := range append(pages, filepath.Join(root, "README.md"), filepath.Join(root, "charts/csi-loop/README.md")) {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if line := looseRow(string(text)); line > 0 {
+			t.Errorf("%s:%d: a row without its bars, or no empty line after a table", page, line)
+		}
+	}
+}
