@@ -97,7 +97,7 @@ func holders(loops []string) []string {
 // (both streams).
 func Run(tb testing.TB, argv ...string) string {
 	tb.Helper()
-	out, err := command(argv)
+	out, err := Output(argv...)
 	if err != nil {
 		tb.Fatalf("%v: %v\n%s", argv, err, out)
 	}
@@ -110,7 +110,7 @@ func retry(tb testing.TB, argv ...string) {
 	tb.Helper()
 	deadline := time.Now().Add(settle)
 	for {
-		out, err := command(argv)
+		out, err := Output(argv...)
 		if err == nil {
 			return
 		}
@@ -121,7 +121,19 @@ func retry(tb testing.TB, argv ...string) {
 	}
 }
 
-func command(argv []string) (string, error) {
+// Output runs a command as Run does, and leaves it to the caller what an error means.
+func Output(argv ...string) (string, error) {
+	out, err := once(argv)
+	// mkfs.btrfs looks at each loop device that is mounted, and gives up when another
+	// test's goes meanwhile.
+	for try := 0; err != nil && try < 20 && os.Geteuid() == 0 && strings.Contains(out, " check mount status of "); try++ {
+		time.Sleep(10 * time.Millisecond)
+		out, err = once(argv)
+	}
+	return out, err
+}
+
+func once(argv []string) (string, error) {
 	cmd := exec.Command(argv[0], argv[1:]...)
 	// Words in errors must not depend on the machine's language.
 	cmd.Env = append(os.Environ(), "LC_ALL=C")

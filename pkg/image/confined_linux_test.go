@@ -45,3 +45,30 @@ func TestProgramsOfCopiesAreConfined(t *testing.T) {
 		t.Errorf("the mode of another file: %v, %v", st.Mode(), err)
 	}
 }
+
+// TestDeviceThatGoesWhileBtrfstuneLooks: like mkfs.btrfs it gives up when a loop device of
+// somebody else goes while it looks at all of them, here with an earlier call's error.
+func TestDeviceThatGoesWhileBtrfstuneLooks(t *testing.T) {
+	bin, copies := t.TempDir(), t.TempDir()
+	image := filepath.Join(copies, imageFile)
+	for path, content := range map[string]string{
+		filepath.Join(bin, "btrfstune"): "#!/bin/sh\necho x >> $3; [ $(wc -l < $3) -ge 3 ] ||\n" +
+			"{ echo ERROR: could not check mount status of $3: Permission denied >&2; exit 1; }\n",
+		image: "",
+	} {
+		if err := os.WriteFile(path, []byte(content), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir, err := openPath(copies)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	if err := newTools([]string{bin}).run(t.Context(), dir, "btrfstune", "-f", "-m", imageFile); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(image); err != nil || string(b) != strings.Repeat("x\n", 3) {
+		t.Errorf("the runs left %q, %v", b, err)
+	}
+}

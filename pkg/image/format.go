@@ -180,15 +180,7 @@ func (t *tools) formatFile(ctx context.Context, dir *os.File, file string, s Spe
 	}
 	args := append(arguments(s, found.help), file)
 	klog.FromContext(ctx).Info("Formatting a new image", "name", s.Name, "filesystem", s.Filesystem, "size", s.Size)
-	out, err := command(ctx, dir, found.path, args)
-	// mkfs.btrfs looks whether any mounted loop device shows the file, and gives up
-	// when one of them goes while it looks. It has not written anything then.
-	for try := 0; err != nil && try < mkfsTries && strings.Contains(out, mountCheckFailed); try++ {
-		if err := pause(ctx, mkfsPause); err != nil {
-			return err
-		}
-		out, err = command(ctx, dir, found.path, args)
-	}
+	out, err := whileDevicesGo(ctx, func() (string, error) { return command(ctx, dir, found.path, args) })
 	if err == nil {
 		err = checkMade(dir, file, s.Filesystem)
 	}
@@ -204,10 +196,24 @@ func (t *tools) formatFile(ctx context.Context, dir *os.File, file string, s Spe
 	return fmt.Errorf("%s %s: %w: %s", filepath.Base(found.path), strings.Join(args, " "), err, firstLines(out))
 }
 
+// whileDevicesGo is run again while it fails for a chance. Programs of btrfs look whether
+// any mounted loop device shows the file, and give up when one of them goes while they
+// look; they have not written anything then (fact 94).
+func whileDevicesGo(ctx context.Context, run func() (out string, err error)) (string, error) {
+	out, err := run()
+	for try := 0; err != nil && try < mountCheckTries && strings.Contains(out, mountCheckFailed); try++ {
+		if err := pause(ctx, mountCheckPause); err != nil {
+			return out, err
+		}
+		out, err = run()
+	}
+	return out, err
+}
+
 const (
-	mountCheckFailed = "cannot check mount status"
-	mkfsTries        = 20
-	mkfsPause        = 10 * time.Millisecond
+	mountCheckFailed = " check mount status of " // "cannot" says mkfs.btrfs, "could not" btrfstune
+	mountCheckTries  = 20
+	mountCheckPause  = 10 * time.Millisecond
 )
 
 // pause waits, at most until ctx ends.

@@ -82,7 +82,7 @@ func (t *tools) run(ctx context.Context, dir *os.File, name string, args ...stri
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	out, err := confined(ctx, dir, args[len(args)-1], path, args)
+	out, err := whileDevicesGo(ctx, func() (string, error) { return confined(ctx, dir, args[len(args)-1], path, args) })
 	const repaired = 1 // of e2fsck
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok && name == "e2fsck" && exit.ExitCode() == repaired {
 		return nil

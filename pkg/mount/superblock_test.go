@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -191,8 +192,8 @@ func mkfs(tb testing.TB, fsType, path string, args ...string) {
 	default:
 		args = append([]string{"-q", "-F", "-b", "4096", "-E", "nodiscard,lazy_itable_init=0"}, args...)
 	}
-	if out, err := exec.Command(tool, append(args, path)...).CombinedOutput(); err != nil {
-		if os.Geteuid() != 0 && strings.Contains(string(out), "cannot check mount status") {
+	if out, err := roottest.Output(slices.Concat([]string{tool}, args, []string{path})...); err != nil {
+		if os.Geteuid() != 0 && strings.Contains(out, "cannot check mount status") {
 			// mkfs.btrfs opens every mounted loop device of the machine to compare.
 			tb.Skipf("mkfs.btrfs needs root while somebody has a loop device mounted: %s", out)
 		}

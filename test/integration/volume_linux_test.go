@@ -9,7 +9,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -162,7 +161,7 @@ func (v *volume) makeImage() error {
 	if err := os.Truncate(inner, v.size); err != nil {
 		return err
 	}
-	if out, err := exec.Command("mkfs."+v.fs, "-q", inner).CombinedOutput(); err != nil {
+	if out, err := roottest.Output("mkfs."+v.fs, "-q", inner); err != nil {
 		return fmt.Errorf("%w: %s", err, out)
 	}
 	content, err := os.ReadFile(inner)
