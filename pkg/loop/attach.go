@@ -27,7 +27,7 @@ import (
 // autoclear, direct I/O, discard and tag), is refused with *ConflictError if not,
 // and with ErrBusy if that device is in Rundown.
 //
-// Errors: *MappingError, *ConflictError, ErrBusy, ErrLimit, ErrDirectIO, ErrIdentity
+// Errors: *MappingError, *ConflictError, ErrBusy, ErrLimit, ErrDirectIO, ErrDiscard, ErrIdentity
 // (the file changed meanwhile), *OpError, the context's.
 func (m *Manager) Attach(ctx context.Context, backing *os.File, want Mapping) (*Device, error) {
 	st, err := m.kernel.Stat(backing)

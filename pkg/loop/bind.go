@@ -1,6 +1,7 @@
 package loop
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -123,6 +124,7 @@ func (m *Manager) configureNumber(number int, backing *os.File, image FileID, wa
 		SizeLimit: uint64(want.SizeLimit),
 		BlockSize: uint32(want.BlockSize),
 		Tag:       want.Tag,
+		NoDiscard: !want.Discard,
 	}
 	if want.ReadOnly {
 		c.Flags |= flagReadOnly
@@ -181,6 +183,12 @@ func (m *Manager) finish(ctx context.Context, number int, writable handle, backi
 	}
 	if err := m.setDiscard(number, want.Discard); err != nil {
 		return nil, err
+	}
+	if !want.Discard && !want.ReadOnly {
+		// What the attribute says is not what Linux before 5.19 does (fact 107).
+		if through, err := writable.Discards(); err != nil || through {
+			return nil, opError("mask discard", number, cmp.Or(err, ErrDiscard))
+		}
 	}
 	// Only now may the writable one go: the last close clears an autoclear device.
 	reading, path, err := m.open(number, forReading)

@@ -23,6 +23,8 @@ var (
 	// ErrDirectIO: direct I/O was required or forbidden and the kernel decided
 	// otherwise.
 	ErrDirectIO = errors.New("direct I/O not as required")
+	// ErrDiscard: the kernel lets discards through to an image that is to keep its blocks.
+	ErrDiscard = errors.New("this kernel does not keep discards from the image; Linux 5.19 or later does, and 5.15")
 	// ErrSilent: a device does not say what it shows, because the filesystem of its file
 	// hangs. Nothing is known of it.
 	ErrSilent = errors.New("the filesystem of its file does not answer")

@@ -22,12 +22,15 @@ type generation struct {
 	clearAtOnce   bool // LOOP_CLR_FD by the only opener unbinds inside the call (fact 31)
 	maskResets    bool // a bind takes the discard mask off (fact 63)
 	maskRevocable bool // writing a number takes it off
+	maskIsWord    bool // nobody heeds the mask (fact 107)
+	keyMasks      bool // a key's size does what the mask does not
 }
 
 var generations = []generation{
 	{name: "6.18"},
 	{name: "6.12", maskRevocable: true},
 	{name: "6.1", clearAtOnce: true, maskResets: true, maskRevocable: true},
+	{name: "5.15", clearAtOnce: true, maskResets: true, maskRevocable: true, maskIsWord: true, keyMasks: true},
 }
 
 const (
@@ -83,6 +86,7 @@ type fakeLoop struct {
 	size      int64
 	seq       uint64
 	masked    bool
+	noDiscard bool
 	readAhead string // \"\" as it was made
 }
 
@@ -264,7 +268,7 @@ func (k *fake) Attr(number int, name string) (string, error) {
 	case attrSizeLimit:
 		return strconv.FormatUint(l.status.SizeLimit, 10), nil
 	case attrDiscard:
-		if l.masked || k.noDiscard {
+		if l.masked || k.noDiscard || l.noDiscard && k.keyMasks {
 			return "0", nil
 		}
 		return fakeDiscardLimit, nil
@@ -438,6 +442,7 @@ func (h *fakeHandle) configure(c config) error {
 	if k.maskResets {
 		l.masked = false
 	}
+	l.noDiscard = c.NoDiscard
 	l.state = fakeBound
 	k.seq++
 	l.seq = k.seq
@@ -538,6 +543,22 @@ func (h *fakeHandle) SetCapacity() error {
 	}
 	h.l.resize()
 	return nil
+}
+
+func (h *fakeHandle) Discards() (bool, error) {
+	if err := h.k.enter("Discards"); err != nil {
+		return false, err
+	}
+	k, l := h.k, h.l
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch {
+	case k.noDiscard, l.noDiscard && k.keyMasks:
+		return false, nil
+	case k.maskIsWord:
+		return true, nil
+	}
+	return !l.masked, nil
 }
 
 func (h *fakeHandle) Close() error {

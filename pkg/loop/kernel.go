@@ -64,6 +64,9 @@ type handle interface {
 	Clear() error
 	// SetCapacity is LOOP_SET_CAPACITY (fact 40).
 	SetCapacity() error
+	// Discards tells whether a discard would reach the image, and discards nothing. The
+	// handle and the device must be writable (fact 107).
+	Discards() (bool, error)
 	cache
 	io.Closer
 }
@@ -112,6 +115,9 @@ type config struct {
 	BlockSize         uint32
 	Flags             uint32
 	Tag               string
+	// NoDiscard names a key that encrypts nothing: Linux before 5.16 takes no discards
+	// then, and later ones do not look at it (fact 107).
+	NoDiscard bool
 }
 
 // The flags of LOOP_CONFIGURE and LOOP_GET_STATUS64 that the package uses. Never

@@ -399,6 +399,21 @@ func TestDiscardWhereTheFileSystemHasNone(t *testing.T) {
 	m.detach(t, manager, d)
 }
 
+// Linux 5.16 to 5.18: the mask is taken, read back, and heeded by nobody.
+func TestKernelThatDiscardsThroughTheMask(t *testing.T) {
+	m := fakeMachine(t, generation{clearAtOnce: true, maskResets: true, maskRevocable: true, maskIsWord: true})
+	manager := m.manager(t)
+	_, err := manager.Attach(t.Context(), m.image(t, "a"), whole)
+	wantErr(t, "an image that is to keep its blocks", err, ErrDiscard)
+	if b := m.fake.bound(); len(b) != 0 {
+		t.Errorf("left bound: %v", b)
+	}
+	thin, reading := whole, whole
+	thin.Discard, reading.ReadOnly = true, true
+	m.detach(t, manager, m.attach(t, manager, "a", thin))
+	m.detach(t, manager, m.attach(t, manager, "a", reading))
+}
+
 func TestDirectIOOnTheFake(t *testing.T) {
 	m := fakeMachine(t, generations[0])
 	manager := m.manager(t)
