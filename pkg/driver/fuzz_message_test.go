@@ -163,7 +163,7 @@ func (g *callMaker) paths() []string {
 // is new comes at the end.
 var attributeKeys = []string{
 	paramAllocation, paramPool, paramDirectIO, paramBlockSize, paramMkfsOptions, paramFilesystem,
-	attrImage, attrOffset, attrSizeLimit, attrReadOnly, ephemeralKey, paramSize, "topology.csi-loop.io/node", "unknown",
+	attrImage, attrOffset, attrSizeLimit, attrReadOnly, attrExposeImage, ephemeralKey, paramSize, "topology.csi-loop.io/node", "unknown",
 	paramTemplate, paramEncrypted, paramEncryptedDiscard, paramSourceNode, attrPartition,
 	paramFreezeTimeout, paramCopyInUse, paramIndependent,
 	paramReadIOPS, paramWriteIOPS, paramReadBandwidth, paramWriteBandwidth, paramReadAhead, paramTrim,
@@ -202,7 +202,7 @@ func (g *callMaker) values(key string) []string {
 		return []string{images + "/disk.img", images + "/absent", images + "/../pool/pool.json", "/etc/passwd"}
 	case attrOffset, attrSizeLimit, paramSize, paramBlockSize:
 		return []string{"4096", "512", "1Mi", "-1", "1e30", "0", "16Mi"}
-	case attrReadOnly, ephemeralKey, paramEncrypted, paramEncryptedDiscard, paramCopyInUse, paramIndependent, paramTrim:
+	case attrReadOnly, attrExposeImage, ephemeralKey, paramEncrypted, paramEncryptedDiscard, paramCopyInUse, paramIndependent, paramTrim:
 		return []string{"true", "false", "1"}
 	case paramMkfsOptions:
 		return []string{"-m 1", "-L x", "-d /etc", "-E lazy_itable_init=1"}

@@ -20,6 +20,9 @@ const (
 	attrSizeLimit = "sizeLimit" // length of the range, default to the end of the file
 	attrPartition = "partition" // number of a partition, instead of both
 	attrReadOnly  = "readOnly"  // "true": the device rejects every write
+	// attrExposeImage: "true" allows a part of an image as a raw block device, by which a
+	// pod reaches the whole image.
+	attrExposeImage = "exposeImage"
 	// attrBlockSize, attrDirectIO: as the parameters of the same name.
 )
 
@@ -34,6 +37,7 @@ type mappedAttributes struct {
 	SizeLimit int64  `json:"sizeLimit,omitempty"`
 	Partition int    `json:"partition,omitempty"`
 	ReadOnly  bool   `json:"readOnly,omitempty"`
+	Exposed   bool   `json:"exposeImage,omitempty"`
 	BlockSize int    `json:"blockSize"`
 	DirectIO  string `json:"directIO"`
 }
@@ -87,10 +91,9 @@ func (m *mappedAttributes) set(key, value string) (err error) {
 			return invalidf("attribute %q: %q is no number of a partition, 1 to %d", key, value, partition.MaxNumber)
 		}
 	case attrReadOnly:
-		m.ReadOnly, err = strconv.ParseBool(value)
-		if err != nil {
-			return invalidf("attribute %q: %q is neither true nor false", key, value)
-		}
+		m.ReadOnly, err = parseTruth(key, value)
+	case attrExposeImage:
+		m.Exposed, err = parseTruth(key, value)
 	case paramBlockSize, paramDirectIO:
 		var p params
 		if err := p.set(key, value); err != nil {
@@ -106,6 +109,17 @@ func (m *mappedAttributes) set(key, value string) (err error) {
 	}
 	return err
 }
+
+func parseTruth(key, value string) (bool, error) {
+	truth, err := strconv.ParseBool(value)
+	if err != nil {
+		return false, invalidf("attribute %q: %q is neither true nor false", key, value)
+	}
+	return truth, nil
+}
+
+// part says whether the volume is a part of its image only.
+func (m *mappedAttributes) part() bool { return m.Offset != 0 || m.SizeLimit != 0 || m.Partition != 0 }
 
 // parseBytes reads a size in bytes, plain or as a Kubernetes quantity.
 func parseBytes(key, value string) (int64, error) {

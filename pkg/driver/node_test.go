@@ -343,7 +343,15 @@ func TestMapped(t *testing.T) {
 	n.must(os.Symlink(outside, filepath.Join(n.dirs[0], "link")))
 	n.must(os.Link(outside, filepath.Join(n.dirs[0], "hard")))
 	mapped := func(context map[string]string) volume {
+		context["exposeImage"] = "true"
 		return volume{n: n, id: "vm-disk", cap: blockCap(manyWriters), context: context}
+	}
+	for _, part := range []map[string]string{{"offset": "1Mi"}, {"sizeLimit": "1Mi"}, {"partition": "1"}, {"offset": "1Mi", "readOnly": "true"}, {"offset": "1Mi", "exposeImage": "false"}} {
+		v := mapped(map[string]string{})
+		v.context = maps.Clone(part)
+		v.context["image"] = path
+		code(t, v.stage(), codes.FailedPrecondition) // whoever has the device could move it
+		n.fake.clean(t)
 	}
 	for name, c := range map[string]struct {
 		context map[string]string
@@ -445,13 +453,13 @@ func TestMappedPartition(t *testing.T) {
 		_, err = f.WriteAt(table, 0)
 		n.must(errors.Join(err, f.Truncate(4*mib), f.Close()))
 	}
-	v := volume{n: n, id: "vm-disk", cap: blockCap(manyWriters), context: map[string]string{"image": path, "partition": "1"}}
+	v := volume{n: n, id: "vm-disk", cap: blockCap(manyWriters), context: map[string]string{"image": path, "partition": "1", "exposeImage": "true"}}
 	write(tableOf(2048, 1<<20))
 	code(t, v.stage(), codes.FailedPrecondition) // beyond the end
 	n.fake.clean(t)
 	write(tableOf(2048, 4096))
 	other := v
-	other.context = map[string]string{"image": path, "partition": "2"}
+	other.context = map[string]string{"image": path, "partition": "2", "exposeImage": "true"}
 	code(t, other.stage(), codes.FailedPrecondition)
 	n.fake.clean(t)
 

@@ -92,6 +92,7 @@ var parameters = map[Where][]Parameter{
 		{attrSizeLimit, "the same", "", "length of the range; else to the end of the file"},
 		{attrPartition, fmt.Sprintf("1 to %d", partition.MaxNumber), "", "number of a partition (GPT, or MBR with logical ones), instead of `offset` and `sizeLimit`"},
 		{attrReadOnly, "`true`, `false`", "false", "the kernel rejects every write"},
+		{attrExposeImage, "`true`, `false`", "false", "allow a part of an image (`offset`, `sizeLimit`, `partition`) as a raw block device: pods that have it can reach the [whole image](../security.md#a-tenant-who-has-a-raw-block-device)"},
 		{paramBlockSize, "`512`, `1024`, `2048`, `4096`", "512", "logical block size of the device, in bytes"},
 		aboutDirectIO,
 	},

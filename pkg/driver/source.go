@@ -145,6 +145,11 @@ func directIO(word string) loop.DirectIO {
 // allows checks that the volume can be used the way a asks for.
 func (s source) allows(a access) error {
 	switch {
+	case s.fixed && a.block && s.mapped.part() && !s.mapped.Exposed:
+		// LOOP_SET_STATUS64 wants no capability of who has the node open for writing,
+		// which a read-only device does not prevent (fact 108).
+		return preconditionf("volume %q is a part of image %q, and a pod with the raw block device could move it over the whole image. "+
+			"Use volumeMode Filesystem, an image of its own, or allow that by attribute %q: \"true\"", s.id, s.mapped.Image, attrExposeImage)
 	case s.fixed:
 		return nil // its content is the operator's affair: raw and mount are both fine
 	case a.block && !s.raw:

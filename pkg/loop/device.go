@@ -56,6 +56,11 @@ func (d *Device) Close() error {
 	if h == nil {
 		return nil
 	}
+	if seq, err := h.DiskSeq(); err == nil && seq != d.info.DiskSeq {
+		// While we had it open nobody could bind it anew. Somebody with its node gave it
+		// another file (LOOP_CHANGE_FD, fact 108), and nothing else would find it now.
+		_ = h.Clear()
+	}
 	err := opError("close", d.info.Number, h.Close())
 	d.manager.mu.Lock()
 	defer d.manager.mu.Unlock()

@@ -232,7 +232,7 @@ func TestMappedRanges(t *testing.T) {
 	must(t, os.WriteFile(path, make([]byte, 16*mib), 0o600))
 	part := func(name string, offset, limit int64) *volume {
 		v := s.volume(kind{name: "mapped", size: limit, mapped: true}, name)
-		v.context = map[string]string{"image": path, "offset": strconv.FormatInt(offset, 10), "sizeLimit": strconv.FormatInt(limit, 10)}
+		v.context = map[string]string{"image": path, "offset": strconv.FormatInt(offset, 10), "sizeLimit": strconv.FormatInt(limit, 10), "exposeImage": "true"}
 		return v
 	}
 	a, b := part("a", 0, 4*mib), part("b", 4*mib, 4*mib)

@@ -150,6 +150,9 @@ const mappedOffset, mappedRest = 16 * mib, 4 * mib
 func (v *volume) makeImage() error {
 	path := filepath.Join(v.images, v.id+".img")
 	v.context = map[string]string{"image": path, "offset": strconv.FormatInt(mappedOffset, 10), "sizeLimit": strconv.FormatInt(v.size, 10)}
+	if v.fs == "" {
+		v.context["exposeImage"] = "true"
+	}
 	if _, err := os.Stat(path); err == nil {
 		return nil
 	}
