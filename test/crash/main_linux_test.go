@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/csi-loop/csi-loop/internal/roottest"
 	"github.com/csi-loop/csi-loop/test/crash/gate"
 )
@@ -17,7 +19,24 @@ const mib = int64(1) << 20
 
 func TestMain(m *testing.M) {
 	gate.Launch()
+	useMemory()
 	roottest.Main(m)
+}
+
+// useMemory puts the tests' files into memory, if nobody chose a place and there is
+// enough of it: it is the driver that is killed here, not the machine, and thousands of
+// fsyncs on a disk show nothing more. The pool's filesystem is a real one, on a loop
+// device, wherever its file is.
+func useMemory() {
+	const memory, enough = "/dev/shm", uint64(8 << 30)
+	var st unix.Statfs_t
+	var machine unix.Sysinfo_t
+	if os.Getenv("TMPDIR") != "" || unix.Statfs(memory, &st) != nil || unix.Sysinfo(&machine) != nil {
+		return
+	}
+	if st.Type == unix.TMPFS_MAGIC && st.Flags&unix.ST_NOEXEC == 0 && st.Bavail*uint64(st.Bsize) >= enough && machine.Totalram*uint64(machine.Unit) >= 2*enough {
+		_ = os.Setenv("TMPDIR", memory)
+	}
 }
 
 // leases counts the tests that want short leases; guarded by mu.
