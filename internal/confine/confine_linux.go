@@ -39,14 +39,22 @@ func confine(limits Limits) error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return err
 	}
-	dropCapabilities()
-	if limits.Write == nil {
-		return filterCalls(false)
-	}
-	if err := restrictWrites(limits.Write); err != nil {
+	dropBounding()
+	if err := restrict(limits.Write); err != nil {
 		return err
 	}
-	directories, err := anyDirectory(limits.Write)
+	dropOwn() // the last: nothing above has to do without them
+	return nil
+}
+
+func restrict(write []*os.File) error {
+	if write == nil {
+		return filterCalls(false)
+	}
+	if err := restrictWrites(write); err != nil {
+		return err
+	}
+	directories, err := anyDirectory(write)
 	if err != nil {
 		return err
 	}
@@ -62,20 +70,23 @@ func anyDirectory(files []*os.File) (bool, error) {
 	return false, nil
 }
 
-// dropCapabilities leaves a program that is executed no capability, also where root
-// executes it. The thread keeps its own. Without CAP_SETPCAP, which is needed to
-// drop one, nothing changes.
-func dropCapabilities() {
+// dropBounding leaves a program that is executed no capability to gain, also where root
+// executes it. Without CAP_SETPCAP, which is needed to drop one, nothing changes, and
+// dropOwn alone stands in the way.
+func dropBounding() {
 	_ = unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
 	for c := range uintptr(64) {
 		if unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0) != nil {
 			break // EINVAL behind the kernel's last one, or EPERM for all
 		}
 	}
+}
+
+// dropOwn takes all capabilities from the thread. With no_new_privs what it executes gets
+// none that it does not have itself, whatever the bounding set is. To start a program, to
+// wait for it and, from another thread, to kill it takes none.
+func dropOwn() {
 	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
-	if unix.Capget(&head, &data[0]) == nil {
-		data[0].Inheritable, data[1].Inheritable = 0, 0
-		_ = unix.Capset(&head, &data[0])
-	}
+	var none [2]unix.CapUserData
+	_ = unix.Capset(&head, &none[0])
 }

@@ -3,10 +3,14 @@
 package confine
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -71,6 +75,65 @@ func TestProgramsHaveNoCapabilities(t *testing.T) {
 	b, err := exec.Command("cat", "/proc/self/status").Output()
 	if err != nil || strings.Contains(string(b), "CapEff:\t"+none) || !strings.Contains(string(b), "NoNewPrivs:\t0") {
 		t.Errorf("%s, %v", b, err)
+	}
+}
+
+// standalone makes a test run once more, in a process like that of docs/security.md
+// without a container: it cannot take a capability from its bounding set.
+const standalone = "CONFINE_STANDALONE"
+
+func TestProgramsOfAStandaloneDriverHaveNoCapabilities(t *testing.T) {
+	roottest.Require(t)
+	if os.Getenv(standalone) == "" {
+		cmd := exec.Command("setpriv", "--inh-caps=-all", "--bounding-set=-all,+sys_admin", "--no-new-privs",
+			os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.count=1")
+		cmd.Env = append(os.Environ(), standalone+"=1")
+		if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
+			t.Errorf("%v: %s", err, out)
+		}
+		return
+	}
+	const none, given = "0000000000000000", "0000000000200000" // CAP_SYS_ADMIN
+	s := status(t, Limits{})
+	for set, want := range map[string]string{"CapInh": none, "CapPrm": none, "CapEff": none, "CapAmb": none, "CapBnd": given} {
+		if s[set] != want {
+			t.Errorf("%s is %s, want %s", set, s[set], want)
+		}
+	}
+	b, err := exec.Command("cat", "/proc/self/status").Output()
+	if err != nil || !strings.Contains(string(b), "CapEff:\t"+given) {
+		t.Errorf("this process is limited: %s, %v", b, err)
+	}
+}
+
+// A thread without capabilities starts a program in a directory that is known by its
+// descriptor only, and another thread ends it when its time is over.
+func TestProgramEndsWithItsContext(t *testing.T) {
+	fd, err := unix.Open(t.TempDir(), unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := os.NewFile(uintptr(fd), "directory")
+	defer dir.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	go func() {
+		_, _ = r.Read(make([]byte, 1)) // it runs
+		cancel()
+	}()
+	err = Run(Limits{}, func() error {
+		defer w.Close()
+		cmd := exec.CommandContext(ctx, "sh", "-c", "echo x; exec sleep 1000")
+		cmd.Dir, cmd.Stdout = fmt.Sprintf("/proc/self/fd/%d", dir.Fd()), w
+		return cmd.Run()
+	})
+	if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.Sys().(syscall.WaitStatus).Signal() != unix.SIGKILL {
+		t.Errorf("it ended with %v", err)
 	}
 }
 
