@@ -66,19 +66,30 @@ const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS |
 // fcntls are those by which the kernel sends any process a signal, or makes it wait.
 var fcntls = []uint32{unix.F_SETOWN, unix.F_SETOWN_EX, unix.F_SETSIG, unix.F_SETLEASE, unix.F_NOTIFY}
 
-// ioctls are those that need no more than a file that root may read.
+// ioctls are those that need no more than a file that root may read; some, a capability
+// as well.
 var ioctls = []uint32{
 	0x40086602, 0x40046602, // FS_IOC_SETFLAGS, of 64 and 32 bits
-	0x401c5820,             // FS_IOC_FSSETXATTR
+	0x40087602, 0x40047602, // FS_IOC_SETVERSION
+	0x40086604, 0x40046604, // EXT4_IOC_SETVERSION
+	0x6609,     // EXT4_IOC_MIGRATE, which changes how the file is laid out
+	0x401c5820, // FS_IOC_FSSETXATTR
+	0x40047211, // FAT_IOCTL_SET_ATTRIBUTES, "read-only" among them
+	0x40806685, // FS_IOC_ENABLE_VERITY: nobody can write to the file any more
+	0x800c6613, // FS_IOC_SET_ENCRYPTION_POLICY
+	// FS_IOC_ADD_ENCRYPTION_KEY, FS_IOC_REMOVE_ENCRYPTION_KEY and that of all users: files
+	// whose key goes cannot be read.
+	0xc0506617, 0xc0406618, 0xc0406619,
 	0xc0045877, 0xc0045878, // FIFREEZE, FITHAW
+	0x8004587d,     // FS_IOC_SHUTDOWN: XFS_IOC_GOINGDOWN, EXT4_IOC_SHUTDOWN
 	0x8901, 0x8902, // FIOSETOWN, SIOCSPGRP
 	unix.TIOCSTI, 0x541c, // what is typed at a terminal: TIOCSTI, TIOCLINUX
 }
 
 // ioctlTypes are kinds of ioctls, their second byte, all of which are refused but for
 // those in harmless: of loop devices (LOOP_CLR_FD detaches one that is open for
-// reading), and of btrfs and clones of files.
-var ioctlTypes = []uint32{0x4c, 0x94}
+// reading), of btrfs and clones of files, and of /dev/userfaultfd, which is the call.
+var ioctlTypes = []uint32{0x4c, 0x94, 0xaa}
 
 // harmless are asked of a loop device by what looks whether its file is mounted.
 var harmless = []uint32{unix.LOOP_GET_STATUS, unix.LOOP_GET_STATUS64}

@@ -50,6 +50,18 @@ var probes = map[string]func([]string) error{
 	"flags": func(a []string) error {
 		return reading(a[0], func(fd int) error { return unix.IoctlSetPointerInt(fd, 0x40086602, 0x40) }) // no dump
 	},
+	// Of a pipe, which knows none of those that filesystems have: ENOTTY.
+	"ioctl": func(a []string) error {
+		number, err := strconv.ParseUint(a[0], 0, 32)
+		if err != nil {
+			return err
+		}
+		var ends [2]int
+		if err := unix.Pipe(ends[:]); err != nil {
+			return err
+		}
+		return raw(unix.SYS_IOCTL, uintptr(ends[0]), uintptr(number), 0)
+	},
 	"unlink":  func(a []string) error { return unix.Unlink(a[0]) },
 	"rename":  func(a []string) error { return unix.Rename(a[0], a[0]+".new") },
 	"link":    func(a []string) error { return unix.Link(a[0], a[0]+".link") },

@@ -195,6 +195,38 @@ func TestCallsOfLibraries(t *testing.T) {
 	}
 }
 
+// TestIoctlsOfFiles: what a filesystem does for whoever may read a file is refused, and
+// what only tells of it is not.
+func TestIoctlsOfFiles(t *testing.T) {
+	confined := writing(t, newSurroundings(t).mine)
+	for _, c := range []struct{ name, number, want string }{
+		{"FS_IOC_SETVERSION", "0x40087602", "EPERM"},
+		{"FS_IOC32_SETVERSION", "0x40047602", "EPERM"},
+		{"EXT4_IOC_SETVERSION", "0x40086604", "EPERM"},
+		{"EXT4_IOC32_SETVERSION", "0x40046604", "EPERM"},
+		{"EXT4_IOC_MIGRATE", "0x6609", "EPERM"},
+		{"FAT_IOCTL_SET_ATTRIBUTES", "0x40047211", "EPERM"},
+		{"FS_IOC_ENABLE_VERITY", "0x40806685", "EPERM"},
+		{"FS_IOC_SET_ENCRYPTION_POLICY", "0x800c6613", "EPERM"},
+		{"FS_IOC_ADD_ENCRYPTION_KEY", "0xc0506617", "EPERM"},
+		{"FS_IOC_REMOVE_ENCRYPTION_KEY", "0xc0406618", "EPERM"},
+		{"FS_IOC_REMOVE_ENCRYPTION_KEY_ALL_USERS", "0xc0406619", "EPERM"},
+		{"FS_IOC_SHUTDOWN", "0x8004587d", "EPERM"},
+		{"USERFAULTFD_IOC_NEW", "0xaa00", "EPERM"},
+		{"BTRFS_IOC_SNAP_CREATE", "0x50009401", "EPERM"},
+		{"FS_IOC_GETVERSION", "0x80087601", "ENOTTY"},
+		{"FS_IOC_GETFSMAP", "0xc0c0583b", "ENOTTY"},
+		{"FS_IOC_GET_ENCRYPTION_POLICY", "0x400c6615", "ENOTTY"},
+	} {
+		if got := try(t, confined, "ioctl", c.number); got != c.want {
+			t.Errorf("%s: %s, want %s", c.name, got, c.want)
+		}
+		if got := try(t, free, "ioctl", c.number); got != "ENOTTY" {
+			t.Errorf("%s, not confined: %s", c.name, got)
+		}
+	}
+}
+
 // TestLandlockOfThisKernel: all that the kernel's version of it has is used, with no
 // filter before it.
 func TestLandlockOfThisKernel(t *testing.T) {
