@@ -142,16 +142,21 @@ func (m *Mounter) shownAt(spec GrowSpec) error {
 // currentSize returns a Superblock with what FillsDevice needs. Of a mounted xfs
 // or btrfs the one on the device may be old, so the driver is asked.
 func currentSize(spec GrowSpec) (Superblock, error) {
-	if spec.Path != "" {
-		switch spec.FSType {
-		case "xfs":
-			sb, err := xfsSize(spec.Path)
-			return sb, wrapOp("measure xfs at", spec.Path, err)
-		case "btrfs":
-			sb, err := btrfsSize(spec.Path)
-			return sb, wrapOp("measure btrfs at", spec.Path, err)
-		}
+	if spec.Path != "" && spec.FSType == "xfs" {
+		sb, err := xfsSize(spec.Path)
+		return sb, wrapOp("measure xfs at", spec.Path, err)
 	}
+	sb, err := superblockOn(spec)
+	if err == nil && spec.Path != "" && spec.FSType == "btrfs" {
+		sb, err = btrfsSize(spec.Path, sb.devID)
+		err = wrapOp("measure btrfs at", spec.Path, err)
+	}
+	return sb, err
+}
+
+// superblockOn reads the one on the device. While it is mounted that is good for what
+// does not change: the size of its blocks, and a btrfs's number for its device.
+func superblockOn(spec GrowSpec) (Superblock, error) {
 	f, err := os.Open(spec.Device)
 	if err != nil {
 		return Superblock{}, &OpError{Op: "open", Path: spec.Device, Err: errnoOf(err)}
@@ -178,18 +183,17 @@ func wrapOp(op, path string, err error) error {
 
 // growOnline grows the filesystem of which fd is a directory.
 func growOnline(fd int, spec GrowSpec) error {
-	switch spec.FSType {
-	case "xfs":
+	if spec.FSType == "xfs" {
 		return growXFS(spec.Device, fd)
-	case "btrfs":
-		return growBtrfs(fd)
-	default:
-		sb, err := currentSize(spec)
-		if err != nil {
-			return err
-		}
-		return growExt(spec.Device, fd, sb.BlockSize)
 	}
+	sb, err := superblockOn(spec)
+	if err != nil {
+		return err
+	}
+	if spec.FSType == "btrfs" {
+		return growBtrfs(fd, sb.devID)
+	}
+	return growExt(spec.Device, fd, sb.BlockSize)
 }
 
 // explainGrow says what a person can do about it.

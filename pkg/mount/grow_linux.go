@@ -3,6 +3,7 @@ package mount
 import (
 	"errors"
 	"slices"
+	"strconv"
 	"strings"
 	"unsafe"
 
@@ -200,22 +201,22 @@ func growExt(device string, fd, blockSize int) error {
 const btrfsSectorSize = 4096
 
 // btrfsSize asks a mounted btrfs for what it uses of its only device.
-func btrfsSize(path string) (Superblock, error) {
+func btrfsSize(path string, devID uint64) (Superblock, error) {
 	var sb Superblock
 	err := withOpen(path, unix.O_NOFOLLOW, func(fd int) error {
-		info := btrfsDevInfoArgs{devID: 1}
+		info := btrfsDevInfoArgs{devID: devID}
 		_, err := ioctl(fd, btrfsDevInfo, unsafe.Pointer(&info))
-		sb = Superblock{Type: "btrfs", Size: int64(min(info.totalBytes, 1<<62)), BlockSize: btrfsSectorSize}
+		sb = Superblock{Type: "btrfs", Size: int64(min(info.totalBytes, 1<<62)), BlockSize: btrfsSectorSize, devID: devID}
 		return err
 	})
 	return sb, err
 }
 
-// growBtrfs lets device 1 fill what it lies on. A positive answer says that a
+// growBtrfs lets a device fill what it lies on. A positive answer says that a
 // balance or the like has the filesystem for itself.
-func growBtrfs(fd int) error {
+func growBtrfs(fd int, devID uint64) error {
 	var arg btrfsVolArgs
-	copy(arg.name[:], "1:max")
+	copy(arg.name[:], strconv.FormatUint(devID, 10)+":max")
 	n, err := ioctl(fd, btrfsResize, unsafe.Pointer(&arg))
 	if err == nil && n > 0 {
 		return unix.EBUSY

@@ -353,6 +353,50 @@ func TestGrowOfSmallBtrfs(t *testing.T) {
 	}
 }
 
+// The only device of a btrfs need not be its first, if the first was removed.
+func TestGrowOfBtrfsOnItsSecondDevice(t *testing.T) {
+	roottest.Require(t)
+	m, ctx := New(), t.Context()
+	first, _ := loopFS(t, "btrfs")
+	image := filepath.Join(t.TempDir(), "second.img")
+	write(t, image, "")
+	if err := os.Truncate(image, 256*miB); err != nil {
+		t.Fatal(err)
+	}
+	device := loopOver(t, image)
+	target := t.TempDir() + "/target"
+	mustMount(t, m, Spec{Source: first, Target: target, FSType: "btrfs"})
+	roottest.Run(t, "btrfs", "device", "add", "-K", device, target)
+	roottest.Run(t, "btrfs", "device", "remove", "1", target)
+	write(t, target+"/data", "content")
+	if err := m.Unmount(ctx, target); err != nil {
+		t.Fatal(err)
+	}
+	mustMount(t, m, Spec{Source: device, Target: target, FSType: "btrfs"})
+	spec := GrowSpec{FSType: "btrfs", Device: device, Path: target}
+	if needs, err := m.NeedsGrow(spec); err != nil || needs {
+		t.Errorf("already full: needs to grow: %t, %v", needs, err)
+	}
+	before, err := m.Stats(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	enlarge(t, device, image, 64*miB)
+	if err := m.Grow(ctx, spec); err != nil {
+		t.Fatal(err)
+	}
+	after, err := m.Stats(target)
+	if err != nil || after.Total != before.Total+64*miB {
+		t.Errorf("%d bytes became %d: %v", before.Total, after.Total, err)
+	}
+	if needs, err := m.NeedsGrow(spec); err != nil || needs {
+		t.Errorf("needs to grow again: %t, %v", needs, err)
+	}
+	if read(t, target+"/data") != "content" {
+		t.Error("the data changed")
+	}
+}
+
 func TestCheck(t *testing.T) {
 	roottest.Require(t)
 	m, ctx := New(), t.Context()

@@ -31,6 +31,9 @@ type Superblock struct {
 
 	ext extGeometry
 	xfs xfsGeometry
+	// devID is the number that a btrfs knows its device by, which need not be 1: the
+	// first may have been removed.
+	devID uint64
 }
 
 // Offsets from the start of the device, and how much is read there.
@@ -153,7 +156,7 @@ func parseBtrfs(b []byte) (Superblock, error) {
 	}
 	// The size of this device, not the sum over all (they are equal with one).
 	const devItem = 201
-	size, sector := le.Uint64(b[devItem+8:]), le.Uint32(b[144:])
+	devID, size, sector := le.Uint64(b[devItem:]), le.Uint64(b[devItem+8:]), le.Uint32(b[144:])
 	if sector < 512 || sector > 64<<10 || sector&(sector-1) != 0 {
 		return Superblock{}, nonsense("btrfs", "a sector size of %d", sector)
 	}
@@ -164,9 +167,15 @@ func parseBtrfs(b []byte) (Superblock, error) {
 	if devices := le.Uint64(b[136:]); devices != 1 {
 		return Superblock{}, nonsense("btrfs", "%d devices, and a volume has one", devices)
 	}
+	// The number of what a replacement that is under way writes to. The kernel does not
+	// mount that as a filesystem's only device.
+	if devID == 0 {
+		return Superblock{}, nonsense("btrfs", "a device of number 0")
+	}
 	return Superblock{
 		Type: "btrfs", UUID: formatUUID(b[32:48]), Label: text(b[299 : 299+256]),
 		Size: int64(size), BlockSize: int(sector), SectorSize: int(sector), NeedsRecovery: le.Uint64(b[96:]) != 0,
+		devID: devID,
 	}, nil
 }
 

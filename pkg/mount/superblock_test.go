@@ -74,6 +74,7 @@ func TestReadSuperblockByHand(t *testing.T) {
 		le.PutUint64(sb[136:], 1)
 		le.PutUint32(sb[144:], 4096)
 		le.PutUint64(sb[112:], uint64(512*miB))
+		le.PutUint64(sb[201:], 1)
 		le.PutUint64(sb[201+8:], uint64(256*miB))
 		if edit != nil {
 			edit(sb)
@@ -137,6 +138,7 @@ func TestReadSuperblockByHand(t *testing.T) {
 		"xfs with sectors of 100 bytes":       xfs(func(b []byte) { be.PutUint16(b[102:], 100) }),
 		"xfs with no groups":                  xfs(func(b []byte) { be.PutUint32(b[88:], 0) }),
 		"btrfs with sectors of 0":             btrfs(func(b []byte) { le.PutUint32(b[144:], 0) }),
+		"btrfs of a device without number":    btrfs(func(b []byte) { b[201] = 0 }),
 		"btrfs of two devices":                btrfs(func(b []byte) { b[136] = 2 }),
 		"btrfs bigger than anything":          btrfs(func(b []byte) { le.PutUint64(b[209:], 1<<63) }),
 	} {

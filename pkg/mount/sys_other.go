@@ -39,8 +39,8 @@ func claimable(string) error                        { return errors.ErrUnsupport
 func xfsSize(string) (Superblock, error)            { return Superblock{}, errors.ErrUnsupported }
 func frozen(Mount) bool                             { return false }
 func growXFS(string, int) error                     { return errors.ErrUnsupported }
-func btrfsSize(string) (Superblock, error)          { return Superblock{}, errors.ErrUnsupported }
-func growBtrfs(int) error                           { return errors.ErrUnsupported }
+func btrfsSize(string, uint64) (Superblock, error)  { return Superblock{}, errors.ErrUnsupported }
+func growBtrfs(int, uint64) error                   { return errors.ErrUnsupported }
 func growExt(string, int, int) error                { return errors.ErrUnsupported }
 func openMount(string) (int, error)                 { return -1, errors.ErrUnsupported }
 func freezeFilesystem(*os.File) error               { return errors.ErrUnsupported }
