@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"os"
 	"os/exec"
@@ -240,6 +241,45 @@ func TestUnpublishWhatItsPodFroze(t *testing.T) {
 	n.must(err)
 	if left := n.store.List(); len(left) > 0 || len(roottest.Loops(n.dir)) > 0 {
 		t.Errorf("left: %v, %q", left, roottest.Loops(n.dir))
+	}
+}
+
+// TestThawOfWhatWasReadOnly: a volume that was staged for readers was frozen, and unmounted
+// so. The kernel mounts it as it was only, for reading.
+func TestThawOfWhatWasReadOnly(t *testing.T) {
+	for _, fs := range []string{"ext4", "xfs", "btrfs"} {
+		t.Run(fs, func(t *testing.T) {
+			n := newRealNode(t)
+			c := mountCap(fs, reader)
+			resp, err := (&controllerServer{d: n.d}).CreateVolume(t.Context(), &csi.CreateVolumeRequest{
+				Name: "v", CapacityRange: &csi.CapacityRange{RequiredBytes: 300 * mib}, VolumeCapabilities: []*csi.VolumeCapability{c},
+				Parameters: map[string]string{"allocation": "thin"},
+			})
+			n.must(err)
+			v := volume{n: n.node, id: resp.GetVolume().GetVolumeId(), cap: c}
+			n.must(n.staged(v))
+			found, err := n.store.Get(v.id)
+			n.must(err)
+			w, err := n.d.writersOf(t.Context(), found)
+			n.must(err)
+			r, err := n.d.state.putFreeze([]writers{w}, false)
+			n.must(err)
+			n.must(r.keep())
+			roottest.Run(t, "fsfreeze", "--freeze", v.staging())
+			roottest.Run(t, "umount", v.staging())
+			if len(roottest.Loops(n.dir)) == 0 {
+				t.Fatal("the device went with the mount: it was not frozen")
+			}
+			if err := n.d.thawLeft(t.Context()); err != nil {
+				t.Error(err)
+				roottest.Run(t, "mount", "-o", "ro", fmt.Sprintf("/dev/loop%d", w.device.Number), v.staging()) // so that nothing stays
+				roottest.Run(t, "fsfreeze", "--unfreeze", v.staging())
+			}
+			n.must(n.unstaged(v))
+			if left := roottest.Loops(n.dir); len(left) > 0 || len(n.freezeRecords()) > 0 {
+				t.Errorf("left: %q, %v", left, n.freezeRecords())
+			}
+		})
 	}
 }
 

@@ -281,7 +281,13 @@ func (d *Driver) thawVolume(ctx context.Context, v frozenVolume) error {
 	if err != nil {
 		return err
 	}
-	if err := d.mounts.Mount(ctx, mount.Spec{Source: v.Device.path(info), Target: dir, FSType: v.FSType}); err != nil {
+	spec := mount.Spec{Source: v.Device.path(info), Target: dir, FSType: v.FSType}
+	err = d.mounts.Mount(ctx, spec)
+	if errors.Is(err, mount.ErrBusy) {
+		spec.ReadOnly = true // as it was when it was frozen (fact 67)
+		err = d.mounts.Mount(ctx, spec)
+	}
+	if err != nil {
 		return errors.Join(err, os.Remove(dir))
 	}
 	return errors.Join(d.freezer.Thaw(dir), d.mounts.Remove(ctx, dir))
