@@ -36,7 +36,15 @@ func (m *Mounter) Grow(ctx context.Context, spec GrowSpec) error {
 		return err
 	}
 	full, err := m.filled(spec)
-	if err != nil || full {
+	if err != nil {
+		return err
+	}
+	if full {
+		// The kernel may still be busy with it for a call that did not wait.
+		unlock, err := m.targets.lock(ctx, "device\x00"+spec.Device)
+		if err == nil {
+			unlock()
+		}
 		return err
 	}
 	if spec.Path == "" {
@@ -80,9 +88,10 @@ func (m *Mounter) growMounted(ctx context.Context, spec GrowSpec) error {
 	}
 	done := make(chan error, 1)
 	go func() {
-		defer unlock()
-		defer closeFD(fd)
-		done <- growOnline(fd, spec)
+		err := growOnline(fd, spec)
+		closeFD(fd) // before the answer: who has it may unmount
+		unlock()
+		done <- err
 	}()
 	select {
 	case err := <-done:
