@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -25,7 +26,10 @@ func (k *fake) hangs(number int) (end func()) {
 
 // A foreign device over a file whose filesystem hangs keeps nobody from finding and attaching
 // other files. What it may show is neither said to be unattached nor attached once more.
-func TestDeviceThatDoesNotAnswer(t *testing.T) {
+// In virtual time an answer is late only if it is held back, however busy the machine is.
+func TestDeviceThatDoesNotAnswer(t *testing.T) { synctest.Test(t, deviceThatDoesNotAnswer) }
+
+func deviceThatDoesNotAnswer(t *testing.T) {
 	k := newFake(t, generations[0])
 	m := &machine{fake: k, kernel: k, dir: t.TempDir()}
 	manager := m.manager(t, WithRetry(Retry{Settle: 200 * time.Millisecond, Answer: 50 * time.Millisecond}))
