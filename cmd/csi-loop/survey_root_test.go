@@ -209,11 +209,7 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 	s.stop()
 
 	image := func(name string) string { return filepath.Join(p.pool, "volumes", name, "disk.img") }
-	out, err := exec.Command("losetup", "-f", "--show", image("attached")).Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	loop := strings.TrimSpace(string(out))
+	loop := roottest.Losetup(t, image("attached"))
 	detached := false
 	detach := func() {
 		if !detached {

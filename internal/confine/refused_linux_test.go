@@ -283,8 +283,13 @@ func attached(t *testing.T, size int64) string {
 	if err := os.Truncate(image, size); err != nil {
 		t.Fatal(err)
 	}
-	device := strings.TrimSpace(roottest.Run(t, "losetup", "--find", "--show", image))
-	t.Cleanup(func() { _ = exec.Command("losetup", "-d", device).Run() }) // a test may have detached it
+	device := roottest.Losetup(t, image)
+	t.Cleanup(func() {
+		// If a test has detached it, the number may be another's now.
+		if len(roottest.Loops(filepath.Dir(image))) > 0 {
+			_ = exec.Command("losetup", "-d", device).Run()
+		}
+	})
 	return device
 }
 

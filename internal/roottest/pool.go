@@ -47,15 +47,7 @@ func Pool(tb testing.TB, fsType string, size int64, options ...string) string {
 	retry(tb, "mount", "-o", "loop", "-t", fsType, image, mountPoint)
 	tb.Cleanup(func() {
 		retry(tb, "umount", mountPoint)
-		deadline := time.Now().Add(settle)
-		for len(Loops(dir)) > 0 {
-			if time.Now().After(deadline) {
-				left := Loops(dir)
-				tb.Errorf("pool is unmounted but its loop device stays: %v; who has it: %q", left, holders(left))
-				return
-			}
-			time.Sleep(5 * time.Millisecond)
-		}
+		WaitUnbound(tb, dir)
 	})
 	return mountPoint
 }
@@ -104,15 +96,36 @@ func Run(tb testing.TB, argv ...string) string {
 	return out
 }
 
+// Losetup binds a free loop device and returns its node; whoever calls it detaches it.
+// The arguments are those of losetup beside --find and --show. The number that it finds
+// may be another's or gone when it takes it: it tries again.
+func Losetup(tb testing.TB, args ...string) string {
+	tb.Helper()
+	return strings.TrimSpace(retry(tb, append([]string{"losetup", "--find", "--show"}, args...)...))
+}
+
+// WaitUnbound waits until no loop device shows a file below dir, and fails the test if one
+// does for a minute. A stranger who looks at a device meanwhile delays its end.
+func WaitUnbound(tb testing.TB, dir string) {
+	tb.Helper()
+	for deadline := time.Now().Add(settle); len(Loops(dir)) > 0; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			left := Loops(dir)
+			tb.Errorf("loop devices stay: %v; who has them: %q", left, holders(left))
+			return
+		}
+	}
+}
+
 // retry is Run for commands that a stranger's short use of the same kernel
 // objects can make fail: another test's losetup, udev.
-func retry(tb testing.TB, argv ...string) {
+func retry(tb testing.TB, argv ...string) string {
 	tb.Helper()
 	deadline := time.Now().Add(settle)
 	for {
 		out, err := Output(argv...)
 		if err == nil {
-			return
+			return out
 		}
 		if time.Now().After(deadline) {
 			tb.Fatalf("%v: %v\n%s", argv, err, out)

@@ -53,18 +53,16 @@ func TestBoundDeviceIsSeen(t *testing.T) {
 	if err := os.WriteFile(image, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	node := Run(t, "losetup", "-f", "--show", image)
+	node := Losetup(t, image)
 	defer func() {
-		Run(t, "losetup", "-d", node[:len(node)-1])
-		if got := Loops(dir); len(got) != 0 {
-			t.Errorf("Loops = %v after losetup -d", got)
-		}
+		Run(t, "losetup", "-d", node)
+		WaitUnbound(t, dir)
 	}()
 	got := Loops(dir)
 	if len(got) != 1 {
 		t.Errorf("Loops = %v, want one", got)
 	}
-	f, err := os.Open(node[:len(node)-1])
+	f, err := os.Open(node)
 	if err != nil {
 		t.Fatal(err)
 	}

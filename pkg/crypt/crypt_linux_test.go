@@ -6,7 +6,6 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -34,7 +33,7 @@ func device(t *testing.T, size int64) (c *Crypt, path, image string) {
 	if err := os.Truncate(image, size); err != nil {
 		t.Fatal(err)
 	}
-	path = strings.TrimSpace(roottest.Run(t, "losetup", "--find", "--show", image))
+	path = roottest.Losetup(t, image)
 	t.Cleanup(func() {
 		left, err := c.Over(filepath.Base(path))
 		for _, m := range left {

@@ -19,7 +19,7 @@ func TestHoldProvesWhatItOpened(t *testing.T) {
 	dir := t.TempDir()
 	image := filepath.Join(dir, "disk.img")
 	must(t, os.WriteFile(image, make([]byte, mib), 0o600))
-	node := strings.TrimSpace(roottest.Run(t, "losetup", "--find", "--show", image))
+	node := roottest.Losetup(t, image)
 	t.Cleanup(func() { roottest.Run(t, "losetup", "--detach", node) })
 	numbers := strings.TrimSpace(roottest.Run(t, "cat", filepath.Join("/sys/block", filepath.Base(node), "dev")))
 	m := Mapping{Name: "csi-loop-loop3-7", UUID: "CRYPT-LUKS2-one-csi-loop-loop3-7", Number: 5, Path: node}

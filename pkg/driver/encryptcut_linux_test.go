@@ -45,7 +45,7 @@ func newCutting(t *testing.T) (*encrypting, *disk) {
 	e.must(os.WriteFile(file, nil, 0o600))
 	e.must(os.Truncate(file, size))
 	e.must(os.Mkdir(root, 0o700))
-	d := &disk{e: e, sectors: size / 512, below: strings.TrimSpace(roottest.Run(t, "losetup", "--find", "--show", file))}
+	d := &disk{e: e, sectors: size / 512, below: roottest.Losetup(t, file)}
 	t.Cleanup(func() { roottest.Run(t, "losetup", "--detach", d.below) })
 	roottest.Run(t, "dmsetup", "create", cutDisk, "--table", d.table("linear %s 0"))
 	t.Cleanup(func() { roottest.Run(t, "dmsetup", "remove", "--retry", cutDisk) })

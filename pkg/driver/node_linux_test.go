@@ -109,8 +109,7 @@ func TestDeadPoolConcernsItsVolumesOnly(t *testing.T) {
 	}
 	foreign := filepath.Join(dead, "foreign.img")
 	n.must(os.WriteFile(foreign, make([]byte, mib), 0o600))
-	device := roottest.Run(t, "losetup", "--find", "--show", foreign)
-	device = device[:len(device)-1]
+	device := roottest.Losetup(t, foreign)
 	defer func() { roottest.Run(t, "losetup", "--detach", device) }()
 
 	f, err := os.Open(dead)

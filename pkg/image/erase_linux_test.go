@@ -6,7 +6,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -184,7 +183,7 @@ func TestRemovalCutsNothingThatSomebodyHas(t *testing.T) {
 		roottest.Require(t)
 		p, v, content, _ := setUp(t)
 		image := filepath.Join(p.Path(), volumesDir, "v", imageFile)
-		node := strings.TrimSpace(roottest.Run(t, "losetup", "--find", "--show", "--read-only", image))
+		node := roottest.Losetup(t, "--read-only", image)
 		defer roottest.Run(t, "losetup", "--detach", node)
 		if err := p.Remove(ctx, v.ID); err != nil {
 			t.Fatal(err)

@@ -49,11 +49,7 @@ func withQuotas(t *testing.T, fsType, features, options string) (top, device str
 		"xfs":  {"mkfs.xfs", "-q", "-f"},
 	}[fsType]
 	roottest.Run(t, append(mkfs, image)...)
-	out, err := exec.Command("losetup", "-f", "--show", image).Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	device = string(bytes.TrimSpace(out))
+	device = roottest.Losetup(t, image)
 	t.Cleanup(func() { roottest.Run(t, "losetup", "-d", device) })
 	if err := unix.Mount(device, top, fsType, 0, options); err != nil {
 		if os.Getenv("CSI_LOOP_VM") != "" {

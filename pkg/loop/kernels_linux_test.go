@@ -24,7 +24,7 @@ func bareBind(t *testing.T, backing *os.File, flags, blockSize uint32) (device *
 		number, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)
 		check(t, err)
 		device, err := os.OpenFile("/dev/loop"+strconv.Itoa(number), os.O_RDWR, 0)
-		if errors.Is(err, unix.ENXIO) {
+		if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENOENT) { // somebody removed it
 			continue
 		}
 		check(t, err)

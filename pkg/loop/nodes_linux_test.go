@@ -21,7 +21,7 @@ func TestWrongNode(t *testing.T) {
 	content := bytes.Repeat([]byte("other"), 1<<18)
 	backing := filepath.Join(m.dir, "other")
 	check(t, os.WriteFile(backing, content, 0o600))
-	other := strings.TrimSpace(roottest.Run(t, "losetup", "-f", "--show", backing))
+	other := roottest.Losetup(t, backing)
 	defer func() { roottest.Run(t, "losetup", "-d", other) }()
 	var st unix.Stat_t
 	check(t, unix.Stat(other, &st))

@@ -306,7 +306,7 @@ func TestDevicesOfLosetupAreForeign(t *testing.T) {
 	m := realMachine(t)
 	manager := m.manager(t)
 	f := m.image(t, "a")
-	node := losetup(t, "-f", "--show", "-b", "4096", f.Name())
+	node := roottest.Losetup(t, "-b", "4096", f.Name())
 	defer losetup(t, "-d", node)
 
 	found := must(manager.Find(t.Context(), f))(t) // by inode

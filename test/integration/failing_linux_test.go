@@ -49,7 +49,7 @@ func newDisk(t *testing.T, fs string, mkfs ...string) *disk {
 	must(t, os.Truncate(file, size))
 	d := &disk{t: t, name: fmt.Sprintf("csi-loop-%d-%s", os.Getpid(), fs), fs: fs, root: filepath.Join(dir, "pool"), sectors: size / 512}
 	must(t, os.Mkdir(d.root, 0o755))
-	d.below = strings.TrimSpace(roottest.Run(t, "losetup", "-f", "--show", file))
+	d.below = roottest.Losetup(t, file)
 	t.Cleanup(func() { roottest.Run(t, "losetup", "-d", d.below) })
 	d.healthy = fmt.Sprintf("0 %d linear %s 0", d.sectors, d.below)
 	roottest.Run(t, "dmsetup", "create", d.name, "--table", d.healthy)

@@ -9,8 +9,11 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-loop/csi-loop/internal/roottest"
 )
 
 // TestRecoveryByHand: the commands of docs/operations.md, in their order, get at the
@@ -58,13 +61,18 @@ func TestRecoveryAfterACrash(t *testing.T) {
 			crashed := filepath.Join(h.backup, "crashed.img")
 			h.command("cp", "--sparse=always", v.image(), crashed)
 			v.down()
-			if out, err := exec.Command("mount", "-o", "ro,loop", crashed, h.mnt).CombinedOutput(); err == nil {
-				t.Error("it is mounted read-only")
-			} else if !strings.Contains(string(out), "read-only") && !strings.Contains(string(out), "superblock") {
-				t.Errorf("%v: %s", err, out)
-			}
+			eventually(t, func() string { // other words are of a device that somebody else took
+				out, err := exec.Command("mount", "-o", "ro,loop", crashed, h.mnt).CombinedOutput()
+				if err == nil {
+					t.Fatal("it is mounted read-only")
+				} else if !strings.Contains(string(out), "read-only") && !strings.Contains(string(out), "superblock") {
+					return fmt.Sprintf("%v: %s", err, out)
+				}
+				return ""
+			})
 			h.command("mount", "-o", "ro,loop,"+skip[k.name], crashed, h.mnt)
 			h.unmount()
+			roottest.WaitUnbound(t, h.backup) // mount would take the device that is read-only
 			h.command("mount", "-o", "loop", crashed, h.mnt)
 			must(t, compareFile(filepath.Join(h.mnt, "data-0"), v.pattern(0), 0))
 			h.unmount()
@@ -163,11 +171,23 @@ func (h *hand) elsewhere() {
 	v.down()
 }
 
+// command runs a command that succeeds. One that takes a free loop device is repeated, as
+// by a person: others take devices at the same time.
 func (h *hand) command(name string, args ...string) string {
 	h.t.Helper()
-	out, err := exec.Command(name, args...).CombinedOutput()
-	if err != nil {
-		h.t.Fatal(fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out))
+	limit := time.Duration(0)
+	if line := name + " " + strings.Join(args, " "); strings.HasPrefix(line, "losetup --find") || name == "mount" && strings.Contains(line, "loop") {
+		limit = patience
+	}
+	var out []byte
+	if last := waitFor(limit, func() (failed string) {
+		var err error
+		if out, err = exec.Command(name, args...).CombinedOutput(); err != nil {
+			failed = fmt.Sprintf("%s %s: %v: %s", name, strings.Join(args, " "), err, out)
+		}
+		return failed
+	}); last != "" {
+		h.t.Fatal(last)
 	}
 	return strings.TrimSpace(string(out))
 }
