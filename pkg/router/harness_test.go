@@ -102,6 +102,7 @@ type fakeAuth struct {
 	down   bool
 	hangs  bool // no answer comes
 	looked int
+	looks  func(token string) // if set, called at each look
 }
 
 func (a *fakeAuth) asked() int {
@@ -122,6 +123,9 @@ func (a *fakeAuth) Authenticate(ctx context.Context, token string) (Identity, er
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.looked++
+	if a.looks != nil {
+		a.looks(token)
+	}
 	if a.hangs {
 		a.mu.Unlock()
 		<-ctx.Done()

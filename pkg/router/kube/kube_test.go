@@ -135,7 +135,12 @@ func TestRoster(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() { r.Run(ctx) })
-	eventually(t, func() bool { _, ok := r.Registered(); return ok })
+	// What is deleted before the watch has begun the fake server does not tell.
+	watches := func(a clienttesting.Action) bool { return a.GetVerb() == "watch" }
+	eventually(t, func() bool {
+		_, ok := r.Registered()
+		return ok && slices.ContainsFunc(client.Actions(), watches)
+	})
 	if names, _ := r.Registered(); !slices.Equal(names, []string{"a"}) || !r.Exists("b") || r.Exists("z") {
 		t.Error(names)
 	}
