@@ -206,8 +206,16 @@ func (n *pairNode) down(id string) {
 	if _, err := n.node.NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: id, TargetPath: target}); err != nil {
 		t.Error(err)
 	}
-	if _, err := n.node.NodeUnstageVolume(ctx, &csi.NodeUnstageVolumeRequest{VolumeId: id, StagingTargetPath: staging}); err != nil {
-		t.Error(err)
+	// As place.down says, a CO repeats the call.
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		_, err := n.node.NodeUnstageVolume(ctx, &csi.NodeUnstageVolumeRequest{VolumeId: id, StagingTargetPath: staging})
+		if err == nil {
+			return
+		}
+		if status.Code(err) != codes.Aborted || time.Now().After(deadline) {
+			t.Error(err)
+			return
+		}
 	}
 }
 

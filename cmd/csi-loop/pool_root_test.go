@@ -51,6 +51,7 @@ func TestReinitAttached(t *testing.T) {
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}
+	roottest.WaitUnbound(t, dir)
 	if _, _, err = run(t, "", "pool", "reinit", dir, "--yes"); err != nil {
 		t.Error(err)
 	}
