@@ -24,7 +24,7 @@ ROOT     := $(CURDIR)/hack/as-root
 USER     := $(CURDIR)/hack/as-user
 LINT     := bin/golangci-lint
 # Root tests share the kernel's loop devices and the machine's disk: two packages at a time.
-ROOTTEST := CSI_LOOP_ROOT_TESTS=1 $(GO) test -exec $(ROOT) -count=1 -p 2 -timeout 25m $(TESTARGS)
+ROOTTEST := CSI_LOOP_ROOT_TESTS=1 $(GO) test -exec $(ROOT) -count=1 -p 2 -timeout 45m $(TESTARGS)
 
 # Logs are read in CI too.
 export GINKGO_NO_COLOR := TRUE
@@ -56,7 +56,7 @@ test: ## run every test: unit, chart, root, sanity, and a virtual machine where 
 # time: they mostly wait, for disks and for clocks.
 test-unit: ## run the tests that need no root, with the race detector
 	@hack/deps unit
-	$(GO) test -exec $(USER) -race -short -p 4 -timeout 5m $(TESTARGS) $(PKGS)
+	$(GO) test -exec $(USER) -race -short -p 4 -timeout 10m $(TESTARGS) $(PKGS)
 
 test-root: ## run all tests but sanity as root, with the race detector, on this machine's kernel
 	@hack/deps root

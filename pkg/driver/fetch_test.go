@@ -238,7 +238,7 @@ func (h *heldStream) Write(b []byte) (int, error) {
 // what nobody asks for is dropped and leaves nothing.
 func TestFetchIsAJob(t *testing.T) {
 	a, b, _, snapshot, data := twoDrivers(t)
-	b.d.jobs.patience = 50 * time.Millisecond
+	b.d.jobs.patience = time.Minute // the first call ends before
 	gate := make(chan struct{})
 	o := &otherNode{n: a, request: transfer.Request{Snapshot: snapshot}, spoil: func(w io.Writer) io.Writer {
 		return &heldStream{Writer: w, at: 100, gate: gate}
@@ -248,6 +248,7 @@ func TestFetchIsAJob(t *testing.T) {
 	time.AfterFunc(10*time.Millisecond, cancel)
 	_, err := b.fetch(canceled, "c", o.offer(t), src, 8*mib, blockCap(oneWriter))
 	code(t, err, codes.Canceled)
+	b.d.jobs.patience = 50 * time.Millisecond
 	var told []bool
 	stop := b.d.ObserveCopies(func(name string, making bool) {
 		if name == "c" {

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -352,6 +353,8 @@ func TestLimit(t *testing.T) {
 		again := m.attach(t, manager, "b", whole) // no further device
 		check(t, again.Close())
 		check(t, a.Close()) // the kernel frees it; nobody tells the manager
+		// A passer-by may have it open for a moment.
+		check(t, m.manager(t, WithRetry(Retry{Settle: time.Minute})).WaitUnbound(t.Context(), a.Ref()))
 		c := m.attach(t, manager, "c", whole)
 		_, err = manager.Attach(t.Context(), m.image(t, "a"), whole)
 		wantErr(t, "a third again", err, ErrLimit)

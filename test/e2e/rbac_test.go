@@ -136,9 +136,13 @@ func (e *env) audited() (used, denied map[right]bool) {
 	used, denied = map[right]bool{}, map[right]bool{}
 	for _, node := range e.controlPlanes() {
 		log := e.onNode(node, "cat "+auditLog+" | grep -F '\"resource\"'; true")
-		for line := range strings.Lines(log) {
+		lines := strings.Split(strings.TrimSpace(log), "\n")
+		for i, line := range lines {
 			var event auditEvent
 			if err := json.Unmarshal([]byte(line), &event); err != nil {
+				if i == len(lines)-1 {
+					break // it is being written
+				}
 				e.Fatal(err)
 			}
 			account, ok := strings.CutPrefix(event.User.Username, "system:serviceaccount:"+installed+":")
