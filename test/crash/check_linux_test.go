@@ -22,21 +22,22 @@ import (
 
 // settle is how long what ends by itself may take: a device after its last close,
 // a child of a driver that was killed, an unlink in the background.
-var settle = patience / 12
+// A machine that is busy takes as long for it as for all else.
+var settle = patience
 
 // wrong lists everything that is not as it should be by what was acknowledged.
 // Before it speaks it waits for what ends by itself.
-func (s *site) wrong() []string { return s.wrongBut(s.trap.unsynced) }
+func (s *site) wrong() []string { return s.wrongBut(settle, s.trap.unsynced) }
 
 // wrongAfterFailure is wrong after an answer that promised nothing: what was taken back
 // need not be on disk.
 func (s *site) wrongAfterFailure() []string {
-	return s.wrongBut(func() []string { return nil })
+	return s.wrongBut(settle, func() []string { return nil })
 }
 
-func (s *site) wrongBut(unsynced func() []string) []string {
+func (s *site) wrongBut(limit time.Duration, unsynced func() []string) []string {
 	var found []string
-	_ = waitFor(settle, func() string {
+	_ = waitFor(limit, func() string {
 		found = slices.Concat(s.leftovers(), s.unaccounted(), unsynced(), hurried())
 		return strings.Join(found, "\n")
 	})

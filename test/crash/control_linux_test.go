@@ -55,7 +55,7 @@ func TestChecksSeeLies(t *testing.T) {
 				s.trap.arm(func(call gate.Call, _ int) gate.Verdict { return gate.Verdict{Lie: label(call) == c.call} })
 				err := st.do(v)
 				hit, _ := s.trap.disarm()
-				found := s.wrong()
+				found := s.wrongBut(patience/12, s.trap.unsynced) // most of them stay wrong
 				t.Logf("%v; answer: %v; found: %q", hit, err, found)
 				if hit == nil || len(found) == 0 && err == nil || !c.noticed && len(found) == 0 {
 					t.Errorf("%s pretends %s (%v): the answer is %v, and the checks find %q", c.step, c.call, hit, err, found)

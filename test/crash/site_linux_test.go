@@ -163,8 +163,10 @@ func (s *site) close() {
 		}
 	}
 	s.checkLogs()
-	if left := s.leftovers(); len(left) > 0 && !t.Failed() {
-		t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
+	if !t.Failed() {
+		if left := waitFor(settle, func() string { return strings.Join(s.leftovers(), "\n") }); left != "" {
+			t.Errorf("left behind:\n%s", left)
+		}
 	}
 	s.scrub()
 }
