@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"maps"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -30,11 +32,39 @@ type erasers struct {
 	work  sync.WaitGroup
 	end   context.Context //nolint:containedctx // that of what outlives calls
 	close context.CancelFunc
+
+	mu    sync.Mutex
+	under map[<-chan struct{}]bool // what is under way, by what its end closes; guarded by mu
 }
 
 func newErasers(ctx context.Context) *erasers {
 	end, cancel := context.WithCancel(ctx)
-	return &erasers{end: end, close: cancel}
+	return &erasers{end: end, close: cancel, under: map[<-chan struct{}]bool{}}
+}
+
+// note says that what done belongs to is under way, or no more.
+func (e *erasers) note(done <-chan struct{}, under bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if under {
+		e.under[done] = true
+	} else {
+		delete(e.under, done)
+	}
+}
+
+// wait waits for what is being erased as long as a removal does, and says whether there is
+// anything.
+func (e *erasers) wait(ctx context.Context) (some bool) {
+	e.mu.Lock()
+	all := slices.Collect(maps.Keys(e.under))
+	e.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for _, done := range all {
+		await(ctx, done)
+	}
+	return len(all) > 0
 }
 
 func (e *erasers) stop() {
@@ -69,8 +99,10 @@ func (p *Pool) discard(name string) { await(p.erasers.end, p.eraseAll(name)) }
 // eraseAll begins to erase, and closes done when it is over.
 func (p *Pool) eraseAll(all ...string) (done <-chan struct{}) {
 	over := make(chan struct{})
+	p.erasers.note(over, true)
 	p.erasers.work.Go(func() {
 		defer close(over)
+		defer p.erasers.note(over, false)
 		p.store.kill("remove: unlinking")
 		for i, name := range all {
 			if i > 0 && p.erasers.end.Err() != nil {

@@ -56,10 +56,11 @@ func (p *Pool) Remove(ctx context.Context, id string) error {
 	return nil
 }
 
-// lag waits for removed volumes' blocks to be seen free: XFS frees them in the
-// background and btrfs with its next commit, up to 30 s after the unlink. False
-// when waiting (more) is of no use.
+// lag waits for removed volumes' blocks to be seen free: a large image is still being
+// erased, XFS frees them in the background and btrfs with its next commit, up to 30 s
+// after the unlink. False when waiting (more) is of no use.
 func (p *Pool) lag(ctx context.Context, attempt int) bool {
+	erasing := attempt == 0 && p.erasers.wait(ctx)
 	if p.recount(ctx) {
 		return true // what is not shared any more is not needed twice
 	}
@@ -68,7 +69,7 @@ func (p *Pool) lag(ctx context.Context, attempt int) bool {
 	}
 	freed := p.freed.Load()
 	if freed == 0 || p.store.now().Sub(time.Unix(0, freed)) > time.Minute {
-		return false
+		return erasing
 	}
 	switch {
 	case p.fsType == "btrfs" && attempt <= 1: // 1 when sharing was looked at before
@@ -82,5 +83,5 @@ func (p *Pool) lag(ctx context.Context, attempt int) bool {
 		case <-ctx.Done():
 		}
 	}
-	return false
+	return erasing || attempt == 0 // the erasing may have ended after the look at the space
 }
