@@ -210,8 +210,12 @@ func TestHealthOfABusyVolume(t *testing.T) {
 	health := func(want ...string) {
 		t.Helper()
 		var got []string
-		for _, h := range p.VolumeHealth(over, v.ID) {
-			got = append(got, h.Reason)
+		// A busy machine may take longer for its look at the pool than healthPatience.
+		for try := 0; try == 0 || slices.Contains(got, "NotChecked") && try < 60; try++ {
+			got = nil
+			for _, h := range p.VolumeHealth(over, v.ID) {
+				got = append(got, h.Reason)
+			}
 		}
 		if !slices.Equal(got, want) {
 			t.Errorf("%v, want %v", got, want)

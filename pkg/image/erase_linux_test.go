@@ -89,9 +89,9 @@ func TestRemovalOutlivesItsCallAndItsProcess(t *testing.T) {
 }
 
 // TestOpenDoesNotWaitForWhatWasRemoved: a start after a crash frees images that may be of
-// any size.
+// any size. Not parallel: what another test forks has the image open for a moment, and such
+// a one is not cut.
 func TestOpenDoesNotWaitForWhatWasRemoved(t *testing.T) {
-	t.Parallel()
 	dir := poolDir(t)
 	s, _ := openPool(t, dir)
 	if err := s.Close(); err != nil {

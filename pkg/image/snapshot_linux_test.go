@@ -90,6 +90,14 @@ func TestSharingIsChargedOnce(t *testing.T) {
 	})
 }
 
+// outlasts says whether a removal took so long that it may not have waited until the
+// blocks were free, as on a busy machine: then what was claimed for them is free with the next look.
+func outlasts(remove func()) bool {
+	began := time.Now()
+	remove()
+	return time.Since(began) >= patience
+}
+
 // Two snapshots are removed one shortly after the other: what the volume claimed for
 // both is free at once, and not only when it is time for the next look at its extents.
 func TestRemovalsInARowEndTheClaim(t *testing.T) {
@@ -99,12 +107,14 @@ func TestRemovalsInARowEndTheClaim(t *testing.T) {
 		fill(t, p, v.ID, 0, 64<<20)
 		snap(t, p, "one", v.ID)
 		snap(t, p, "two", v.ID)
-		for _, name := range []string{"one", "two"} {
-			if err := p.RemoveSnapshot(ctx, VolumeID(p.ID(), name)); err != nil {
-				t.Fatal(err)
+		late := outlasts(func() {
+			for _, name := range []string{"one", "two"} {
+				if err := p.RemoveSnapshot(ctx, VolumeID(p.ID(), name)); err != nil {
+					t.Fatal(err)
+				}
 			}
-		}
-		if fsType == "xfs" { // frees a removed file a moment after the removal
+		})
+		if fsType == "xfs" || late { // frees a removed file a moment after the removal
 			f, err := p.OpenImage(ctx, v.ID, false)
 			if err != nil {
 				t.Fatal(err)
@@ -130,17 +140,24 @@ func TestRemovedClonesEndTheClaim(t *testing.T) {
 		if !p.CanReflink() {
 			return
 		}
+		late := false
+		removed := func(remove func() error) {
+			t.Helper()
+			late = outlasts(func() {
+				if err := remove(); err != nil {
+					t.Fatal(err)
+				}
+			}) || late
+		}
 		remove := func(ids ...string) {
 			t.Helper()
 			for _, id := range ids {
-				if err := p.Remove(ctx, id); err != nil {
-					t.Fatal(err)
-				}
+				removed(func() error { return p.Remove(ctx, id) })
 			}
 		}
 		ended := func(v Volume) {
 			t.Helper()
-			if fsType == "xfs" { // frees a removed file a moment after the removal
+			if fsType == "xfs" || late { // frees a removed file a moment after the removal
 				eventually(t, func() error {
 					if n := sharedBytes(t, p, DirName(v.Name), v.Size); n > 0 {
 						return fmt.Errorf("%d bytes are shared", n)
@@ -163,9 +180,7 @@ func TestRemovedClonesEndTheClaim(t *testing.T) {
 
 		snap(t, p, "s", v.ID)
 		one, two = clone("one", Source{Snapshot: VolumeID(p.ID(), "s")}), clone("two", Source{Snapshot: VolumeID(p.ID(), "s")})
-		if err := p.RemoveSnapshot(ctx, VolumeID(p.ID(), "s")); err != nil {
-			t.Fatal(err)
-		}
+		removed(func() error { return p.RemoveSnapshot(ctx, VolumeID(p.ID(), "s")) })
 		remove(one.ID, two.ID)
 		if fsType != "xfs" {
 			p.lag(ctx, 0) // they shared by what is gone, so that only a refusal looks
@@ -191,9 +206,7 @@ func TestRemovedClonesEndTheClaim(t *testing.T) {
 		one = clone("one", Source{Template: VolumeID(p.ID(), "golden")})
 		wantSharing(t, p, one, MiB, 64*MiB)
 		p.recountOne("one") // just now
-		if err := p.RemoveTemplate(ctx, "golden"); err != nil {
-			t.Fatal(err)
-		}
+		removed(func() error { return p.RemoveTemplate(ctx, "golden") })
 		ended(one)
 	})
 }
