@@ -41,16 +41,7 @@ func realMachine(t testing.TB) *machine {
 	roottest.Require(t)
 	dir := t.TempDir()
 	k := realKernel(t, dir)
-	t.Cleanup(func() {
-		// A passer-by on this kernel may be the last to close.
-		deadline := time.Now().Add(5 * time.Second)
-		for len(roottest.Loops(dir)) > 0 && time.Now().Before(deadline) {
-			time.Sleep(10 * time.Millisecond)
-		}
-		if left := roottest.Loops(dir); len(left) > 0 {
-			t.Errorf("left bound: %v", left)
-		}
-	})
+	t.Cleanup(func() { roottest.WaitUnbound(t, dir) }) // a passer-by on this kernel may be the last to close
 	return &machine{kernel: k, dir: dir}
 }
 
