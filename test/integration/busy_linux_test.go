@@ -186,7 +186,7 @@ func TestStopWhileCallsRun(t *testing.T) {
 			wg.Go(func() {
 				for n := 0; ; n++ {
 					v := s.volume([]kind{xfs, btrfs, ext4}[i%3], fmt.Sprintf("stop-%d-%d-%d", round, i, n))
-					err := v.create()
+					err := repeated(v.create)
 					if n == 0 {
 						begun.Done()
 					}
@@ -227,8 +227,8 @@ func TestStopWhileCallsRun(t *testing.T) {
 			t.Errorf("%d volumes, want %d: a call was carried out and not answered", len(have), want)
 		}
 		for _, v := range append(made, refused...) {
-			v.step("create again", v.create())
-			v.step("delete", v.remove())
+			v.step("create again", repeated(v.create))
+			v.step("delete", repeated(v.remove))
 		}
 		t.Logf("%d calls finished, %d were refused", len(made), len(refused))
 	}

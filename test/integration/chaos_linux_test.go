@@ -24,8 +24,6 @@ func TestShortDeadlines(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, siteConfig{})
 	r := random(t)
-	ctx, cancel := context.WithTimeout(context.Background(), 10*patience)
-	defer cancel()
 	kinds := []kind{
 		{name: "ext4", fs: "ext4", size: 32 * mib, reader: true},
 		{name: "xfs", fs: "xfs", size: 300 * mib, grown: 320 * mib},
@@ -40,14 +38,19 @@ func TestShortDeadlines(t *testing.T) {
 		wg.Go(func() {
 			for n := range times(2, 6, 60) {
 				v := s.volume(k, fmt.Sprintf("deadline-%d-%d", i, n))
-				tries := 0
-				v.limit = func() time.Duration { // gets longer, so that there is an end
-					tries++
-					return time.Duration(own.IntN(1500*tries+1)) * time.Microsecond
+				const first = 1500.0
+				most := first // microseconds
+				// Gets longer by a factor, so that the end is near however slow the machine is.
+				v.limit = func() time.Duration {
+					most *= 1.05
+					return time.Duration(own.Float64()*most) * time.Microsecond
 				}
 				for _, e := range k.life() {
-					tries = 0
-					if err := insist(ctx, func() error { return e.do(v) }); err != nil {
+					most = first
+					ctx, cancel := context.WithTimeout(t.Context(), 10*patience)
+					err := insist(ctx, func() error { return e.do(v) })
+					cancel()
+					if err != nil {
 						t.Errorf("%q of %s: %s", e.name, v.id, explain(err))
 						return
 					}

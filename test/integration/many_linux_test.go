@@ -21,7 +21,7 @@ import (
 // lifetime takes a volume through its whole life and returns the first error.
 func (v *volume) lifetime() error {
 	for _, e := range v.life() {
-		if err := e.do(v); err != nil {
+		if err := repeated(func() error { return e.do(v) }); err != nil {
 			return fmt.Errorf("%q of %s: %s", e.name, v.id, explain(err))
 		}
 	}
@@ -150,10 +150,10 @@ func TestOneVolumeManyCalls(t *testing.T) {
 		wg.Wait()
 		t.Log(k.name, count)
 		for n := range 3 {
-			v.step("unpublish at last", v.unpublish(n))
+			v.step("unpublish at last", repeated(func() error { return v.unpublish(n) }))
 		}
-		v.step("unstage at last", v.unstage())
-		v.step("delete at last", v.remove())
+		v.step("unstage at last", repeated(v.unstage))
+		v.step("delete at last", repeated(v.remove))
 		s.checkClean()
 	}
 }

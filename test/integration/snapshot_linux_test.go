@@ -161,8 +161,11 @@ func TestSnapshotsUnderLoad(t *testing.T) {
 				j := startJournal(filepath.Join(v.target(0), "journal"))
 				for i := range times(2, 4, 50) {
 					before := j.acked.Load()
-					made, err := v.snapshot(fmt.Sprint("s", i))
-					must(t, err)
+					var made *csi.Snapshot
+					must(t, repeated(func() (err error) {
+						made, err = v.snapshot(fmt.Sprint("s", i))
+						return err
+					}))
 					after := j.acked.Load()
 					larger := k
 					larger.size += int64(i%2) * 64 * mib
@@ -173,7 +176,9 @@ func TestSnapshotsUnderLoad(t *testing.T) {
 					must(t, err)
 					got, err := lastRecord(filepath.Join(r.target(0), "journal"))
 					must(t, err)
-					if got < before && before%1000 != 0 || got > after+1 {
+					// It may be of the moment after a truncation, which follows each 1000th record.
+					truncated := got == 0 && (before%1000 == 0 || before/1000 != after/1000)
+					if got < before && !truncated || got > after+1 {
 						t.Errorf("snapshot %d ends with record %d; %d were acknowledged before it and %d after", i, got, before, after)
 					}
 					must(t, r.checkSize())
@@ -202,8 +207,11 @@ func TestGroupSnapshotsAgree(t *testing.T) {
 	groups := csi.NewGroupControllerClient(s.client())
 	j := startJournal(paths...)
 	for i := range times(2, 5, 50) {
-		made, err := groups.CreateVolumeGroupSnapshot(t.Context(), &csi.CreateVolumeGroupSnapshotRequest{Name: fmt.Sprint("g", i), SourceVolumeIds: ids})
-		must(t, err)
+		var made *csi.CreateVolumeGroupSnapshotResponse
+		must(t, repeated(func() (err error) {
+			made, err = groups.CreateVolumeGroupSnapshot(t.Context(), &csi.CreateVolumeGroupSnapshotRequest{Name: fmt.Sprint("g", i), SourceVolumeIds: ids})
+			return err
+		}))
 		var last []uint64
 		var restored []*volume
 		for n, v := range volumes {
@@ -224,7 +232,7 @@ func TestGroupSnapshotsAgree(t *testing.T) {
 		for _, r := range restored {
 			r.downChecked(t)
 		}
-		_, err = groups.DeleteVolumeGroupSnapshot(t.Context(), &csi.DeleteVolumeGroupSnapshotRequest{GroupSnapshotId: made.GetGroupSnapshot().GetGroupSnapshotId()})
+		_, err := groups.DeleteVolumeGroupSnapshot(t.Context(), &csi.DeleteVolumeGroupSnapshotRequest{GroupSnapshotId: made.GetGroupSnapshot().GetGroupSnapshotId()})
 		must(t, err)
 	}
 	must(t, j.end())
