@@ -124,7 +124,7 @@ func (r *Router) owned(s *session, kind, id string) error {
 	if !r.here(s, id) {
 		return unavailablef("node %q answered with a %s %.200q, whose pool it does not have", s.id.Node, kind, id)
 	}
-	return nil
+	return r.still(s)
 }
 
 // pool is the name of the pool asked for; "" is the node's default.

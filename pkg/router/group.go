@@ -111,6 +111,8 @@ func (s *groupServer) CreateVolumeGroupSnapshot(ctx context.Context, req *csi.Cr
 			return nil, status.Errorf(codes.NotFound, "there is no volume %q: csi-loop does not make such IDs", id)
 		case first == nil:
 			first = n
+		case first.id.Node == n.id.Node && first != n:
+			return nil, unavailablef("the link to node %q was replaced just now", n.id.Node)
 		case first != n:
 			return nil, status.Errorf(codes.FailedPrecondition, "volume %q is on node %q and volume %q on node %q: a group snapshot is of volumes on one node", ids[0], first.id.Node, id, n.id.Node)
 		}

@@ -62,11 +62,11 @@ func (r *Router) everybody(ctx context.Context) ([]*session, error) {
 }
 
 // pages puts a list together from the nodes' lists. fetch asks one node for at most
-// limit entries behind its token; entries of pools that are another node's (copies)
-// it leaves out. Nodes that come or go between two pages neither repeat nor hide
+// limit entries behind its token; those of pools that are another node's (copies) are
+// left out. Nodes that come or go between two pages neither repeat nor hide
 // what is on others.
 func pages[Entry any](
-	ctx context.Context, r *Router, token string, limit int32,
+	ctx context.Context, r *Router, token string, limit int32, id func(Entry) string,
 	fetch func(ctx context.Context, s *session, token string, limit int32) ([]Entry, string, error),
 ) (entries []Entry, next string, err error) {
 	if limit < 0 {
@@ -96,6 +96,9 @@ func pages[Entry any](
 				return entries, at.encode(), nil
 			}
 			part, nodeNext, err := fetch(ctx, s, at.token, left)
+			if err == nil {
+				part, err = only(r, s, part, id)
+			}
 			if err != nil {
 				return nil, "", wholeOr(err, s)
 			}
@@ -127,12 +130,20 @@ func (r *Router) here(s *session, id string) bool {
 	return ok && r.table.owns(s, poolID)
 }
 
+// still says that a link is its node's, after an answer that came over it was looked at.
+func (r *Router) still(s *session) error {
+	if !r.table.links(s) {
+		return unavailablef("the link to node %q ended before its answer was looked at", s.id.Node)
+	}
+	return nil
+}
+
 // ListVolumes lists the volumes of all nodes.
 func (s *controllerServer) ListVolumes(ctx context.Context, req *csi.ListVolumesRequest) (*csi.ListVolumesResponse, error) {
-	entries, next, err := pages(ctx, s.r, req.GetStartingToken(), req.GetMaxEntries(),
+	entries, next, err := pages(ctx, s.r, req.GetStartingToken(), req.GetMaxEntries(), volumeOf,
 		func(ctx context.Context, n *session, token string, limit int32) ([]*csi.ListVolumesResponse_Entry, string, error) {
 			resp, err := call(ctx, n, "ListVolumes", &csi.ListVolumesRequest{StartingToken: token, MaxEntries: limit}, csi.ControllerClient.ListVolumes)
-			return only(s.r, n, resp.GetEntries(), func(e *csi.ListVolumesResponse_Entry) string { return e.GetVolume().GetVolumeId() }), resp.GetNextToken(), err
+			return resp.GetEntries(), resp.GetNextToken(), err
 		})
 	if err != nil {
 		return nil, err
@@ -142,10 +153,10 @@ func (s *controllerServer) ListVolumes(ctx context.Context, req *csi.ListVolumes
 
 // ControllerListVolumeHealth lists what is wrong with the volumes of all nodes.
 func (s *controllerServer) ControllerListVolumeHealth(ctx context.Context, req *csi.ControllerListVolumeHealthRequest) (*csi.ControllerListVolumeHealthResponse, error) {
-	entries, next, err := pages(ctx, s.r, req.GetStartingToken(), req.GetMaxEntries(),
+	entries, next, err := pages(ctx, s.r, req.GetStartingToken(), req.GetMaxEntries(), (*csi.VolumeHealth).GetVolumeId,
 		func(ctx context.Context, n *session, token string, limit int32) ([]*csi.VolumeHealth, string, error) {
 			resp, err := call(ctx, n, "ControllerListVolumeHealth", &csi.ControllerListVolumeHealthRequest{StartingToken: token, MaxEntries: limit}, csi.ControllerClient.ControllerListVolumeHealth)
-			return only(s.r, n, resp.GetEntries(), (*csi.VolumeHealth).GetVolumeId), resp.GetNextToken(), err
+			return resp.GetEntries(), resp.GetNextToken(), err
 		})
 	if err != nil {
 		return nil, err
@@ -157,9 +168,9 @@ func (s *controllerServer) ControllerListVolumeHealth(ctx context.Context, req *
 // otherwise lists those of all nodes.
 func (s *controllerServer) ListSnapshots(ctx context.Context, req *csi.ListSnapshotsRequest) (*csi.ListSnapshotsResponse, error) {
 	none := gone(&csi.ListSnapshotsResponse{})
-	own := func(n *session, resp *csi.ListSnapshotsResponse) error {
-		resp.Entries = only(s.r, n, resp.GetEntries(), func(e *csi.ListSnapshotsResponse_Entry) string { return e.GetSnapshot().GetSnapshotId() })
-		return nil
+	own := func(n *session, resp *csi.ListSnapshotsResponse) (err error) {
+		resp.Entries, err = only(s.r, n, resp.GetEntries(), snapshotOf)
+		return err
 	}
 	switch {
 	case req.GetSnapshotId() != "":
@@ -167,10 +178,10 @@ func (s *controllerServer) ListSnapshots(ctx context.Context, req *csi.ListSnaps
 	case req.GetSourceVolumeId() != "":
 		return byID(ctx, s.r, "ListSnapshots", "volume", req.GetSourceVolumeId(), req, csi.ControllerClient.ListSnapshots, none, own)
 	}
-	entries, next, err := pages(ctx, s.r, req.GetStartingToken(), req.GetMaxEntries(),
+	entries, next, err := pages(ctx, s.r, req.GetStartingToken(), req.GetMaxEntries(), snapshotOf,
 		func(ctx context.Context, n *session, token string, limit int32) ([]*csi.ListSnapshotsResponse_Entry, string, error) {
 			resp, err := call(ctx, n, "ListSnapshots", &csi.ListSnapshotsRequest{StartingToken: token, MaxEntries: limit}, csi.ControllerClient.ListSnapshots)
-			return only(s.r, n, resp.GetEntries(), func(e *csi.ListSnapshotsResponse_Entry) string { return e.GetSnapshot().GetSnapshotId() }), resp.GetNextToken(), err
+			return resp.GetEntries(), resp.GetNextToken(), err
 		})
 	if err != nil {
 		return nil, err
@@ -178,13 +189,18 @@ func (s *controllerServer) ListSnapshots(ctx context.Context, req *csi.ListSnaps
 	return &csi.ListSnapshotsResponse{Entries: entries, NextToken: next}, nil
 }
 
-// only drops the entries whose pool is another node's.
-func only[Entry any](r *Router, s *session, entries []Entry, id func(Entry) string) []Entry {
+func volumeOf(e *csi.ListVolumesResponse_Entry) string { return e.GetVolume().GetVolumeId() }
+
+func snapshotOf(e *csi.ListSnapshotsResponse_Entry) string { return e.GetSnapshot().GetSnapshotId() }
+
+// only drops the entries whose pool is another node's. A link that ended meanwhile is an
+// error: whose its node's pools are now nobody can say.
+func only[Entry any](r *Router, s *session, entries []Entry, id func(Entry) string) ([]Entry, error) {
 	kept := entries[:0:0]
 	for _, e := range entries {
 		if r.here(s, id(e)) {
 			kept = append(kept, e)
 		}
 	}
-	return kept
+	return kept, r.still(s)
 }

@@ -33,12 +33,21 @@ func (t *table) pool(id string) (place, bool) {
 	return t.place(claims[0].node), true
 }
 
-// owns says whether the pool's place is this link.
+// owns says whether the pool's place is the node of this link.
 func (t *table) owns(s *session, id string) bool {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
 	claims := t.pools[id]
-	return len(claims) > 0 && claims[0].node.session == s
+	return len(claims) > 0 && claims[0].node.name == s.id.Node
+}
+
+// links says whether s is still its node's link. A link that ended does not come back:
+// what the table said before was true of this one.
+func (t *table) links(s *session) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	n := t.nodes[s.id.Node]
+	return n != nil && n.session == s && n.joined
 }
 
 // node finds a node.

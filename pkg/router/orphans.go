@@ -244,6 +244,9 @@ func (r *Router) volumesOf(ctx context.Context, s *session) ([]Orphan, error) {
 				volumes = append(volumes, Orphan{ID: id, Node: s.id.Node, Size: e.GetVolume().GetCapacityBytes()})
 			}
 		}
+		if err := r.still(s); err != nil {
+			return nil, err
+		}
 		next := resp.GetNextToken()
 		if next == "" {
 			return volumes, nil

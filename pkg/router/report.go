@@ -113,6 +113,9 @@ func (r *Router) reportOf(ctx context.Context, s *session) (m report.Machine, er
 			return m, fmt.Errorf("it says more than %d bytes", r.reports.most)
 		}
 		p = r.ownPage(s, p)
+		if err := r.still(s); err != nil {
+			return m, err
+		}
 		m.Add(p)
 		switch {
 		case p.Next == "":
@@ -142,5 +145,5 @@ func (r *Router) foreign(s *session, id string) bool {
 		return strings.TrimSpace(id) == ""
 	}
 	place, known := r.table.pool(poolID)
-	return known && place.session != s
+	return known && place.node != s.id.Node
 }

@@ -11,8 +11,11 @@ import (
 )
 
 // Report lets a node of a test say what it has, and more.
-func (n *fakeNode) report(context.Context) (report.Machine, error) {
+func (n *fakeNode) report(ctx context.Context) (report.Machine, error) {
 	n.called("Report")
+	if err := n.step(ctx, "report"); err != nil {
+		return report.Machine{}, err
+	}
 	if m := n.says.Load(); m != nil {
 		return *m, nil
 	}
