@@ -157,12 +157,13 @@ func (p *pool) room(thin bool) int64 {
 	return p.free.Thick
 }
 
-// roomAt is the room in the pool of that name on one node.
+// roomAt is the room in the pool of that name on one node. It is not known of a node that
+// has yet to say for the first time what it has.
 func (t *table) roomAt(name, poolName string, thin bool) (room, bool) {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
 	n := t.nodes[name]
-	if n == nil {
+	if n == nil || n.pools == nil {
 		return room{}, false
 	}
 	p := t.poolOf(n, poolName)
