@@ -175,9 +175,9 @@ func (c *creation) rank(p place) int {
 // the scheduler chose it, RESOURCE_EXHAUSTED so that it chooses again.
 func (c *creation) away(p place, why string) error {
 	if c.bound && p.away >= Grace && slices.Contains(c.wanted, p.node) {
-		return status.Errorf(codes.ResourceExhausted, "volume %q: node %q has not been linked for %s", c.req.GetName(), p.node, p.away.Round(time.Second))
+		return status.Errorf(codes.ResourceExhausted, "volume %q: node %q has not been linked, or its pool not been there, for %s", c.req.GetName(), p.node, p.away.Round(time.Second))
 	}
-	return unavailablef("volume %q: node %q is not linked (for %s), and the volume %s", c.req.GetName(), p.node, p.away.Round(time.Second), why)
+	return unavailablef("volume %q: node %q %s (for %s), and the volume %s", c.req.GetName(), p.node, p.state(), p.away.Round(time.Second), why)
 }
 
 // source is what the volume is to be a copy of.

@@ -85,7 +85,7 @@ func (t *table) sound(tb testing.TB) {
 	defer t.mu.RUnlock()
 	for v, in := range t.names {
 		for _, p := range in {
-			if _, has := p.volumes[v]; !has || !t.shown(p) || p.node.pools[p.id] != p {
+			if _, has := p.volumes[v]; !has || !t.shown(p) || p.node.pools[p.id] != p && p.node.absent[p.id] != p {
 				tb.Errorf("volume %q is in pool %q of %q", v, p.id, p.node.name)
 			}
 		}
@@ -94,7 +94,15 @@ func (t *table) sound(tb testing.TB) {
 		if n.pools != nil && bounded(n.pools) != nil && n.session != nil {
 			tb.Errorf("%s: %v", n.name, bounded(n.pools))
 		}
+		for id, p := range n.absent {
+			if n.pools[id] != nil || !t.shown(p) || p.absent.IsZero() {
+				tb.Errorf("pool %q is not where %s had it", id, n.name)
+			}
+		}
 		for _, p := range n.pools {
+			if want := map[bool]standing{true: placeOfPool, false: copyOfPool}[t.shown(p)]; p.id != "" && n.standing[p.id] != want {
+				tb.Errorf("pool %q of %s: standing %v", p.id, n.name, n.standing[p.id])
+			}
 			if p.id != "" && !slices.Contains(t.pools[p.id], p) {
 				tb.Errorf("pool %q of %s is not known", p.id, n.name)
 			}

@@ -12,6 +12,15 @@ type place struct {
 	node    string
 	session *session // nil while away
 	away    time.Duration
+	without bool // it is linked, without the pool that is meant, since away
+}
+
+// state says, of a place without a session, why.
+func (p place) state() string {
+	if p.without {
+		return "is linked without the pool"
+	}
+	return "is not linked"
 }
 
 // Precondition: t.mu is held.
@@ -22,6 +31,14 @@ func (t *table) place(n *node) place {
 	return place{node: n.name, away: t.now().Sub(n.away)}
 }
 
+// placeOf is where a pool is. Precondition: t.mu is held.
+func (t *table) placeOf(p *pool) place {
+	if p.absent.IsZero() {
+		return t.place(p.node)
+	}
+	return place{node: p.node.name, away: t.now().Sub(p.absent), without: p.node.session != nil}
+}
+
 // pool finds the node that has the pool.
 func (t *table) pool(id string) (place, bool) {
 	t.mu.RLock()
@@ -30,7 +47,7 @@ func (t *table) pool(id string) (place, bool) {
 	if len(claims) == 0 {
 		return place{}, false
 	}
-	return t.place(claims[0].node), true
+	return t.placeOf(claims[0]), true
 }
 
 // owns says whether the pool's place is the node of this link.
@@ -79,17 +96,22 @@ func (t *table) volume(dir string) []place {
 	defer t.mu.RUnlock()
 	var places []place
 	seen := map[*node]bool{}
-	add := func(n *node) {
+	add := func(n *node, p place) {
 		if !seen[n] {
 			seen[n] = true
-			places = append(places, t.place(n))
+			places = append(places, p)
 		}
 	}
 	for _, p := range t.names[dir] {
-		add(p.node)
+		if !p.absent.IsZero() { // first: what its node says without the pool does not count
+			add(p.node, t.placeOf(p))
+		}
+	}
+	for _, p := range t.names[dir] {
+		add(p.node, t.place(p.node))
 	}
 	if c, ok := t.lost[dir]; ok {
-		add(c.node)
+		add(c.node, t.place(c.node))
 	}
 	return places
 }

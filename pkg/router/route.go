@@ -54,7 +54,7 @@ func (r *Router) owner(kind, id string) (s *session, ok bool, err error) {
 	case !known:
 		return nil, true, unavailablef("%s %q: no node with the pool %s has been seen since this controller started; is the node down, or its disk gone?", kind, id, poolID)
 	case p.session == nil:
-		return nil, true, unavailablef("%s %q: node %q, which has it, is not linked", kind, id, p.node)
+		return nil, true, unavailablef("%s %q: node %q, which has it, %s", kind, id, p.node, p.state())
 	default:
 		return p.session, true, nil
 	}

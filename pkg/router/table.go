@@ -2,6 +2,7 @@ package router
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -18,7 +19,7 @@ type table struct {
 	nodes map[string]*node // guarded by mu; by name
 	// pools holds each pool's claims, in the order they were made: the first one
 	// is the pool's place, further ones are refused copies. A node that goes away
-	// keeps its place among them until it is forgotten. Guarded by mu.
+	// keeps its place among them until it is forgotten (standing.go). Guarded by mu.
 	pools map[string][]*pool
 	names map[string][]*pool  // guarded by mu; by volume: where it is
 	lost  map[string]sentCall //  guarded by mu; by volume: a CreateVolume whose answer was lost
@@ -43,6 +44,8 @@ type node struct {
 	since    time.Time // it has
 	away     time.Time
 	pools    map[string]*pool    // by ID; "" is for volumes being made, the others are in table.pools too
+	absent   map[string]*pool    // by ID; places that it did not bring along when it linked; in table.pools too
+	standing map[string]standing // by pool ID; also of copies that are not there now
 	replaced map[string]struct{} // pods whose link another pod's replaced
 }
 
@@ -53,6 +56,7 @@ type pool struct {
 	node      *node
 	volumes   map[string]struct{}
 	free      link.Free
+	absent    time.Time // since when its node is linked without it; zero while it has it
 }
 
 func newPool(id, name string, isDefault bool) *pool {
@@ -139,14 +143,8 @@ func (t *table) join(s *session, pools map[string]*pool) (duplicates []duplicate
 	if n == nil || n.session != s {
 		return nil // replaced meanwhile
 	}
-	before := map[string]standing{}
-	for id, p := range n.pools {
-		before[id] = copyOfPool
-		if t.shown(p) {
-			before[id] = placeOfPool
-		}
-	}
-	t.clear(n) // what was known from before the link was lost
+	before := maps.Clone(n.standing)
+	t.renew(n, pools)
 	n.joined, n.since, n.pools = true, t.now(), pools
 	for id, p := range pools {
 		if d, is := t.claim(n, p, before[id]); is {
@@ -155,15 +153,6 @@ func (t *table) join(s *session, pools map[string]*pool) (duplicates []duplicate
 	}
 	return duplicates
 }
-
-// standing is what a node's claim to a pool was before its link was lost.
-type standing int
-
-const (
-	noClaim standing = iota
-	placeOfPool
-	copyOfPool
-)
 
 // claim adds a pool to those known, and says whether another node has it. A claim
 // that the node had before keeps its place among the others: who was away for a
@@ -178,11 +167,13 @@ func (t *table) claim(n *node, p *pool, before standing) (_ duplicate, is bool) 
 	}
 	// What is known of a pool on a node that is away ends when the pool is found
 	// elsewhere: the disk was moved. If the two were there together, it was not.
-	if claims := t.pools[p.id]; before == noClaim && len(claims) > 0 && claims[0].node.session == nil {
-		for _, other := range slices.Clone(claims) {
-			if other.node.session == nil {
+	if claims := t.pools[p.id]; before == noClaim && len(claims) > 0 && !claims[0].linked() {
+		// The first one last: copies do not get their turn by this.
+		for _, other := range slices.Backward(slices.Clone(claims)) {
+			if !other.linked() {
 				t.drop(other)
 				delete(other.node.pools, p.id)
+				delete(other.node.absent, p.id)
 			}
 		}
 		before = placeOfPool
@@ -191,19 +182,23 @@ func (t *table) claim(n *node, p *pool, before standing) (_ duplicate, is bool) 
 	switch {
 	case len(claims) == 0:
 		t.pools[p.id] = []*pool{p}
+		t.stand(p, placeOfPool)
 		t.index(p)
 		return duplicate{}, false
 	case before == placeOfPool:
 		t.unindex(claims[0])
+		t.stand(claims[0], copyOfPool)
 		t.pools[p.id] = slices.Insert(slices.Clone(claims), 0, p)
+		t.stand(p, placeOfPool)
 		t.index(p)
-		linked := slices.IndexFunc(claims, func(o *pool) bool { return o.node.session != nil })
+		linked := slices.IndexFunc(claims, (*pool).linked)
 		if linked < 0 {
 			return duplicate{}, false
 		}
 		return duplicateOf(p, n, claims[linked].node), true
 	default:
 		t.pools[p.id] = append(claims, p)
+		t.stand(p, copyOfPool)
 		return duplicateOf(p, claims[0].node, n), true
 	}
 }
@@ -252,6 +247,7 @@ func (t *table) forget(gone func(name string, away time.Duration) bool) {
 			delete(t.nodes, name)
 		}
 	}
+	t.settle()
 	for volume, c := range t.lost {
 		n := c.node
 		settled := n.session != nil && n.joined && t.now().Sub(c.at) > lostAge && t.now().Sub(n.since) > lostAge
@@ -269,10 +265,12 @@ func (t *table) shown(p *pool) bool {
 
 // clear drops all claims of a node. Precondition: t.mu is held.
 func (t *table) clear(n *node) {
-	for _, p := range n.pools {
-		t.drop(p)
+	for _, pools := range []map[string]*pool{n.pools, n.absent} {
+		for _, p := range pools {
+			t.drop(p)
+		}
 	}
-	n.pools = nil
+	n.pools, n.absent = nil, nil
 }
 
 // drop ends a claim; the next one, if there is one, takes its place.
@@ -287,12 +285,16 @@ func (t *table) drop(p *pool) {
 		return // the pool of volumes being made
 	}
 	claims = slices.Delete(claims, i, i+1)
+	if i == 0 {
+		delete(p.node.standing, p.id)
+	}
 	if len(claims) == 0 {
 		delete(t.pools, p.id)
 		return
 	}
 	t.pools[p.id] = claims
 	if i == 0 {
+		t.stand(claims[0], placeOfPool)
 		t.index(claims[0])
 	}
 }
@@ -339,8 +341,13 @@ func (t *table) update(s *session, late []*pool, u link.Update) (duplicates []du
 		if n.pools[p.id] != nil {
 			continue
 		}
+		before := n.standing[p.id]
+		if a := n.absent[p.id]; a != nil {
+			t.drop(a)
+			delete(n.absent, p.id)
+		}
 		n.pools[p.id] = p
-		if d, is := t.claim(n, p, noClaim); is {
+		if d, is := t.claim(n, p, before); is {
 			duplicates = append(duplicates, d)
 		}
 	}
