@@ -364,3 +364,19 @@ func TestFlowBounds(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// What the controller offers is the source, also if a pool of its ID is open here: that is
+// a copy of the source's pool, and its content another by now.
+func TestFetchOfWhatIsHereToo(t *testing.T) {
+	a, b, _, snapshot, data := twoDrivers(t)
+	own, err := b.create("own", 8*mib, blockCap(oneWriter), nil).snapshot("own")
+	b.must(err)
+	o := &otherNode{n: a, request: transfer.Request{Snapshot: snapshot}}
+	made, err := b.fetch(t.Context(), "restored", o.offer(t), fromSnapshot(own.GetSnapshotId()), 8*mib, blockCap(oneWriter))
+	b.must(err)
+	o.wg.Wait()
+	got, err := os.ReadFile(b.imagePath(made.GetVolumeId()))
+	if err != nil || !bytes.Equal(got[mib:mib+int64(len(data))], data) || o.times() != 1 {
+		t.Errorf("it was made of what is here: %v, fetched %d times", err, o.times())
+	}
+}

@@ -106,7 +106,7 @@ func (c capacity) copySize(from image.Spec) (int64, error) {
 
 // sourceSpec describes the source of a copy: by the copy itself, if it exists, as the
 // source may be gone by then. What is in a pool of another node is described by the
-// offer that came with the call.
+// offer that came with the call: a pool of that ID that is open here, too, is a copy.
 func (d *Driver) sourceSpec(name string, src *image.Source, offer *transfer.Offer) (image.Spec, error) {
 	if have, ok := d.images.Find(name); ok && have.Source != nil && *have.Source == *src {
 		return have.Spec, nil
@@ -114,7 +114,7 @@ func (d *Driver) sourceSpec(name string, src *image.Source, offer *transfer.Offe
 	if src.Template != "" {
 		return d.templateSpec(src.Template)
 	}
-	if offer != nil && !d.local(src) {
+	if offer != nil {
 		return offered(offer)
 	}
 	if src.Snapshot != "" {
@@ -123,12 +123,6 @@ func (d *Driver) sourceSpec(name string, src *image.Source, offer *transfer.Offe
 	}
 	v, err := d.snapshotable(src.Volume)
 	return v.Spec, err
-}
-
-// local says whether the source is in a pool that is open here.
-func (d *Driver) local(src *image.Source) bool {
-	_, _, known := d.images.Lookup(src.Snapshot + src.Volume)
-	return known
 }
 
 // createCopy makes a volume from a snapshot or a volume, or finds the one that an
@@ -145,7 +139,7 @@ func (d *Driver) createCopy(ctx context.Context, req *csi.CreateVolumeRequest, w
 			// The tuning follows when the job is done, under the volume's lock.
 			return func(context.Context) error { return nil }, d.same(req, have, want, size)
 		}
-		if offer := transfer.OfferOf(ctx); offer != nil && !d.local(want.Source) {
+		if offer := transfer.OfferOf(ctx); offer != nil {
 			return d.prepareFetch(want, key, offer)
 		}
 		return d.prepareCopy(want, key)

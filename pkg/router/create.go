@@ -78,6 +78,9 @@ func (c *creation) at(ctx context.Context, s *session) (*csi.CreateVolumeRespons
 		// The node does not know that its pool is refused, and would make the volume.
 		return nil, status.Errorf(codes.ResourceExhausted, "volume %q: the pool on node %q is a copy of the one on node %q, and is not served", c.req.GetName(), s.id.Node, first)
 	}
+	if err := c.misled(s); err != nil {
+		return nil, err
+	}
 	ctx, without := c.offer(ctx, s)
 	if without != nil && (c.insist || ctx.Err() != nil) {
 		return nil, without
@@ -100,6 +103,21 @@ func (c *creation) at(ctx context.Context, s *session) (*csi.CreateVolumeRespons
 		return nil, err
 	}
 	return resp, nil
+}
+
+// misled says that a node has a refused copy of the source's pool: it would read that, which
+// is not what the source has become since.
+func (c *creation) misled(s *session) error {
+	kind, request := c.source()
+	poolID, ok := poolOf(request.ID())
+	if !ok {
+		return nil
+	}
+	if first, is := c.r.table.copyOn(s.id.Node, poolID); is {
+		return unavailablef("volume %q: its source is %s %q on node %q, and node %q has a copy of that one's pool, which is not served: it would be made of the copy",
+			c.req.GetName(), kind, request.ID(), first, s.id.Node)
+	}
+	return nil
 }
 
 // credible refuses a volume that is not the node's to give: its claim would be bound
@@ -204,10 +222,12 @@ func (c *creation) offer(ctx context.Context, to *session) (context.Context, err
 	kind, request := c.source()
 	from, ok, err := c.r.owner(kind, request.ID())
 	switch {
-	case c.req.GetVolumeContentSource() == nil || !ok || from == to:
+	case c.req.GetVolumeContentSource() == nil || !ok:
 		return ctx, nil
 	case err != nil:
 		return ctx, err
+	case from.id.Node == to.id.Node:
+		return ctx, nil // it is there; with an offer the node would not read its own
 	case !to.transfers():
 		return ctx, to.cannotTransfer()
 	}
@@ -282,6 +302,10 @@ func (c *creation) among(ctx context.Context, names []string) (*csi.CreateVolume
 			continue
 		}
 		if _, copied := c.r.table.refused(name, c.pool()); len(names) > 1 && !copied && !c.r.table.hasPool(name, c.pool()) {
+			continue
+		}
+		if err := c.misled(p.session); err != nil {
+			missing = err
 			continue
 		}
 		resp, err := c.at(ctx, p.session)

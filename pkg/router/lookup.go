@@ -219,6 +219,17 @@ func (t *table) refused(name, poolName string) (first string, is bool) {
 	return "", false
 }
 
+// copyOn says whether a node has a copy of a pool that is another node's, and whose.
+func (t *table) copyOn(name, id string) (first string, is bool) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	n := t.nodes[name]
+	if n == nil || n.pools[id] == nil || t.shown(n.pools[id]) {
+		return "", false
+	}
+	return t.pools[id][0].node.name, true
+}
+
 // called says whether a request with that name means the pool.
 func (p *pool) called(name string) bool { return p.name == name || name == "" && p.isDefault }
 

@@ -162,3 +162,31 @@ func TestStandingsAreBounded(t *testing.T) {
 		}
 	}
 }
+
+// A node with a refused copy of the source's pool makes no copies of what is in it: it
+// would read its own. That is so too when a call before may have reached it.
+func TestNoCopyOfARefusedCopy(t *testing.T) {
+	c := newCluster(t)
+	a, b, data, _ := withCopy(c)
+	snap := data.id + ".snap"
+	for name, req := range map[string]*csi.CreateVolumeRequest{"x1": restore("x1", snap, b), "x2": restore("x2", snap, b)} {
+		if name == "x2" {
+			c.router.table.sent("x2", "b")
+		}
+		_, err := c.csi.CreateVolume(t.Context(), req)
+		code(t, err, codes.Unavailable, `"a"`, `"b"`, "copy")
+	}
+	if b.count("CreateVolume") != 0 {
+		t.Error("it was asked")
+	}
+	// Another node that will do is asked instead.
+	k := c.copier("c", newDisk(t, "default", gib))
+	k.up()
+	c.linked(a, b, k.fakeNode)
+	two := amid("y", b, k.fakeNode)
+	two.VolumeContentSource = restore("y", snap, nil).GetVolumeContentSource()
+	_, err := c.csi.CreateVolume(t.Context(), two)
+	code(t, err, codes.Unavailable, "does not know copies") // a, which is asked for the source
+	_, err = c.csi.CreateVolume(t.Context(), restore("z", snap, a))
+	must(t, err)
+}
