@@ -135,21 +135,24 @@ func (a *Agent) Links() (up, wanted int) {
 	return up, max(len(a.replicas), 1)
 }
 
-// Run keeps the links until ctx ends, and returns after the last call on them has.
+// Run keeps the links until ctx ends, and returns after the last call on them has. A pool
+// whose disk hangs does not keep it: one goroutine for each such pool stays behind.
 func (a *Agent) Run(ctx context.Context) {
 	inventory, stop := openInventory(a.cfg.Pools, a.cfg.Observe)
 	defer stop()
+	defer inventory.settle(lastAnswers)
 	a.inventory = inventory
 	if a.cfg.Making != nil {
 		defer a.cfg.Making(inventory.note())()
 	}
+	a.wg.Go(func() { a.renew(ctx) })
 	a.wg.Go(func() { a.refresh(ctx) })
 	a.wg.Go(func() { a.bootstrap(ctx) })
 	a.wg.Wait()
 }
 
-// refresh looks at what changes by itself.
-func (a *Agent) refresh(ctx context.Context) {
+// renew looks for fresh tokens. Nothing else holds it up: a link ends with its token.
+func (a *Agent) renew(ctx context.Context) {
 	for {
 		if token, err := a.cfg.Token(); err == nil { // an error shows at the next connection
 			a.inventory.setToken(token)
@@ -157,7 +160,13 @@ func (a *Agent) refresh(ctx context.Context) {
 		if pause(ctx, a.cfg.Refresh) != nil {
 			return
 		}
-		a.inventory.discover()
+	}
+}
+
+// refresh looks at what else changes by itself.
+func (a *Agent) refresh(ctx context.Context) {
+	for pause(ctx, a.cfg.Refresh) == nil {
+		a.inventory.discover(0)
 		a.inventory.refresh()
 	}
 }

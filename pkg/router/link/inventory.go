@@ -4,6 +4,7 @@ import (
 	"crypto/ed25519"
 	"slices"
 	"sync"
+	"time"
 )
 
 // Pool is a pool as the link needs it.
@@ -14,7 +15,8 @@ type Pool struct {
 	// Volumes lists the volumes, by the part of their IDs behind the pool's.
 	// Damaged ones are among them: their names are taken.
 	Volumes func() []string
-	Free    func() Free
+	// Free may hang, as on a disk that does: it is asked for nothing else meanwhile.
+	Free func() Free
 }
 
 // Observe tells of every volume that comes into being or is gone, after the
@@ -34,6 +36,8 @@ type inventory struct {
 	names  map[string]map[string]bool // guarded by mu; pool ID, volume; false: known to be gone
 	making map[string]int             // guarded by mu; volume, calls that make it
 	free   map[string]Free            // guarded by mu; by pool ID; only of pools that have been read
+	asking map[string]bool            // guarded by mu; by pool ID: asked for something, and no answer yet
+	idle   chan struct{}              // guarded by mu; nil, or closed when nothing is asked any more
 	token  string                     // guarded by mu
 	subs   map[*subscriber]struct{}   // guarded by mu
 }
@@ -54,24 +58,36 @@ func (s *subscriber) ring() {
 	}
 }
 
+const (
+	// firstAnswers is how long the links wait for what the first pools hold. One that has
+	// not answered by then comes in late.
+	firstAnswers = 10 * time.Second
+	// lastAnswers is how long a stop waits for what was asked.
+	lastAnswers = time.Second
+)
+
 // openInventory reads the pools that find lists. No change between the reading and
 // the observing is lost, because observing begins first and its word counts.
 func openInventory(find func() []Pool, observe Observe) (_ *inventory, stop func()) {
 	i := &inventory{
 		find: find, names: map[string]map[string]bool{"": {}}, making: map[string]int{},
-		free: map[string]Free{}, subs: map[*subscriber]struct{}{},
+		free: map[string]Free{}, asking: map[string]bool{}, subs: map[*subscriber]struct{}{},
 	}
 	stop = func() {}
 	if observe != nil {
 		stop = observe(i.set)
 	}
-	i.discover()
+	i.discover(firstAnswers)
 	return i, stop
 }
 
 // discover reads the pools that were not there before, and tells of each when all
-// its volumes are known. One goroutine at a time may.
-func (i *inventory) discover() {
+// its volumes are known. It waits for that no longer than patience: a pool that hangs
+// keeps no other. One goroutine at a time may.
+func (i *inventory) discover(patience time.Duration) {
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	var answers []<-chan struct{}
 	for _, p := range i.find() {
 		i.mu.Lock()
 		_, known := i.names[p.ID]
@@ -80,8 +96,58 @@ func (i *inventory) discover() {
 		}
 		i.mu.Unlock()
 		if !known {
-			i.read(p)
+			answers = append(answers, i.ask(p, i.read))
 		}
+	}
+	for _, answered := range answers {
+		select {
+		case <-answered:
+		case <-timer.C:
+			return
+		}
+	}
+}
+
+// ask has a pool answer, in a goroutine of its own. There is one for each pool at most:
+// while there is, ask does nothing.
+func (i *inventory) ask(p Pool, question func(Pool)) (answered <-chan struct{}) {
+	done := make(chan struct{})
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.asking[p.ID] {
+		close(done)
+		return done
+	}
+	i.asking[p.ID] = true
+	go func() {
+		defer close(done)
+		question(p)
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		if delete(i.asking, p.ID); len(i.asking) == 0 && i.idle != nil {
+			close(i.idle)
+			i.idle = nil
+		}
+	}()
+	return done
+}
+
+// settle waits for what was asked, but not for a pool that hangs: its question, one for
+// each such pool, is left behind.
+func (i *inventory) settle(patience time.Duration) {
+	i.mu.Lock()
+	if len(i.asking) == 0 {
+		i.mu.Unlock()
+		return
+	}
+	idle := make(chan struct{})
+	i.idle = idle
+	i.mu.Unlock()
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	select {
+	case <-idle:
+	case <-timer.C:
 	}
 }
 
@@ -180,19 +246,24 @@ func (i *inventory) note() func(volume string, making bool) {
 	}
 }
 
-// refresh asks the pools for their free space and sends what changed.
+// refresh asks the pools for their free space and sends what changed, when they answer.
 func (i *inventory) refresh() {
 	for _, p := range i.known() {
-		free := p.Free()
-		i.mu.Lock()
-		if i.free[p.ID] != free {
-			i.free[p.ID] = free
-			for s := range i.subs {
-				s.free[p.ID] = free
-				s.ring()
-			}
-		}
-		i.mu.Unlock()
+		i.ask(p, i.look)
+	}
+}
+
+func (i *inventory) look(p Pool) {
+	free := p.Free()
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.free[p.ID] == free {
+		return
+	}
+	i.free[p.ID] = free
+	for s := range i.subs {
+		s.free[p.ID] = free
+		s.ring()
 	}
 }
 

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 // follow applies what a stream was told, as a controller does.
@@ -83,7 +85,7 @@ func TestInventoryFollowsChanges(t *testing.T) {
 		change("late", "old", true)
 		finishLate := busy("late")
 		found = append(found, pool("late"))
-		i.discover()
+		i.discover(time.Minute)
 		finish()
 		finishLate()
 		follow(known, i.take(s))
@@ -96,4 +98,53 @@ func TestInventoryFollowsChanges(t *testing.T) {
 		i.unsubscribe(s)
 		stop()
 	}
+}
+
+// A pool that hangs is asked once, holds up no other, and comes in when it answers.
+func TestInventoryWithAPoolThatHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		asked, open := 0, make(chan struct{})
+		pool := func(id string, free func() Free) Pool {
+			return Pool{ID: id, Name: id, Free: free, Volumes: func() []string { return []string{"v"} }}
+		}
+		room := int64(1)
+		found := []Pool{
+			pool("hangs", func() Free { asked++; <-open; return Free{Thick: 5} }),
+			pool("good", func() Free { return Free{Thick: room} }),
+		}
+		i, stop := openInventory(func() []Pool { return found }, nil)
+		defer stop()
+		told := map[string]Free{}
+		tell := func(updates ...Update) {
+			for _, u := range updates {
+				for _, p := range u.Pools {
+					if p.Free != nil {
+						told[p.ID] = *p.Free
+					}
+				}
+			}
+		}
+		s, updates := i.subscribe("")
+		tell(updates...)
+		room, found = 2, append(found, pool("late", func() Free { return Free{Thick: 7} }))
+		for range 5 {
+			i.discover(0)
+			i.refresh()
+			synctest.Wait()
+		}
+		tell(i.take(s))
+		if want := map[string]Free{"good": {Thick: 2}, "late": {Thick: 7}}; !maps.Equal(told, want) || asked != 1 {
+			t.Errorf("told %v, want %v; asked %d times", told, want, asked)
+		}
+		start := time.Now()
+		i.settle(lastAnswers)
+		if took := time.Since(start); took != lastAnswers {
+			t.Errorf("a stop waited %s for it", took)
+		}
+		close(open)
+		i.settle(lastAnswers)
+		if tell(i.take(s)); told["hangs"].Thick != 5 {
+			t.Errorf("it is not told of: %v", told)
+		}
+	})
 }
