@@ -289,19 +289,22 @@ func (b *bulk) relay(ctx context.Context, cancel context.CancelFunc, out *link.B
 	}
 }
 
-// pass passes on what comes until the sender closes. Nothing of it is looked at: the
-// two nodes check it from end to end.
+// pass passes on what comes until the sender closes. Nothing of it is judged: the two
+// nodes check it from end to end. Whether it came to its end is for the count.
 func (b *bulk) pass(out, in *link.Bulk) error {
-	buf := make([]byte, relayBuffer)
+	buf, seen := make([]byte, relayBuffer), transfer.NewFollower()
 	for {
 		n, err := in.Read(buf)
 		if n > 0 {
 			if _, err := out.Write(buf[:n]); err != nil {
 				return fmt.Errorf("the receiver: %w", err)
 			}
+			_, _ = seen.Write(buf[:n])
 			b.r.transfers.passed(n)
 		}
 		switch {
+		case errors.Is(err, io.EOF) && !seen.Ended():
+			return errors.New("the sender closed before the end of the copy")
 		case errors.Is(err, io.EOF):
 			return nil
 		case err != nil:

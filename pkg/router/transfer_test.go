@@ -429,6 +429,10 @@ func TestCopyRefusedByItsSource(t *testing.T) {
 	if b.got("v") != nil {
 		t.Error("made of a part")
 	}
+	eventually(t, "it is over", func() bool { return c.router.Stats().Transfers.Running == 0 })
+	if s := c.router.Stats().Transfers; s.Done != 0 || s.Failed == 0 {
+		t.Errorf("it counts as done: %+v", s)
+	}
 }
 
 // A node of an older csi-loop is named, at either end, and nothing is made anywhere.

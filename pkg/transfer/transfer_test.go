@@ -207,7 +207,8 @@ func FuzzReader(f *testing.F) {
 	f.Add(out.Bytes())
 	f.Add([]byte(magic))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		r := NewReader(bytes.NewReader(b))
+		in := bytes.NewReader(b)
+		r := NewReader(in)
 		d, err := r.Head()
 		for end := int64(0); err == nil; {
 			var offset int64
@@ -219,6 +220,12 @@ func FuzzReader(f *testing.F) {
 				t.Fatalf("%d bytes at %d after %d of %d", len(data), offset, end, d.Size)
 			}
 			end = offset + int64(len(data))
+		}
+		// Who only follows sees the end of what is whole.
+		seen := NewFollower()
+		_, _ = seen.Write(b[:len(b)-in.Len()])
+		if errors.Is(err, io.EOF) && !seen.Ended() {
+			t.Fatal("it does not end for who follows")
 		}
 	})
 }
