@@ -115,7 +115,7 @@ func (r *Router) setServing(on bool) {
 	r.serving = on
 }
 
-// forgetting drops nodes that left the cluster.
+// forgetting drops nodes that left the cluster, and offers that are good no more.
 func (r *Router) forgetting(ctx context.Context) {
 	for sleep(ctx, forgetEvery) == nil {
 		r.forget()
@@ -123,6 +123,7 @@ func (r *Router) forgetting(ctx context.Context) {
 }
 
 func (r *Router) forget() {
+	r.transfers.sweep()
 	registered, ok := r.cfg.Roster.Registered()
 	if !ok {
 		return

@@ -110,11 +110,7 @@ func (t *transfers) offer(volume string, to *session, request transfer.Request) 
 		t.drop(have)
 	}
 	if len(t.offers) >= maxOffers {
-		for _, o := range t.offers {
-			if !now.Before(o.expires) || o.to.ended.Err() != nil {
-				t.drop(o)
-			}
-		}
+		t.sweepLocked()
 	}
 	if len(t.offers) >= maxOffers {
 		return nil, status.Errorf(codes.Aborted, "%d copies between nodes are waiting to begin", len(t.offers))
@@ -122,6 +118,23 @@ func (t *transfers) offer(volume string, to *session, request transfer.Request) 
 	o := &offer{ticket: newTicket(), volume: volume, to: to, request: request, expires: now.Add(offerAge)}
 	t.offers[keyOf(o.ticket)], t.byVolume[volume] = o, o
 	return o.ticket, nil
+}
+
+// sweep drops the offers that nobody can use any more: each keeps the session of a link.
+func (t *transfers) sweep() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.sweepLocked()
+}
+
+// Precondition: t.mu is held.
+func (t *transfers) sweepLocked() {
+	now := t.now()
+	for _, o := range t.offers {
+		if !now.Before(o.expires) || o.to.ended.Err() != nil {
+			t.drop(o)
+		}
+	}
 }
 
 // drop ends an offer. Precondition: t.mu is held.

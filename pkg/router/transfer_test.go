@@ -549,6 +549,36 @@ func TestTransferBounds(t *testing.T) {
 	}
 }
 
+// Offers that are not used are forgotten when they expire, and with the link that they
+// were made for.
+func TestUnusedOffersAreForgotten(t *testing.T) {
+	c := newCluster(t)
+	x := c.router.transfers
+	links := []*session{onChannel(c.router, "a"), onChannel(c.router, "b")}
+	for _, s := range links {
+		defer s.end(nil)
+		_, err := x.offer(s.id.Node, s, transfer.Request{Volume: "v"})
+		must(t, err)
+	}
+	left := func() int {
+		c.router.forget()
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		return len(x.offers) + len(x.byVolume)
+	}
+	if n := left(); n != 4 {
+		t.Errorf("%d of two that are good", n)
+	}
+	links[0].end(nil)
+	if n := left(); n != 2 {
+		t.Errorf("%d when one link has ended", n)
+	}
+	c.clock.advance(offerAge)
+	if n := left(); n != 0 {
+		t.Errorf("%d when all have expired", n)
+	}
+}
+
 // A limit holds for all that is written with it together.
 func TestBulkLimit(t *testing.T) {
 	limit := link.NewLimit(8 << 20)
