@@ -2,8 +2,10 @@ package router
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
+	"net"
 	"strings"
 	"testing"
 	"time"
@@ -84,5 +86,38 @@ func TestReportWithoutEnd(t *testing.T) {
 	}
 	if got.Nodes[1].Error != "" || len(got.Nodes[1].Volumes) == 0 {
 		t.Errorf("the other node: %d volumes, error %q", len(got.Nodes[1].Volumes), got.Nodes[1].Error)
+	}
+}
+
+// What a peer without a token says of itself does not fill the log.
+func TestRefusalsAreShort(t *testing.T) {
+	c := newCluster(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	defer l.Close()
+	for name, hello := range map[string]link.NodeHello{
+		"no token": {},
+		"a ticket": {Ticket: []byte("none")},
+		"a token":  {Protocol: link.ProtocolMax, Driver: driver, Token: c.auth.issue("a", "pod-a", time.Hour)},
+	} {
+		hello.NodeID = strings.Repeat("x", 60_000)
+		refused := make(chan error, 1)
+		go func() {
+			conn, err := l.Accept()
+			if err == nil {
+				defer conn.Close()
+				_, _, err = c.router.greet(t.Context(), tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{*c.cert.Load()}, NextProtos: []string{link.ALPN}}))
+			}
+			refused <- err
+		}()
+		conn, err := tls.Dial("tcp", l.Addr().String(), &tls.Config{RootCAs: c.ca.pool(), ServerName: link.DefaultName, NextProtos: []string{link.ALPN}})
+		must(t, err)
+		defer conn.Close()
+		var greeting link.ControllerHello
+		must(t, link.ReadFrame(conn, &greeting))
+		must(t, link.WriteFrame(conn, hello))
+		if err := <-refused; err == nil || len(err.Error()) > 2000 {
+			t.Errorf("%s: %d bytes: %.100v", name, len(err.Error()), err)
+		}
 	}
 }

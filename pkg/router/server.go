@@ -142,7 +142,7 @@ func (r *Router) accept(ctx context.Context, conn *tls.Conn, known func()) {
 	if err != nil {
 		r.refuse(reason)
 		if !errors.Is(err, context.Canceled) {
-			logger.Info("Refused a link", "reason", reason, "err", err.Error())
+			logger.Info("Refused a link", "reason", reason, "err", fmt.Sprintf("%.*s", maxText, err.Error()))
 		}
 		return
 	}
@@ -176,7 +176,7 @@ func (r *Router) greet(ctx context.Context, conn *tls.Conn) (guest, string, erro
 	verdict := link.Verdict{Welcome: err == nil}
 	if err != nil {
 		verdict.Message = err.Error()
-		return nil, reason, errors.Join(fmt.Errorf("node %q: %w", hello.NodeID, err), link.WriteFrame(conn, verdict))
+		return nil, reason, errors.Join(fmt.Errorf("node %.253q: %w", hello.NodeID, err), link.WriteFrame(conn, verdict))
 	}
 	s.conn = conn
 	if err := link.WriteFrame(conn, verdict); err == nil && stop() {
@@ -238,7 +238,7 @@ func (r *Router) admit(ctx context.Context, hello link.NodeHello, nonce, binding
 		return nil, reasonIdentity, err
 	}
 	if id.Node != hello.NodeID {
-		return nil, reasonIdentity, fmt.Errorf("the node calls itself %q, its token belongs to a pod on node %q", hello.NodeID, id.Node)
+		return nil, reasonIdentity, fmt.Errorf("the node calls itself %.253q, its token belongs to a pod on node %q", hello.NodeID, id.Node)
 	}
 	s := newSession(r, id, hello, nonce, binding)
 	old, err := r.table.admit(s)
