@@ -64,9 +64,6 @@ type handle interface {
 	Clear() error
 	// SetCapacity is LOOP_SET_CAPACITY (fact 40).
 	SetCapacity() error
-	// Discards tells whether a discard would reach the image, and discards nothing. The
-	// handle and the device must be writable (fact 107).
-	Discards() (bool, error)
 	cache
 	io.Closer
 }
@@ -87,6 +84,9 @@ type inquiry interface {
 	Geometry() (size int64, blockSize int, err error)
 	// DiskSeq is BLKGETDISKSEQ.
 	DiskSeq() (uint64, error)
+	// Discards tells whether a discard would reach the image, and discards nothing. The
+	// handle and the device must be writable (fact 107).
+	Discards() (bool, error)
 }
 
 // access is how a device node is opened. All of them add O_CLOEXEC and O_NONBLOCK.

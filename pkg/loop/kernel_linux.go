@@ -277,10 +277,10 @@ func (h linuxHandle) SetCapacity() error {
 func (h linuxHandle) Discards() (bool, error) {
 	odd := [2]uint64{1, 1}
 	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(h), unix.BLKDISCARD, uintptr(unsafe.Pointer(&odd)))
-	switch errno {
-	case unix.EINVAL:
+	switch {
+	case errno == unix.EINVAL:
 		return true, nil
-	case unix.EOPNOTSUPP:
+	case errno == unix.EOPNOTSUPP:
 		return false, nil
 	}
 	return false, errno
