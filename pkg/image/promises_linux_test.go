@@ -136,26 +136,32 @@ func TestClaimWhileLeftoversAreErased(t *testing.T) {
 	keepsItsPromise(t, p, v.ID, v.Size)
 }
 
-// TestClaimAfterACancelledClone: a thick clone that was cut off shares the source's blocks
-// until it is erased.
+// TestClaimAfterACancelledClone: a clone that was cut off shares the source's blocks until
+// it is erased.
 func TestClaimAfterACancelledClone(t *testing.T) {
-	p := openHolding(t, scratch(t, "xfs", 512*MiB))
-	v := create(t, p, Spec{Name: "v", Size: 200 * MiB})
-	fill(t, p, v.ID, 0, 200<<20)
 	for name, end := range map[string]func(cancel func()) error{
 		"cancelled":        func(cancel func()) error { cancel(); return nil },
 		"not quiet enough": func(func()) error { return errors.New("thawed by somebody else") },
 	} {
-		call, cancel := context.WithCancel(ctx)
-		_, err := p.CreateFrom(call, Spec{Name: name, Size: 200 * MiB, Source: &Source{Volume: v.ID}}, func(context.Context) (func() error, error) {
-			return func() error { return end(cancel) }, nil // when the reflink is there
-		})
-		cancel()
-		if err == nil {
-			t.Fatalf("%s: the clone was made", name)
+		for _, alloc := range []Allocation{Thick, Thin} {
+			t.Run(name+", "+string(alloc), func(t *testing.T) {
+				p := openHolding(t, scratch(t, "xfs", 768*MiB))
+				v := create(t, p, Spec{Name: "v", Size: 200 * MiB})
+				fill(t, p, v.ID, 0, 200<<20)
+				call, cancel := context.WithCancel(ctx)
+				defer cancel()
+				linked := false
+				spec := Spec{Name: "r", Size: 200 * MiB, Allocation: alloc, Source: &Source{Volume: v.ID}}
+				_, err := p.CreateFrom(call, spec, func(context.Context) (func() error, error) {
+					return func() error { linked = true; return end(cancel) }, nil
+				})
+				if err == nil || !linked {
+					t.Fatalf("the reflink was made: %v, the clone: %v", linked, err)
+				}
+				keepsItsPromise(t, p, v.ID, v.Size)
+			})
 		}
 	}
-	keepsItsPromise(t, p, v.ID, v.Size)
 }
 
 // TestPromiseToARefusedVolume: the pod of a volume whose record is refused goes on, and

@@ -176,9 +176,7 @@ func (p *Pool) copyTo(ctx context.Context, f *os.File, r record, o *origin, quie
 	reflinked := p == o.p && p.CanReflink() && (!thick || !p.noCow)
 	defer func() {
 		if err != nil && thick && reflinked && o.volume != "" {
-			// The source shares with what is left until that is erased, which may take long.
-			o.p.account.shareMore(o.volume, o.spec.Size)
-			o.used = true
+			o.claimAll()
 		}
 	}()
 	switch {
@@ -223,17 +221,26 @@ func quietly(ctx context.Context, quiesce Quiesce, work func() error) (err error
 // copy is thick they soon share nothing, and whichever writes first takes what was
 // reserved for the copy.
 func (p *Pool) reflinkVolume(ctx context.Context, f *os.File, o *origin, thick bool, quiesce Quiesce) error {
-	link := func() error {
-		return quietly(ctx, quiesce, func() error { return opError("reflink", imageFile, reflink(f, o.f)) })
-	}
 	if thick {
-		return link()
+		return o.link(ctx, f, quiesce)
 	}
-	return o.share(ctx, f, link)
+	return o.share(ctx, f, quiesce)
 }
 
-// share makes to share the source's blocks, by link, and charges the source for it.
-func (o *origin) share(ctx context.Context, to *os.File, link func() error) error {
+// link reflinks the source while nobody writes to it.
+func (o *origin) link(ctx context.Context, to *os.File, quiesce Quiesce) error {
+	return quietly(ctx, quiesce, func() error { return opError("reflink", imageFile, reflink(to, o.f)) })
+}
+
+// claimAll is for a call that fails: the source shares with what is left until that is
+// erased, which may take long. close counts how much it is.
+func (o *origin) claimAll() {
+	o.p.account.shareMore(o.volume, o.spec.Size)
+	o.used = true
+}
+
+// share makes to share the source's blocks, and charges the source for it.
+func (o *origin) share(ctx context.Context, to *os.File, quiesce Quiesce) (err error) {
 	s, err := sharingOf(o.f, o.spec.Size, o.p.noCow)
 	if err != nil {
 		return opError("look at the extents of", imageFile, err)
@@ -243,10 +250,15 @@ func (o *origin) share(ctx context.Context, to *os.File, link func() error) erro
 		return err
 	}
 	defer space.release()
-	if err := link(); err != nil {
+	defer func() {
+		if err != nil { // perhaps after the reflink, as when writers did not hold still
+			o.claimAll()
+		}
+	}()
+	if err := o.link(ctx, to, quiesce); err != nil {
 		return err
 	}
-	o.used = true // from here on, whatever fails
+	o.used = true
 	st, err := statFile(to)
 	if err != nil {
 		return opError("look at", imageFile, err)
@@ -261,10 +273,7 @@ func (o *origin) freeze(ctx context.Context, quiesce Quiesce) error {
 	if err != nil {
 		return err
 	}
-	err = o.share(ctx, f, func() error {
-		return quietly(ctx, quiesce, func() error { return opError("reflink", imageFile, reflink(f, o.f)) })
-	})
-	if err != nil {
+	if err := o.share(ctx, f, quiesce); err != nil {
 		return errors.Join(err, f.Close())
 	}
 	_ = o.f.Close()
