@@ -43,6 +43,9 @@ type charge struct {
 	thick     bool
 	shared    int64 // of allocated, what a write would take anew (fact 69)
 	refused   bool  // only its image is known
+	// cow is that each write takes other blocks, so that it shares as much as it has: an
+	// image on btrfs that should be NOCOW and is not.
+	cow bool
 }
 
 // unwritten is what the volume may still take from the pool. A thick volume that
@@ -377,13 +380,13 @@ func (a *account) sharedOf(dir string) int64 {
 	return a.charges[dir].shared
 }
 
-// sharedDirs lists the volumes that share blocks.
+// sharedDirs lists the volumes that share blocks, and will not for ever.
 func (a *account) sharedDirs() []string {
 	a.ledger.mu.Lock()
 	defer a.ledger.mu.Unlock()
 	var dirs []string
 	for dir, c := range a.charges {
-		if c.shared > 0 {
+		if c.shared > 0 && !c.cow {
 			dirs = append(dirs, dir)
 		}
 	}
@@ -435,11 +438,15 @@ func (a *account) atMost(dir string, allocated int64) {
 // Precondition: ledger.mu is held.
 func (a *account) set(dir string, c *charge) {
 	before := a.promise()
-	if old, ok := a.charges[dir]; ok {
+	old, ok := a.charges[dir]
+	if ok {
 		a.add(old, -1)
 		delete(a.charges, dir)
 	}
 	if c != nil {
+		if c.cow = c.cow || old.cow; c.cow { // the image stays as it was made
+			c.shared = c.size
+		}
 		c.allocated = min(c.allocated, c.size)
 		c.shared = min(c.shared, c.size)
 		a.charges[dir] = *c

@@ -185,7 +185,7 @@ func (p *Pool) fill(ctx context.Context, d *os.File, b building) (c charge, err 
 	if b.content != nil {
 		return p.fillContent(ctx, d, b)
 	}
-	f, err := p.newImage(d, b.r)
+	f, err := p.newImage(d, b)
 	if err != nil {
 		return c, err
 	}
@@ -229,9 +229,16 @@ func (p *Pool) fill(ctx context.Context, d *os.File, b building) (c charge, err 
 	return c, opError("look at", imageFile, err)
 }
 
-// newImage makes the file of a volume in d, empty. On btrfs it is one that can be thick.
-func (p *Pool) newImage(d *os.File, r record) (*os.File, error) {
-	if p.noCow {
+// newImage makes the file of a volume in d, empty. On btrfs it is one that can be thick,
+// but for a copy that shares its source's blocks: that is as its source is.
+func (p *Pool) newImage(d *os.File, b building) (*os.File, error) {
+	r := b.r
+	switch {
+	case b.origin != nil && p.copiesByReflink(b.origin, r):
+		if err := p.alikeIn(d, b.origin.f); err != nil {
+			return nil, err
+		}
+	case p.noCow:
 		if err := setNoCow(d); err != nil && r.Allocation == Thick {
 			err = opError("chattr +C", d.Name(), err)
 			if errors.Is(err, errors.ErrUnsupported) || errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.EPERM) {

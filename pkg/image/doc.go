@@ -30,7 +30,8 @@
 //  5. A thick image has a block for every byte from before its record exists until
 //     it is removed; mkfs may not give any back (facts 48, 62), OpenImage refills
 //     the holes, and only those: repeating the fallocate of a whole image fails on
-//     a full XFS. On btrfs it is NOCOW as well, or it is refused (fact 70).
+//     a full XFS. On btrfs it is NOCOW as well, or it is refused (fact 70); for one that
+//     was copied in by hand and is not, the account holds as much as it has.
 //
 //  6. Only new files in .new-* are ever formatted. There is no probe for a
 //     filesystem, hence none that can be wrong. What is in an encrypted image is made

@@ -333,6 +333,8 @@ func (p *Pool) imageHealth(dir string, r record) []Problem {
 	switch missing := st.Allocated < r.Size; {
 	case r.Allocation == Thick && missing:
 		return []Problem{reasonNotFullyAllocated.problemf(Degraded, "%d of its %d bytes have blocks", st.Allocated, r.Size)}
+	case p.account.of(dir).cow:
+		return []Problem{reasonCopyOnWrite.problemf(Degraded, "its image is not NOCOW, so btrfs writes to other blocks each time: writes fail once the pool is full")}
 	case p.has(reasonQuota) && p.fsType == "btrfs": // whose quotas hold for every write
 		return []Problem{reasonVolumeUnderQuota.problemf(Degraded, "a quota of the pool's filesystem is used up: writes fail, to blocks that it has too")}
 	case r.Allocation == Thin && missing && p.has(reasonPoolFull):

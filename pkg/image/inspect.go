@@ -212,7 +212,7 @@ func (p *Pool) inspectVolume(dir string) (VolumeView, bool) {
 		v.Dev, v.Ino, v.Allocated = st.Dev, st.Ino, st.Allocated
 		v.growing = st.Size > r.Size && st.Size%MiB == 0
 	}
-	p.account.put(dir, r.charge(v.Allocated), nil)
+	p.account.put(dir, p.chargeOf(dir, r, v.Allocated), nil)
 	return v, true
 }
 

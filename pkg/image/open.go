@@ -70,6 +70,7 @@ func (p *Pool) openContent(ctx context.Context, uuid string) error {
 	if p.templates, err = p.ensureDir(templatesDir); err != nil {
 		return poolError(p.config, "%s: %w", templatesDir, err)
 	}
+	p.markNoCow()
 	if err := p.sweep(ctx); err != nil {
 		return err
 	}
@@ -88,6 +89,19 @@ func (p *Pool) openContent(ctx context.Context, uuid string) error {
 		return poolError(p.config, "sync: %w", err)
 	}
 	return nil
+}
+
+// markNoCow lets what is copied into the pool by hand, from a backup, be as csi-loop makes
+// it. Nothing that csi-loop makes itself needs that, so an error is of no importance.
+func (p *Pool) markNoCow() {
+	if !p.noCow {
+		return
+	}
+	for _, d := range []*os.File{p.volumes, p.snapshots, p.templates} {
+		if on, err := isNoCow(d); err == nil && !on {
+			_ = setNoCow(d)
+		}
+	}
 }
 
 // startAccount begins the pool's account, in the ledger of its filesystem.
@@ -251,9 +265,27 @@ func (p *Pool) load(ctx context.Context) error {
 			continue
 		}
 		p.records[dir] = r
-		p.account.put(dir, r.charge(allocated), nil)
+		p.account.put(dir, p.chargeOf(dir, r, allocated), nil)
 	}
 	return nil
+}
+
+// chargeOf is the charge of a volume that was found. Images are made NOCOW on btrfs, but
+// one that was copied into the pool by hand may not be.
+func (p *Pool) chargeOf(dir string, r record, allocated int64) charge {
+	c := r.charge(allocated)
+	if p.fsType != "btrfs" || r.Allocation != Thick {
+		return c
+	}
+	d, f, err := p.openVolume(dir, r, false)
+	if err != nil {
+		return c // OpenImage and VolumeHealth report it
+	}
+	defer d.Close()
+	defer f.Close()
+	on, err := isNoCow(f)
+	c.cow = err == nil && !on
+	return c
 }
 
 // chargeRefused brings up to date what is kept for a volume that is refused.

@@ -16,6 +16,7 @@ const (
 	reasonImageTruncated
 	reasonImageForeign
 	reasonNotFullyAllocated
+	reasonCopyOnWrite
 	reasonGrowthUnfinished
 	reasonVolumeOnFullPool
 	reasonPoolNearlyFull
@@ -67,6 +68,7 @@ var reasonTable = [reasons]struct{ word, action string }{
 	reasonImageTruncated:    {"ImageTruncated", "what was cut off is lost: stop the pods, save what is left, and restore it from a snapshot or a backup" + brokenImage},
 	reasonImageForeign:      {"ImageForeign", "put the volume's own file back in its place, of the size of its record and with no other link" + brokenImage},
 	reasonNotFullyAllocated: {"NotFullyAllocated", "delete the pods that use it: the rest is allocated when the volume is attached the next time"},
+	reasonCopyOnWrite:       {"CopyOnWrite", `keep the pool's filesystem from being full, and make the image anew: see "A volume's image is copy-on-write" in csi-loop's operations guide`},
 	reasonGrowthUnfinished:  {GrowthUnfinished, "start csi-loop, or csi-loop doctor --repair"},
 	reasonVolumeOnFullPool:  {"PoolFull", "give the pool space, then start the volume's pods anew, so that its filesystem is checked"},
 	reasonPoolNearlyFull:    {"PoolNearlyFull", moreSpace},

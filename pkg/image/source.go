@@ -173,7 +173,7 @@ func (o *origin) release() {
 // for that, so that its writers wait for no more than the reflink.
 func (p *Pool) copyTo(ctx context.Context, f *os.File, r record, o *origin, quiesce Quiesce) (shared bool, err error) {
 	thick := r.Allocation == Thick
-	reflinked := p == o.p && p.CanReflink() && (!thick || !p.noCow)
+	reflinked := p.copiesByReflink(o, r)
 	defer func() {
 		if err != nil && thick && reflinked && o.volume != "" {
 			o.claimAll()
@@ -202,6 +202,11 @@ func (p *Pool) copyTo(ctx context.Context, f *os.File, r record, o *origin, quie
 		return false, p.separateNew(ctx, f, r, reflinked)
 	}
 	return reflinked, nil
+}
+
+// copiesByReflink tells whether a copy begins with the blocks of its source.
+func (p *Pool) copiesByReflink(o *origin, r record) bool {
+	return p == o.p && p.CanReflink() && (r.Allocation == Thin || !p.noCow)
 }
 
 // quietly does work while nobody writes.
