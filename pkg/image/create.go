@@ -201,8 +201,9 @@ func (p *Pool) fill(ctx context.Context, d *os.File, b building) (c charge, err 
 		return c, err
 	}
 	p.store.kill("create: allocated")
-	if b.r.Allocation == Thick && p.fsType != "btrfs" { // which does not show it before the commit
-		b.space.release()
+	// btrfs does not show it before a commit, which only what takes long is worth.
+	if b.r.Allocation == Thick && (p.fsType != "btrfs" || b.inflow != nil) {
+		p.allocated(b.space)
 	}
 	if b.inflow != nil {
 		if err := p.receive(ctx, f, b); err != nil {

@@ -36,6 +36,8 @@ type FileContent struct {
 	Method         Method
 	// Progress is told of bytes that were copied and of all there are; it may be nil.
 	Progress func(done, all int64)
+
+	held *reservation // given up once a thick copy has its blocks; may be nil
 }
 
 // Import makes a volume of the content of a file, as it is: nothing is formatted. The
@@ -111,7 +113,7 @@ func (p *Pool) importNew(ctx context.Context, dir string, s Spec, c FileContent)
 		return record{}, err
 	}
 	defer space.release()
-	b.space = space
+	b.space, c.held = space, space
 	charge, err := p.build(ctx, dir, b)
 	if err != nil {
 		return record{}, err
@@ -347,6 +349,7 @@ func (p *Pool) copyIn(ctx context.Context, d *os.File, c FileContent, t *takenIn
 		if err := allocateRange(ctx, t.f, 0, size, false); err != nil {
 			return err
 		}
+		p.allocated(c.held)
 	} else if err := t.f.Truncate(size); err != nil {
 		return opError("extend", imageFile, err)
 	}

@@ -383,6 +383,13 @@ func (p *Pool) showUsed() error {
 // takes no more changes, so that nothing more will be given out.
 func (p *Pool) settleUsed() { _ = p.showUsed() }
 
+// allocated gives up what was reserved for an image that has all its blocks now. What is
+// left to do may take hours, and would be charged for twice.
+func (p *Pool) allocated(r *reservation) {
+	p.settleUsed()
+	r.release()
+}
+
 func (p *Pool) recountDue(dir string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

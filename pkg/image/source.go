@@ -312,6 +312,7 @@ func (p *Pool) copyData(ctx context.Context, f *os.File, r record, o *origin) er
 		if err := allocateRange(ctx, f, 0, r.Size, false); err != nil {
 			return err
 		}
+		p.allocated(o.held)
 	} else if err := f.Truncate(r.Size); err != nil {
 		return opError("extend", imageFile, err)
 	}
