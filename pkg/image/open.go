@@ -323,9 +323,10 @@ func (p *Pool) loadOne(dir string) (r record, allocated int64, err error) {
 	if r, err = readRecord(d, recordFile, dir, parseRecord); err != nil {
 		return r, 0, err
 	}
-	// The rest of a replacement that a crash interrupted.
+	// The rest of a replacement that a crash interrupted. That it cannot go, as on a full
+	// disk, says nothing against the volume.
 	if err := removeTree(d, recordNew); err != nil {
-		return r, 0, err
+		p.once("remove record "+dir).Error(err, "Cannot remove what an interrupted call left; trying again at the next start", "volume", VolumeID(p.ID(), dir), "file", recordNew)
 	}
 	st, err := statAt(d, imageFile)
 	if err != nil || !st.Mode.IsRegular() {
@@ -364,12 +365,13 @@ func readRecord[T any](d *os.File, name, dir string, parse func(b []byte, dir st
 }
 
 // settle finishes a Grow that a crash interrupted: blocks past the end are given
-// back, or, when the image has its new size already, the record follows.
+// back, or, when the image has its new size already, the record follows. What of that
+// fails, as on a full disk, is left to the next start.
 func (p *Pool) settle(d *os.File, dir string, r record, st fileStat) (record, int64, error) {
 	switch {
 	case st.Size == r.Size && st.Allocated > withMetadata(r.Size):
 		if err := p.trim(d, r.Size); err != nil {
-			return r, 0, err
+			p.once("trim "+dir).Error(err, "Cannot give back the blocks of an interrupted growth; trying again at the next start", "volume", VolumeID(p.ID(), dir))
 		}
 		if after, err := statAt(d, imageFile); err == nil {
 			st = after
@@ -382,7 +384,7 @@ func (p *Pool) settle(d *os.File, dir string, r record, st fileStat) (record, in
 			return r, 0, err
 		}
 		if _, err := p.replaceRecord(d, r); err != nil {
-			return r, 0, err
+			p.once("record "+dir).Error(err, "Cannot write the record of a completed growth; trying again at the next start", "volume", VolumeID(p.ID(), dir))
 		}
 	}
 	return r, st.Allocated, nil
