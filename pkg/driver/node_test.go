@@ -307,6 +307,46 @@ func TestLostStateDirectory(t *testing.T) {
 	n.must(v.delete())
 }
 
+// TestUnreadableRecord: one record that cannot be read is found anew, as if it were lost,
+// and keeps nothing else from being served.
+func TestUnreadableRecord(t *testing.T) {
+	if os.Geteuid() == 0 {
+		t.Skip("root can read all")
+	}
+	for kind, c := range map[string]*csi.VolumeCapability{"block": blockCap(manyWriters), "mount": mountCap("ext4", manyWriters)} {
+		t.Run(kind, func(t *testing.T) {
+			n := newFake(t)
+			v, w := n.create("pvc-1", 16*mib, c, nil).up("a"), n.create("pvc-2", 16*mib, c, nil).up("b")
+			path := n.d.state.path(v.id)
+			n.halt()
+			n.must(os.Chmod(path, 0))
+			n.start()
+			w.down("b")
+			code(t, v.delete(), codes.FailedPrecondition)
+			n.must(v.stage())
+			n.must(v.publish("a", false))
+			n.restart() // the record is a new one
+			if r := n.record(v.id); len(r.Targets) != 1 {
+				t.Errorf("after the restart: %+v", r)
+			}
+			v.down("a")
+
+			// It may be read again when its volume is long gone.
+			v = n.create("pvc-3", 16*mib, c, nil).up("a")
+			path = n.d.state.path(v.id)
+			old, err := os.ReadFile(path)
+			n.must(err)
+			v.down("a")
+			n.halt()
+			n.must(os.WriteFile(path, old, 0o600))
+			n.start()
+			if r, ok := n.d.state.get(v.id); ok {
+				t.Errorf("a record of a volume that is gone: %+v", r)
+			}
+		})
+	}
+}
+
 func TestStats(t *testing.T) {
 	n := newFake(t)
 	v := n.create("pvc-1", 16*mib, mountCap("ext4", manyWriters), nil).up("a")

@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 
 	"k8s.io/klog/v2"
 
@@ -135,7 +136,8 @@ func readState(path string) ([]byte, error) {
 }
 
 // openNodeState reads the records below dir, which this process owns. A file that
-// is no record is removed: records are hints and can be found anew.
+// is no record is removed: records are hints and can be found anew. So is one that cannot be
+// read, but it stays: it may be sound, and is replaced when its volume is staged anew.
 func openNodeState(dir string) (*nodeState, error) {
 	s := &nodeState{dir: dir, bootID: bootID(), records: make(map[string]stageRecord)}
 	entries, err := os.ReadDir(dir)
@@ -152,8 +154,12 @@ func openNodeState(dir string) (*nodeState, error) {
 			continue
 		}
 		data, err := readState(path)
-		if err != nil && !errors.Is(err, errNoRecord) {
+		switch {
+		case lacking(err):
 			return nil, fmt.Errorf("stage record: %w", err)
+		case err != nil && !errors.Is(err, errNoRecord):
+			klog.Background().Error(err, "Cannot read a stage record; what it is of is found anew", "path", path)
+			continue
 		}
 		r, ok := s.parse(path, data)
 		if !ok {
@@ -164,6 +170,12 @@ func openNodeState(dir string) (*nodeState, error) {
 		s.records[r.VolumeID] = r
 	}
 	return s, nil
+}
+
+// lacking says whether an error is a lack of descriptors or memory, which says nothing about
+// the file: another start can read it.
+func lacking(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOMEM)
 }
 
 // bootID names this boot of the kernel; "" where there is no such name.
