@@ -109,6 +109,29 @@ func goneButForItsSnapshots(t *testing.T, dir string) (*Store, *Pool, GroupSpec,
 	return s, p, spec, g
 }
 
+// A group that was made after settleGroups had looked is not taken for the one that it saw,
+// of which there is nothing any more.
+func TestGroupMadeAnewIsNotDropped(t *testing.T) {
+	s, p, spec := pair(t, poolDir(t))
+	g, err := s.SnapshotGroup(ctx, spec, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := p.groupList()["g"]
+	if err := s.RemoveGroup(ctx, g.ID); err != nil {
+		t.Fatal(err)
+	}
+	p.dropEmptyGroup(ctx, "g", before)
+	other := create(t, p, Spec{Name: "x", Size: MiB})
+	if g, err = s.SnapshotGroup(ctx, GroupSpec{Name: "g", Sources: []string{other.ID}}, nil); err != nil {
+		t.Fatal(err)
+	}
+	p.dropEmptyGroup(ctx, "g", before)
+	if got, err := s.GetGroup(g.ID); err != nil || len(got.Snapshots) != 1 {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
 // A group that is gone has no snapshots, also if they could not be removed with it.
 func TestNoSnapshotOfAGroupThatIsGone(t *testing.T) {
 	dir := poolDir(t)

@@ -114,13 +114,17 @@ func (p *Pool) refuseMembers(groups map[string]string) {
 
 // dropEmptyGroup removes a group's record if there is nothing of its snapshots: of a
 // commit that could not be taken back whole, or when they were removed by hand. While
-// a call works on the group its snapshots are not all known.
+// a call works on the group its snapshots are not all known. r was read before the lock was
+// there to be had: the group may have been removed since, and another one made.
 func (p *Pool) dropEmptyGroup(ctx context.Context, dir string, r groupRecord) {
 	unlock, ok := p.locks.tryLock(groupLock(dir))
 	if !ok {
 		return
 	}
 	defer unlock()
+	if now, err := p.getGroup(dir); err != nil || !slices.Equal(now.Members, r.Members) {
+		return
+	}
 	for _, m := range r.Members {
 		q, member, open := p.store.Lookup(m.Snapshot)
 		if !open {
