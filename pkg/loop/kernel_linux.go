@@ -277,11 +277,8 @@ func (h linuxHandle) SetCapacity() error {
 func (h linuxHandle) Discards() (bool, error) {
 	odd := [2]uint64{1, 1}
 	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(h), unix.BLKDISCARD, uintptr(unsafe.Pointer(&odd)))
-	switch {
-	case errno == unix.EINVAL:
-		return true, nil
-	case errno == unix.EOPNOTSUPP:
-		return false, nil
+	if errno != 0 && errno != unix.EINVAL && errno != unix.EOPNOTSUPP {
+		return false, errno
 	}
-	return false, errno
+	return errno != unix.EOPNOTSUPP, nil
 }
