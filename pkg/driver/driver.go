@@ -79,6 +79,7 @@ type attached interface {
 	Info() loop.Info
 	Reused() bool // bound before this Attach
 	Close() error
+	Release() error // Close, when nobody is shown it any more
 }
 
 // loopDevices attaches and detaches; *loop.Manager does, through loopAdapter.
@@ -272,7 +273,7 @@ func (d *Driver) hold(dev attached) {
 	d.held[ref] = dev
 }
 
-// letGo closes the held device of ref, if there is one.
+// letGo closes the held device of ref, if there is one, which nobody is shown any more.
 func (d *Driver) letGo(ref loop.Ref) error {
 	d.mu.Lock()
 	dev, ok := d.held[ref]
@@ -281,7 +282,7 @@ func (d *Driver) letGo(ref loop.Ref) error {
 	if !ok {
 		return nil
 	}
-	return dev.Close()
+	return dev.Release()
 }
 
 // holds says whether the device of ref is held.

@@ -104,6 +104,7 @@ func (k *fakeKernel) settle() {
 
 type fakeAttached struct {
 	k      *fakeKernel
+	dev    *fakeDevice
 	info   loop.Info
 	reused bool
 	once   sync.Once
@@ -115,12 +116,28 @@ func (a *fakeAttached) Close() error {
 	a.once.Do(func() {
 		a.k.mu.Lock()
 		defer a.k.mu.Unlock()
-		if d, ok := a.k.devices[a.info.Number]; ok && d.info.Ref == a.info.Ref {
-			d.openers--
-		}
+		a.dev.openers--
 		a.k.settle()
 	})
 	return nil
+}
+
+func (a *fakeAttached) Release() error {
+	a.k.mu.Lock()
+	if a.dev.info.Ref != a.info.Ref {
+		a.dev.cleared = true
+	}
+	a.k.mu.Unlock()
+	return a.Close()
+}
+
+// exchange is LOOP_CHANGE_FD.
+func (k *fakeKernel) exchange(number int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.seq++
+	k.devices[number].info.DiskSeq = k.seq
+	k.devices[number].info.Image.Ino++
 }
 
 func (k *fakeKernel) Attach(_ context.Context, backing *os.File, m loop.Mapping) (attached, error) {
@@ -148,7 +165,7 @@ func (k *fakeKernel) Attach(_ context.Context, backing *os.File, m loop.Mapping)
 			return nil, fmt.Errorf("loop%d: %w", n, loop.ErrBusy)
 		case same:
 			d.openers++
-			return &fakeAttached{k: k, info: d.info, reused: true}, nil
+			return &fakeAttached{k: k, dev: d, info: d.info, reused: true}, nil
 		case !m.ReadOnly && !d.info.ReadOnly:
 			return nil, &loop.ConflictError{Ref: d.info.Ref}
 		}
@@ -169,7 +186,7 @@ func (k *fakeKernel) Attach(_ context.Context, backing *os.File, m loop.Mapping)
 		Autoclear: m.Autoclear, Discard: m.Discard, Tag: m.Tag,
 	}
 	k.devices[n] = &fakeDevice{info: info, openers: 1, path: backing.Name(), limit: m.SizeLimit}
-	return &fakeAttached{k: k, info: info}, nil
+	return &fakeAttached{k: k, dev: k.devices[n], info: info}, nil
 }
 
 func (k *fakeKernel) Hold(_ context.Context, ref loop.Ref) (attached, error) {
@@ -180,7 +197,7 @@ func (k *fakeKernel) Hold(_ context.Context, ref loop.Ref) (attached, error) {
 		return nil, loop.ErrNotBound
 	}
 	d.openers++
-	return &fakeAttached{k: k, info: d.info, reused: true}, nil
+	return &fakeAttached{k: k, dev: d, info: d.info, reused: true}, nil
 }
 
 func (k *fakeKernel) Detach(_ context.Context, ref loop.Ref) error {

@@ -108,6 +108,9 @@ type heldMapping struct {
 // Close lets go of both.
 func (h heldMapping) Close() error { return errors.Join(h.mapping.Close(), h.attached.Close()) }
 
+// Release does as well.
+func (h heldMapping) Release() error { return errors.Join(h.mapping.Close(), h.attached.Release()) }
+
 // withMapping holds the mapping of a binding together with its device, which is closed
 // after an error.
 func (d *Driver) withMapping(dev attached, b binding) (attached, error) {

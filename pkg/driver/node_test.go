@@ -286,6 +286,48 @@ func TestReadDeviceOfAnotherByThen(t *testing.T) {
 	w.down("c")
 }
 
+// TestReadDeviceGivenAnotherFile: a pod exchanged what the read-only device of a raw block
+// volume shows. It stays bound, and so its number, for as long as a pod is shown it.
+func TestReadDeviceGivenAnotherFile(t *testing.T) {
+	n := newFake(t)
+	v := n.create("pvc-1", 16*mib, blockCap(manyWriters), nil).up("a")
+	n.must(v.publish("b", true))
+	n.must(v.publish("c", true))
+	number := n.record(v.id).ReadDevice.Number
+	bound := func() bool {
+		n.fake.mu.Lock()
+		defer n.fake.mu.Unlock()
+		d, ok := n.fake.devices[number]
+		return ok && !d.cleared
+	}
+	n.fake.exchange(number)
+	n.must(v.unpublish("b"))
+	if !bound() {
+		t.Fatal("a pod has it still")
+	}
+	code(t, v.publish("d", true), codes.FailedPrecondition)
+	code(t, v.unstage(), codes.FailedPrecondition)
+	n.must(v.unpublish("c"))
+	if bound() {
+		t.Error("it stays for ever")
+	}
+	n.must(v.publish("d", true))
+	n.must(v.unpublish("d"))
+
+	n.must(v.publish("e", true))
+	number = n.record(v.id).ReadDevice.Number
+	n.fake.exchange(number)
+	n.restart()
+	if !bound() {
+		t.Error("a stop cleared what a pod has")
+	}
+	n.must(v.unpublish("e"))
+	n.fake.mu.Lock()
+	delete(n.fake.devices, number) // nothing else would: after a stop nobody knows of it
+	n.fake.mu.Unlock()
+	v.down("a")
+}
+
 // TestLostStateDirectory: mounts are there, the records are not.
 func TestLostStateDirectory(t *testing.T) {
 	n := newFake(t)

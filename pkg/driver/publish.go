@@ -283,6 +283,9 @@ func (d *Driver) ensureReadDevice(ctx context.Context, r *stageRecord) (fresh bo
 	if err != nil || held {
 		return false, err
 	}
+	if err := d.dropExchanged(r.ReadDevice); err != nil {
+		return false, err
+	}
 	src, err := d.recordSource(*r)
 	if err != nil {
 		return false, err
@@ -324,6 +327,22 @@ func (d *Driver) ensureReadDevice(ctx context.Context, r *stageRecord) (fresh bo
 	r.ReadDevice, r.ReadPending = b, false
 	d.hold(dev)
 	return !dev.Reused(), nil
+}
+
+// dropExchanged lets go of a device that is held and does not show the volume any more:
+// a reader gave it another file (fact 108). It refuses while readers are left.
+func (d *Driver) dropExchanged(b binding) error {
+	if !d.holds(b.ref()) {
+		return nil
+	}
+	shown, err := d.mountsOf(b)
+	switch {
+	case err != nil:
+		return err
+	case len(shown) > 0:
+		return preconditionf("a pod with the volume's read-only device, /dev/loop%d, gave it another file: unpublish it everywhere first, it is at %q", b.Number, shown)
+	}
+	return d.letGo(b.ref())
 }
 
 // sameRange refuses a second device of a partition that lies elsewhere by now: both

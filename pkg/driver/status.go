@@ -98,7 +98,7 @@ var sentinelCodes = []struct {
 	{loop.ErrBusy, codes.Aborted, "somebody has the loop device open; it is tried again. `fuser -vm` on the node says who"},
 	{loop.ErrLimit, codes.ResourceExhausted, "raise `--loop-devices-max` (`loopDevices.max` in the chart), or spread the pods: see [CSILoopDevicesRunOut](../operations.md#csiloopdevicesrunout)"},
 	{loop.ErrDirectIO, codes.FailedPrecondition, "the pool cannot do direct I/O with blocks of this size: use `directIO: auto`, or a `blockSize` that is not below that of the disk"},
-	{loop.ErrDiscard, codes.FailedPrecondition, "the node's kernel lets a pod's discards through to the image of a volume that is to keep its blocks: use Linux 5.19 or later (or 5.15), or `allocation: thin`"},
+	{loop.ErrDiscard, codes.FailedPrecondition, "the node's kernel lets a pod's discards through to the image of a volume that is to keep its blocks: use Linux 5.19 or later (or 5.15), or `allocation: thin`, or `readOnly: \"true\"` for a mapped volume"},
 	// The device went away under us: detached by hand, or by a reboot.
 	{loop.ErrNotBound, codes.FailedPrecondition, "the loop device was detached by hand: delete the pods that use the volume, so that it is staged anew"},
 	{loop.ErrNotExist, codes.FailedPrecondition, "the loop device is gone: delete the pods that use the volume, so that it is staged anew"},

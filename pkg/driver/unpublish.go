@@ -103,12 +103,13 @@ func (d *Driver) releaseReadDevice(ctx context.Context, r stageRecord) error {
 	if r.ReadDevice.none() {
 		return nil
 	}
-	// Of a binding that is gone, mounts of the node are those of whoever got the number.
+	// Of a binding that is gone, mounts of the node are those of whoever got the number,
+	// which nobody can while we have it open.
 	_, bound, err := d.status(ctx, r.ReadDevice, r.Image)
 	if err != nil {
 		return err
 	}
-	if bound {
+	if bound || d.holds(r.ReadDevice.ref()) {
 		left, err := d.mountsOf(r.ReadDevice)
 		if err != nil || len(left) > 0 {
 			return err // a later unpublish or unstage detaches it

@@ -153,12 +153,12 @@ func (d *Driver) publicationsLeft(ctx context.Context, r stageRecord) ([]string,
 	if r.Block {
 		for _, b := range r.devices() {
 			// Of a binding that is gone, mounts of the node are those of whoever
-			// got the number.
+			// got the number, which nobody can while we have it open.
 			_, bound, err := d.status(ctx, b, r.Image)
 			if err != nil {
 				return nil, err
 			}
-			if !bound {
+			if !bound && !d.holds(b.ref()) {
 				continue
 			}
 			paths, err := d.mountsOf(b)

@@ -56,11 +56,6 @@ func (d *Device) Close() error {
 	if h == nil {
 		return nil
 	}
-	if seq, err := h.DiskSeq(); err == nil && seq != d.info.DiskSeq {
-		// While we had it open nobody could bind it anew. Somebody with its node gave it
-		// another file (LOOP_CHANGE_FD, fact 108), and nothing else would find it now.
-		_ = h.Clear()
-	}
 	err := opError("close", d.info.Number, h.Close())
 	d.manager.mu.Lock()
 	defer d.manager.mu.Unlock()
@@ -68,4 +63,19 @@ func (d *Device) Close() error {
 		delete(d.manager.held, d.info.Ref)
 	}
 	return err
+}
+
+// Release is Close for who knows that nobody is shown the device any more. Somebody who was
+// may have given it another file (LOOP_CHANGE_FD, fact 108), after which Detach takes the
+// binding for gone: such a device is cleared. Nobody can have bound it anew meanwhile, since
+// it was open.
+func (d *Device) Release() error {
+	d.mu.Lock()
+	if h := d.handle; h != nil {
+		if seq, err := h.DiskSeq(); err == nil && seq != d.info.DiskSeq {
+			_ = h.Clear()
+		}
+	}
+	d.mu.Unlock()
+	return d.Close()
 }

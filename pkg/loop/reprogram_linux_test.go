@@ -25,5 +25,6 @@ func TestDeviceGivenAnotherFile(t *testing.T) {
 	if info := must(manager.Inspect(t.Context(), d.Info().Number))(t); info.Ref == d.Ref() {
 		t.Log("this kernel counts it as the same disk")
 	}
+	check(t, d.Release())
 	m.detach(t, manager, d) // and the machine looks that nothing is left bound
 }

@@ -78,8 +78,8 @@ func (c *creation) at(ctx context.Context, s *session) (*csi.CreateVolumeRespons
 		// The node does not know that its pool is refused, and would make the volume.
 		return nil, status.Errorf(codes.ResourceExhausted, "volume %q: the pool on node %q is a copy of the one on node %q, and is not served", c.req.GetName(), s.id.Node, first)
 	}
-	if err := c.misled(s); err != nil {
-		return nil, err
+	if first, is := c.misled(s); is {
+		return nil, unavailablef("volume %q: its source is on node %q, and node %q has a copy of that one's pool, which is not served: it would be made of the copy", c.req.GetName(), first, s.id.Node)
 	}
 	ctx, without := c.offer(ctx, s)
 	if without != nil && (c.insist || ctx.Err() != nil) {
@@ -105,19 +105,16 @@ func (c *creation) at(ctx context.Context, s *session) (*csi.CreateVolumeRespons
 	return resp, nil
 }
 
-// misled says that a node has a refused copy of the source's pool: it would read that, which
-// is not what the source has become since.
-func (c *creation) misled(s *session) error {
-	kind, request := c.source()
+// misled says that a node would make the volume of something else: it has a refused copy of
+// the source's pool, and would read that, which is not what the source has become since on
+// the node that is named. A node that has the volume already reads nothing.
+func (c *creation) misled(s *session) (first string, is bool) {
+	_, request := c.source()
 	poolID, ok := poolOf(request.ID())
-	if !ok {
-		return nil
+	if !ok || c.r.table.has(s.id.Node, c.dir) {
+		return "", false
 	}
-	if first, is := c.r.table.copyOn(s.id.Node, poolID); is {
-		return unavailablef("volume %q: its source is %s %q on node %q, and node %q has a copy of that one's pool, which is not served: it would be made of the copy",
-			c.req.GetName(), kind, request.ID(), first, s.id.Node)
-	}
-	return nil
+	return c.r.table.copyOn(s.id.Node, poolID)
 }
 
 // credible refuses a volume that is not the node's to give: its claim would be bound
@@ -304,8 +301,9 @@ func (c *creation) among(ctx context.Context, names []string) (*csi.CreateVolume
 		if _, copied := c.r.table.refused(name, c.pool()); len(names) > 1 && !copied && !c.r.table.hasPool(name, c.pool()) {
 			continue
 		}
-		if err := c.misled(p.session); err != nil {
-			missing = err
+		if first, is := c.misled(p.session); is {
+			// Nothing was sent: the scheduler may choose again.
+			full = status.Errorf(codes.ResourceExhausted, "volume %q: node %q has a copy of the pool of its source, which is on node %q, and would make it of the copy", c.req.GetName(), name, first)
 			continue
 		}
 		resp, err := c.at(ctx, p.session)

@@ -90,6 +90,13 @@ func (t *table) all() []place {
 	return places
 }
 
+// has says whether a node is known to have a volume of that name, made and served.
+func (t *table) has(name, dir string) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return slices.ContainsFunc(t.names[dir], func(p *pool) bool { return p.node.name == name && p.id != "" && p.absent.IsZero() })
+}
+
 // volume finds the nodes that have the volume, are making it, or may have made it.
 func (t *table) volume(dir string) []place {
 	t.mu.RLock()
