@@ -130,6 +130,7 @@ func TestReadOnlyMapped(t *testing.T) {
 	v.step("unstage", v.unstage())
 
 	v.fs = "" // the same range as a device
+	v.context["exposeImage"] = "true"
 	v.step("stage as a block device", v.stage())
 	v.step("publish as a block device", v.publish(0, false))
 	v.deviceIsReadOnly(0)

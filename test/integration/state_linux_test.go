@@ -74,6 +74,7 @@ func (s *site) lostVolume(k kind) *volume {
 		v.fs = "ext4"
 		v.step("create", v.create())
 		v.fs = ""
+		v.context["exposeImage"] = "true"
 	} else {
 		v.step("create", v.create())
 	}
