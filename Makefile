@@ -58,8 +58,7 @@ test-unit: ## run the tests that need no root, with the race detector
 	@hack/deps unit
 	$(GO) test -exec $(USER) -race -short -p 4 -timeout 10m $(TESTARGS) $(PKGS)
 
-# test/crash looks at the driver from outside: there the race detector would find nothing,
-# and take most of the time.
+# test/crash looks at the driver from outside: the race detector sees nothing of that.
 test-root: ## run all tests but sanity and test-crash as root, with the race detector, on this machine's kernel
 	@hack/deps root
 	$(ROOTTEST) -race -skip Sanity $$($(GO) list $(PKGS) | grep -v /test/crash$$)
