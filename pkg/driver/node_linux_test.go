@@ -188,6 +188,19 @@ func TestPublishedReadOnlyByAFlag(t *testing.T) {
 	n.must(n.unstaged(v))
 }
 
+// thin makes a thin volume and stages it.
+func (n *realNode) thin(c *csi.VolumeCapability) volume {
+	n.t.Helper()
+	resp, err := (&controllerServer{d: n.d}).CreateVolume(n.t.Context(), &csi.CreateVolumeRequest{
+		Name: "v", CapacityRange: &csi.CapacityRange{RequiredBytes: 300 * mib}, VolumeCapabilities: []*csi.VolumeCapability{c},
+		Parameters: map[string]string{"allocation": "thin"},
+	})
+	n.must(err)
+	v := volume{n: n.node, id: resp.GetVolume().GetVolumeId(), cap: c}
+	n.must(n.staged(v))
+	return v
+}
+
 // TestUnstageWhatItsPodFroze: a pod froze its filesystem and went. Unmounted so, it would
 // keep its device, and nobody could thaw it.
 func TestUnstageWhatItsPodFroze(t *testing.T) {
@@ -195,19 +208,13 @@ func TestUnstageWhatItsPodFroze(t *testing.T) {
 		t.Run(fs, func(t *testing.T) {
 			n := newRealNode(t)
 			c := mountCap(fs, manyWriters)
-			resp, err := (&controllerServer{d: n.d}).CreateVolume(t.Context(), &csi.CreateVolumeRequest{
-				Name: "v", CapacityRange: &csi.CapacityRange{RequiredBytes: 300 * mib}, VolumeCapabilities: []*csi.VolumeCapability{c},
-				Parameters: map[string]string{"allocation": "thin"},
-			})
-			n.must(err)
-			v := volume{n: n.node, id: resp.GetVolume().GetVolumeId(), cap: c}
-			n.must(n.staged(v))
+			v := n.thin(c)
 			n.must(n.published(v, v.target("a"), c))
 			if out, err := exec.Command("fsfreeze", "--freeze", v.target("a")).CombinedOutput(); err != nil {
 				t.Fatalf("%v: %s", err, out)
 			}
 			// Growing it would wait for a thaw, with the volume's lock.
-			_, err = (&nodeServer{d: n.d}).NodeExpandVolume(t.Context(), &csi.NodeExpandVolumeRequest{
+			_, err := (&nodeServer{d: n.d}).NodeExpandVolume(t.Context(), &csi.NodeExpandVolumeRequest{
 				VolumeId: v.id, VolumePath: v.target("a"), StagingTargetPath: v.staging(), CapacityRange: &csi.CapacityRange{RequiredBytes: 600 * mib},
 			})
 			if code := codeOf(err); code != codes.Aborted || !strings.Contains(err.Error(), "fsfreeze -u") {
@@ -250,13 +257,7 @@ func TestThawOfWhatWasReadOnly(t *testing.T) {
 		t.Run(fs, func(t *testing.T) {
 			n := newRealNode(t)
 			c := mountCap(fs, reader)
-			resp, err := (&controllerServer{d: n.d}).CreateVolume(t.Context(), &csi.CreateVolumeRequest{
-				Name: "v", CapacityRange: &csi.CapacityRange{RequiredBytes: 300 * mib}, VolumeCapabilities: []*csi.VolumeCapability{c},
-				Parameters: map[string]string{"allocation": "thin"},
-			})
-			n.must(err)
-			v := volume{n: n.node, id: resp.GetVolume().GetVolumeId(), cap: c}
-			n.must(n.staged(v))
+			v := n.thin(c)
 			found, err := n.store.Get(v.id)
 			n.must(err)
 			w, err := n.d.writersOf(t.Context(), found)

@@ -16,7 +16,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 
 	"k8s.io/klog/v2"
 
@@ -155,7 +154,7 @@ func openNodeState(dir string) (*nodeState, error) {
 		}
 		data, err := readState(path)
 		switch {
-		case lacking(err):
+		case passes(err): // another start can read it
 			return nil, fmt.Errorf("stage record: %w", err)
 		case err != nil && !errors.Is(err, errNoRecord):
 			klog.Background().Error(err, "Cannot read a stage record; what it is of is found anew", "path", path)
@@ -170,12 +169,6 @@ func openNodeState(dir string) (*nodeState, error) {
 		s.records[r.VolumeID] = r
 	}
 	return s, nil
-}
-
-// lacking says whether an error is a lack of descriptors or memory, which says nothing about
-// the file: another start can read it.
-func lacking(err error) bool {
-	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOMEM)
 }
 
 // bootID names this boot of the kernel; "" where there is no such name.

@@ -128,6 +128,13 @@ var sentinelCodes = []struct {
 	{syscall.EDQUOT, codes.ResourceExhausted, "a quota of the pool's filesystem is used up"},
 }
 
+// passes says whether an error is one of the moment, for want of descriptors for example,
+// and tells nothing of what it came from.
+func passes(err error) bool {
+	code := codeOf(err)
+	return code == codes.Aborted || code == codes.Unavailable
+}
+
 // ErrorKind is a class of errors that calls end with, for people.
 type ErrorKind struct {
 	Text   string // is in the message

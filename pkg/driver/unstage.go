@@ -6,7 +6,6 @@ import (
 	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
-	"google.golang.org/grpc/codes"
 	"k8s.io/klog/v2"
 )
 
@@ -105,8 +104,7 @@ func (d *Driver) unmountStaging(ctx context.Context, r stageRecord) error {
 // Precondition: the volume is mounted there.
 func (d *Driver) thawLast(ctx context.Context, path string) error {
 	err := d.freezer.Thaw(path)
-	switch codeOf(err) {
-	case codes.Aborted, codes.Unavailable:
+	if passes(err) {
 		return fmt.Errorf("thaw what its pod may have frozen: %w", err)
 	}
 	if err != nil {

@@ -9,27 +9,34 @@ import (
 	"github.com/csi-loop/csi-loop/internal/roottest"
 )
 
+// withFiles makes files with these contents, which may be programs, and opens dir.
+func withFiles(t *testing.T, dir string, contents map[string]string) *os.File {
+	t.Helper()
+	for path, content := range contents {
+		if err := os.WriteFile(path, []byte(content), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d, err := openPath(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.Close() })
+	return d
+}
+
 // TestProgramsOfCopiesAreConfined: in the place of tune2fs is a program that shows what
 // it may.
 func TestProgramsOfCopiesAreConfined(t *testing.T) {
 	roottest.Require(t)
 	bin, copies := t.TempDir(), t.TempDir()
 	other := filepath.Join(copies, "other")
-	for path, content := range map[string]string{
+	dir := withFiles(t, copies, map[string]string{
 		filepath.Join(bin, "tune2fs"): "#!/bin/sh\ngrep -E 'CapEff|CapBnd|NoNewPrivs|Seccomp:' /proc/self/status\n" +
 			"echo written 1<> $1\nchmod 777 " + other + "\nexit 4\n",
 		filepath.Join(copies, imageFile): "", other: "",
-	} {
-		if err := os.WriteFile(path, []byte(content), 0o700); err != nil {
-			t.Fatal(err)
-		}
-	}
-	dir, err := openPath(copies)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dir.Close()
-	err = newTools([]string{bin}).run(t.Context(), dir, "tune2fs", imageFile)
+	})
+	err := newTools([]string{bin}).run(t.Context(), dir, "tune2fs", imageFile)
 	if err == nil {
 		t.Fatal("its exit status was lost")
 	}
@@ -51,20 +58,11 @@ func TestProgramsOfCopiesAreConfined(t *testing.T) {
 func TestDeviceThatGoesWhileBtrfstuneLooks(t *testing.T) {
 	bin, copies := t.TempDir(), t.TempDir()
 	image := filepath.Join(copies, imageFile)
-	for path, content := range map[string]string{
+	dir := withFiles(t, copies, map[string]string{
 		filepath.Join(bin, "btrfstune"): "#!/bin/sh\necho x >> $3; [ $(wc -l < $3) -ge 3 ] ||\n" +
 			"{ echo ERROR: could not check mount status of $3: Permission denied >&2; exit 1; }\n",
 		image: "",
-	} {
-		if err := os.WriteFile(path, []byte(content), 0o700); err != nil {
-			t.Fatal(err)
-		}
-	}
-	dir, err := openPath(copies)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dir.Close()
+	})
 	if err := newTools([]string{bin}).run(t.Context(), dir, "btrfstune", "-f", "-m", imageFile); err != nil {
 		t.Fatal(err)
 	}

@@ -181,13 +181,22 @@ func TestNoCopyOfARefusedCopy(t *testing.T) {
 	if b.count("CreateVolume") != 0 {
 		t.Error("it was asked")
 	}
+	// A volume that it has made before is there, whatever it has a copy of since.
+	own := b.pools[0]
+	own.mu.Lock()
+	own.volumes["made"] = 1
+	own.mu.Unlock()
+	b.restart(b.pools...)
+	c.linked(a, b)
+	_, err := c.csi.CreateVolume(t.Context(), restore("made", snap, b))
+	must(t, err)
 	// Another node that will do is asked instead.
 	k := c.copier("c", newDisk(t, "default", gib))
 	k.up()
 	c.linked(a, b, k.fakeNode)
 	two := amid("y", b, k.fakeNode)
 	two.VolumeContentSource = restore("y", snap, nil).GetVolumeContentSource()
-	_, err := c.csi.CreateVolume(t.Context(), two)
+	_, err = c.csi.CreateVolume(t.Context(), two)
 	code(t, err, codes.Unavailable, "does not know copies") // a, which is asked for the source
 	_, err = c.csi.CreateVolume(t.Context(), restore("z", snap, a))
 	must(t, err)
